@@ -1,0 +1,93 @@
+"""The information sharing module: one table of users and items that both arms read and both arms train.
+
+`params["shared"] = {"user": (U, D), "item": (I, D)}` is one leaf per table. The domain arm starts from it (layer 0);
+the LM reads it through the bridge as the rows of its `<uid>`/`<iid>` tokens. The bridge out maps the LM's top-layer
+states back to the sharing width. Source: the module is the paper's; bridge and reading mode are ours.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bdlm_jax.types import Array, Params
+
+READS = ("layer0", "propagated")
+
+
+def init_shared(key: Array, *, n_users: int, n_items: int, width: int, std: float = 0.1) -> Params:
+    """Draws the shared tables from a normal distribution.
+
+    Args:
+      key: a JAX key.
+      n_users: U.
+      n_items: I.
+      width: D, the sharing width.
+      std: standard deviation of the entries (LightGCN's published 0.1).
+
+    Returns:
+      {"user": (U, D), "item": (I, D)} float32.
+    """
+    user_key, item_key = jax.random.split(key)
+    return {
+        "user": std * jax.random.normal(user_key, (n_users, width)),
+        "item": std * jax.random.normal(item_key, (n_items, width)),
+    }
+
+
+def init_bridge(key: Array, *, width: int, lm_width: int, gain: float = 1.0) -> Params:
+    """Makes the learned maps between the sharing width D and the LM's width M.
+
+    Args:
+      key: a JAX key.
+      width: D.
+      lm_width: M.
+      gain: scale of both maps; with gain 1 and D ≤ M the bridge in keeps a row's norm and the bridge out undoes it.
+
+    Returns:
+      {"into": (D, M), "out": (M, D), "out_bias": (D,)} float32; `out` starts as the transpose of `into`.
+    """
+    into_DM = jax.nn.initializers.orthogonal()(key, (width, lm_width)) * gain
+    return {"into": into_DM, "out": into_DM.T / gain**2, "out_bias": jnp.zeros((width,))}
+
+
+def bridge_gain(item_ID: Array, *, row_std: float) -> Array:
+    """Returns the bridge's gain that gives the LM item rows of standard deviation `row_std` (ours: their scale matters)."""
+    return row_std / jnp.maximum(jnp.std(item_ID), 1e-6)
+
+
+def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[Array, Array]:
+    """Returns the (user (U, D), item (I, D)) rows that the LM sees.
+
+    "layer0": the shared tables themselves. "propagated": the domain arm's representations, computed from the tables
+    by `encode`, so that the LM's gradient reaches the same leaves through the propagation (ours).
+    """
+    if reads == "propagated":
+        return encode(shared, domain)
+    return shared["user"], shared["item"]
+
+
+def id_rows(bridge: Params, user_UD: Array, item_ID: Array, *, user_capacity: int, item_capacity: int) -> Array:
+    """Computes the rows of `<uid>` and `<iid>` in the LM's extended vocabulary.
+
+    Args:
+      bridge: the bridge's parameters.
+      user_UD: (U, D) user rows.
+      item_ID: (I, D) item rows.
+      user_capacity: rows kept for users, at least U; the spare ones are zero.
+      item_capacity: rows kept for items, at least I.
+
+    Returns:
+      (user_capacity + item_capacity, M) rows, users first.
+    """
+    user_UM, item_IM = user_UD @ bridge["into"], item_ID @ bridge["into"]
+    pad = lambda rows, capacity: jnp.pad(rows, ((0, capacity - rows.shape[0]), (0, 0)))  # noqa: E731
+    return jnp.concatenate([pad(user_UM, user_capacity), pad(item_IM, item_capacity)])
+
+
+def item_rows(bridge: Params, item_ID: Array) -> Array:
+    """Computes the output rows (I, M) of the item tokens: the same rows that the LM reads."""
+    return item_ID @ bridge["into"]
+
+
+def bridge_out(bridge: Params, state: Array) -> Array:
+    """Maps the LM's top-layer states (..., M) to the sharing width (..., D): z = h·P_out + b."""
+    return state @ bridge["out"] + bridge["out_bias"]
