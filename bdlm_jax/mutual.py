@@ -1,0 +1,293 @@
+"""The heart: one LM step and one domain epoch of deep mutual learning, both pure.
+
+Each arm trains its own loss plus a pull towards the other arm's latest representations and scores, which reach it as
+constants (`view`). Both losses send their gradient into the same `params["shared"]` leaves.
+Source: the scheme is the paper's (alternating deep mutual learning over shared embeddings); the loss forms are ours.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bdlm_jax import sharing
+from bdlm_jax.domain import sampling
+from bdlm_jax.domain.arm import DomainArm
+from bdlm_jax.lm import causal_lm
+from bdlm_jax.losses import align_loss, bpr_loss, cross_entropy_loss, kl_loss
+from bdlm_jax.types import Array, Params
+
+NEVER = -1e9  # the logit of an item that cannot be the answer
+
+
+class TrainState(NamedTuple):
+    """What a step carries: `view` is the other arm as constants, `constants` never change and are not saved."""
+
+    params: Params
+    opt_state: Any
+    step: Array
+    key: Array
+    view: Params
+    constants: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LMWeights:
+    """Weights of the LM arm's losses; 0 leaves a term out of the compiled program."""
+
+    item: float = 1.0
+    text: float = 0.1
+    align_user: float = 0.0
+    align_item: float = 0.0
+    kl: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainWeights:
+    """Weights of the domain arm's losses; `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it."""
+
+    bpr: float = 1.0
+    regularisation: float = 1e-4
+    align_user: float = 0.0
+    align_item: float = 0.0
+    kl: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bridge:
+    """How the two arms meet: static facts of the model that every step needs.
+
+    `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGNMENTS`; `temperature`
+    the T of the score-level term; capacities are those of the vocabulary.
+    """
+
+    lm: causal_lm.LMConfig
+    user_capacity: int
+    item_capacity: int
+    reads: str = "layer0"
+    align: str = "mse"
+    temperature: float = 1.0
+
+
+def id_rows(params: Params, *, bridge: Bridge, arm: DomainArm) -> tuple[Array, Array]:
+    """Returns the LM's extended rows (X, M) and its output rows of the items (I, M), both from the shared tables."""
+    user_UD, item_ID = sharing.read_tables(params["shared"], params["domain"], encode=arm.encode, reads=bridge.reads)
+    maps = params["lm"]["bridge"]
+    rows_XM = sharing.id_rows(
+        maps, user_UD, item_ID, user_capacity=bridge.user_capacity, item_capacity=bridge.item_capacity
+    )
+    return rows_XM, rows_XM[bridge.user_capacity : bridge.user_capacity + item_ID.shape[0]]
+
+
+def score_pairs(arm: DomainArm, domain: Params, user_BD: Array, item_BD: Array) -> Array:
+    """Returns the domain arm's scores (B,) of paired rows."""
+    return jax.vmap(lambda u_D, i_D: arm.score(domain, u_D[None], i_D[None])[0, 0])(user_BD, item_BD)
+
+
+def gather_positions(hidden_BLM: Array, index_BT: Array) -> Array:
+    """Returns the states (B, T, M) at the given positions of each row."""
+    return jnp.take_along_axis(hidden_BLM, index_BT[..., None], axis=1)
+
+
+def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B, axis_name):
+    """Computes every weighted term of the LM arm's loss as {name: (sum, count)}.
+
+    L_M = item·CE(next item) + text·CE(text) + align_user·align(z_u, sg e_u) + align_item·align(z_i, sg e_i)
+    + kl·T²KL(domain's scores ‖ LM's scores). Cold items take no part in the softmax of the next item: nothing is known
+    of who wants them, so they must not be everybody's negatives (ours).
+    """
+    lm = params["lm"]
+    rows_XM, rows_IM = id_rows(params, bridge=bridge, arm=arm)
+    hidden_BLM = causal_lm.lm_hidden(
+        lm, bridge.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
+    )
+    terms = {}
+    if weights.item:
+        logits_BTI = gather_positions(hidden_BLM, batch["item_index"]) @ rows_IM.T
+        logits_BTI = jnp.where(constants["warm_I"], logits_BTI, NEVER)
+        terms["item"] = cross_entropy_loss(logits_BTI, batch["item_target"])
+    if weights.text:
+        logits_BTV = causal_lm.text_logits(lm, bridge.lm, gather_positions(hidden_BLM, batch["text_index"]))
+        terms["text"] = cross_entropy_loss(logits_BTV, batch["text_target"])
+    if weights.align_item:
+        z_ND = sharing.bridge_out(lm["bridge"], _flat(gather_positions(hidden_BLM, batch["card_index"])))
+        item_N = batch["card_item"].reshape(-1)
+        known_N = (item_N >= 0) & constants["warm_I"][jnp.maximum(item_N, 0)]
+        terms["align_item"] = align_loss(
+            z_ND, view["item"][jnp.maximum(item_N, 0)], known_N.astype(z_ND.dtype), kind=bridge.align, axis_name=axis_name
+        )
+    if weights.align_user or weights.kl:
+        state_NM = _flat(gather_positions(hidden_BLM, batch["user_index"]))
+        user_N = batch["user"].reshape(-1)
+        known_N, user_N = (user_N >= 0).astype(state_NM.dtype), jnp.maximum(user_N, 0)
+        e_ND = view["user"][user_N]
+        if weights.align_user:
+            z_ND = sharing.bridge_out(lm["bridge"], state_NM)
+            terms["align_user"] = align_loss(z_ND, e_ND, known_N, kind=bridge.align, axis_name=axis_name)
+        if weights.kl:
+            allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
+            teacher_NI = jnp.where(allowed_NI, arm.score(view["domain"], e_ND, view["item"]), NEVER)
+            student_NI = jnp.where(allowed_NI, state_NM @ rows_IM.T, NEVER)
+            terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=bridge.temperature)
+    return terms
+
+
+def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None, weights: DomainWeights, axis_name):
+    """Computes every weighted term of the domain arm's loss as {name: (sum, count)}.
+
+    L_D = bpr·BPR + regularisation·½‖E⁰ of the batch‖²/B + align_user·align(e_u, sg z_u) + align_item·align(e_i, sg z_i)
+    + kl·T²KL(LM's scores ‖ domain's scores), the last over the unseen items of the catalogue (or of a drawn part).
+
+    The representation term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote (ours).
+    """
+    shared, domain = params["shared"], params["domain"]
+    user_UD, item_ID = arm.encode(shared, domain)
+    terms = {}
+    if weights.bpr:
+        u, i, j, w = batch["user"], batch["positive"], batch["negative"], batch["weight"]
+        u_BD = user_UD[u]
+        terms["bpr"] = bpr_loss(
+            score_pairs(arm, domain, u_BD, item_ID[i]), score_pairs(arm, domain, u_BD, item_ID[j]), w
+        )
+        norms_B = sum(
+            jnp.sum(jnp.square(rows), axis=-1) for rows in (shared["user"][u], shared["item"][i], shared["item"][j])
+        )
+        terms["regularisation"] = 0.5 * jnp.sum(w * norms_B), jnp.sum(w)
+    if weights.align_item:
+        n = batch["align_item"]
+        terms["align_item"] = align_loss(
+            item_ID[n], view["z_item"][n], constants["text_weight_I"][n], kind=bridge.align, axis_name=axis_name
+        )
+    if weights.align_user or weights.kl:
+        n = batch["kl_user"]
+        ones_N = jnp.ones(n.shape)
+        if weights.align_user:
+            terms["align_user"] = align_loss(user_UD[n], view["z_user"][n], ones_N, kind=bridge.align, axis_name=axis_name)
+        if weights.kl:
+            allowed_NC = ~constants["seen_UI"][n]
+            rows_CM, item_CD = view["rows_item"], item_ID
+            if "kl_item" in batch:
+                pick_C = batch["kl_item"]
+                allowed_NC, rows_CM, item_CD = allowed_NC[:, pick_C], rows_CM[pick_C], item_CD[pick_C]
+            teacher_NC = jnp.where(allowed_NC, view["state_user"][n] @ rows_CM.T, NEVER)
+            student_NC = jnp.where(allowed_NC, arm.score(domain, user_UD[n], item_CD), NEVER)
+            terms["kl"] = kl_loss(student_NC, teacher_NC, ones_N, temperature=bridge.temperature)
+    return terms
+
+
+def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
+    """Returns the pure step(state, batch, *, axis_name=None) -> (state, metrics) of the LM arm.
+
+    Args:
+      arm: the domain arm (its `encode` is used when the LM reads propagated rows).
+      bridge: static facts of the model.
+      weights: the loss weights.
+      optimizer: optax transformation over the whole params; freezes what the LM phase must not touch.
+    """
+
+    def lm_step(state: TrainState, batch, *, axis_name=None):
+        key, dropout_key = jax.random.split(state.key)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(batch["row"]) if bridge.lm.dropout else None
+
+        def losses(params):
+            return lm_losses(
+                params, batch, state.view, state.constants,
+                arm=arm, bridge=bridge, weights=weights, keys_B=keys_B, axis_name=axis_name,
+            )  # fmt: skip
+
+        return _update(state._replace(key=key), losses, dataclasses.asdict(weights), optimizer, axis_name)
+
+    return lm_step
+
+
+def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer):
+    """Returns the pure step(state, batch, *, axis_name=None) -> (state, metrics) of the domain arm on a drawn batch."""
+
+    def domain_step(state: TrainState, batch, *, axis_name=None):
+        def losses(params):
+            return domain_losses(
+                params, batch, state.view, state.constants, arm=arm, bridge=bridge, weights=weights, axis_name=axis_name
+            )
+
+        return _update(state, losses, dataclasses.asdict(weights), optimizer, axis_name)
+
+    return domain_step
+
+
+def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_items: int = 0):
+    """Returns epoch(state, slots, *, axis_name=None): one compiled pass over all edges, everything drawn on the device.
+
+    Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
+    same numbers. `state.constants` holds edge_user_E, edge_item_E, seen (of the warm items), warm_item_W and warm_rank.
+
+    Args:
+      domain_step: from `make_domain_step`.
+      batch_size: BPR triples a step.
+      kl_users: users a step for the terms on users, 0 for none.
+      kl_items: items drawn a step for the score-level term; 0 takes the whole catalogue.
+    """
+
+    def epoch(state: TrainState, slots, *, axis_name=None):
+        constants = state.constants
+        n_edges = constants["edge_user_E"].shape[0]
+        n_users, n_items = (state.params["shared"][name].shape[0] for name in ("user", "item"))
+        key, order_key, step_key = jax.random.split(state.key, 3)
+        steps = -(-n_edges // batch_size)
+        order = jnp.pad(jax.random.permutation(order_key, n_edges), (0, steps * batch_size - n_edges), constant_values=-1)
+
+        def body(state, inputs):
+            edge_B, key = inputs
+            keys = jax.random.split(key, 4)
+            user_B = constants["edge_user_E"][edge_B]
+            negative_B = constants["warm_item_W"][sampling.sample_negatives(keys[0], constants["seen"], user_B)]
+            pick = slots["bpr"]
+            batch = {
+                "user": user_B[pick],
+                "positive": constants["edge_item_E"][edge_B][pick],
+                "negative": negative_B[pick],
+                "weight": (edge_B >= 0).astype(jnp.float32)[pick],
+                "align_item": jax.random.randint(keys[3], (batch_size,), 0, n_items)[pick],
+            }
+            if kl_users:
+                batch["kl_user"] = jax.random.randint(keys[1], (kl_users,), 0, n_users)[slots["kl"]]
+            if kl_items:
+                batch["kl_item"] = jax.random.randint(keys[2], (kl_items,), 0, n_items)
+            return domain_step(state, batch, axis_name=axis_name)
+
+        inputs = order.reshape(steps, batch_size), jax.random.split(step_key, steps)
+        state, metrics = jax.lax.scan(body, state._replace(key=key), inputs)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    return epoch
+
+
+def make_slots(*, batch_size: int, kl_users: int = 0) -> dict:
+    """Returns the index of every row of a domain batch, the "batch" that `runtime.parallel` splits over the devices."""
+    slots = {"bpr": jnp.arange(batch_size)}
+    if kl_users:
+        slots["kl"] = jnp.arange(kl_users)
+    return slots
+
+
+def _update(state: TrainState, losses, weights: dict, optimizer, axis_name):
+    total = (lambda x: jax.lax.psum(x, axis_name)) if axis_name else (lambda x: x)
+
+    def objective(params):
+        terms = losses(params)
+        counts = {name: jnp.maximum(total(jax.lax.stop_gradient(count)), 1e-9) for name, (_, count) in terms.items()}
+        shares = {name: value / counts[name] for name, (value, _) in terms.items()}
+        return sum(weights[name] * share for name, share in shares.items()), shares
+
+    grads, shares = jax.grad(objective, has_aux=True)(state.params)
+    grads, metrics = total(grads), total(shares)
+    metrics["loss"] = sum(weights[name] * value for name, value in metrics.items())
+    metrics["gradient_norm"] = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
