@@ -1,0 +1,259 @@
+"""Checkpoints that survive a kill at any moment: orbax writes the arrays, one rename makes them count.
+
+A checkpoint is a folder `00000120/` with orbax's `arrays/` and a `tree.json` that names every leaf in order, so that
+typed keys, Python numbers and strings come back as what they were. Serving artefacts are flat safetensors files.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdlm_jax.types import InputError
+
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+
+
+def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -> Path:
+    """Writes one checkpoint; when it returns the checkpoint is on disk, and before that the last one still stands.
+
+    Args:
+        folder: holds the checkpoints of one series; made where it is missing.
+        step: the number that orders them; a checkpoint of the same number is replaced.
+        tree: pytree of arrays, typed keys, and Python bool, int, float or str.
+        keep: how many of the newest stay; None: all.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        InputError: a leaf of another type.
+    """
+    # Imported here: orbax takes a second to import, and a serving process only reads safetensors.
+    import orbax.checkpoint as ocp
+
+    final = Path(folder).absolute() / f"{step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    _finish_replacement(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    leaves, arrays = [], {}
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+        entry, array = _pack(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        leaves.append(entry)
+        if array is not None:
+            arrays[f"{i:05d}"] = array
+    if arrays:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "arrays", arrays)
+    (partial / "tree.json").write_text(json.dumps({"format": 1, "leaves": leaves}), encoding="utf-8")
+    _flush_to_disk(partial)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    _flush_to_disk(final.parent, recursive=False)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if keep is not None:
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(final.with_name(f"{old:08d}"))
+    return final
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Lists the numbers of the complete checkpoints in `folder`, rising; none where the folder is missing."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        return []
+    for replaced in folder.glob("*" + _REPLACED):
+        _finish_replacement(replaced.with_name(replaced.name.removesuffix(_REPLACED)))
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name))
+
+
+def latest(folder: str | Path) -> Path | None:
+    """Finds the newest complete checkpoint of `folder`; None where there is none."""
+    found = steps(folder)
+    return Path(folder).absolute() / f"{found[-1]:08d}" if found else None
+
+
+def restore(checkpoint: str | Path, *, like: Any) -> Any:
+    """Reads a checkpoint back into the shape of `like`, equal to the bit.
+
+    Args:
+        checkpoint: a folder that `save` or `latest` returned.
+        like: pytree of the saved structure; a `jax.Array` leaf comes back as one on the same devices, a NumPy array
+            as NumPy, a `jax.ShapeDtypeStruct` as an array on the default device, a Python number or string as itself.
+
+    Returns:
+        The pytree.
+
+    Raises:
+        InputError: no such checkpoint, or a leaf whose path, shape or dtype is not that of `like`.
+    """
+    import orbax.checkpoint as ocp
+
+    checkpoint = Path(checkpoint).absolute()
+    if not (checkpoint / "tree.json").is_file():
+        raise InputError(f"{checkpoint} holds no checkpoint; give a folder that `latest` names.")
+    entries = json.loads((checkpoint / "tree.json").read_text(encoding="utf-8"))["leaves"]
+    wanted = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    ]
+    saved_names, wanted_names = [entry["path"] for entry in entries], [name for name, _ in wanted]
+    if saved_names != wanted_names:
+        odd = sorted(set(saved_names) ^ set(wanted_names)) or saved_names
+        side = "only in the checkpoint" if odd[0] in saved_names else "missing in it"
+        raise InputError(
+            f"{checkpoint} was saved by another configuration: {odd[0]!r} is {side}; "
+            "resume with the same config or choose a new workdir."
+        )
+    arrays = {}
+    if (checkpoint / "arrays").exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            template = {
+                f"{i:05d}": np.empty(entry["shape"], np.dtype(entry["dtype"]))
+                for i, entry in enumerate(entries)
+                if "dtype" in entry
+            }
+            arrays = checkpointer.restore(checkpoint / "arrays", template)
+    leaves = [
+        _unpack(checkpoint, entry, arrays.get(f"{i:05d}"), leaf)
+        for i, (entry, (_, leaf)) in enumerate(zip(entries, wanted))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def save_safetensors(path: str | Path, tree: Any) -> None:
+    """Writes nested dicts of arrays as one flat safetensors file with names "a/b/c", by temporary file and rename.
+
+    Args:
+        path: the file.
+        tree: nested dicts with string keys and arrays (NumPy or JAX, bfloat16 too).
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + _PARTIAL)
+    flat: dict[str, np.ndarray] = {}
+    _flatten(tree, "", flat)
+    save_file(flat, partial)
+    _flush_to_disk(partial)
+    partial.replace(path)
+
+
+def load_safetensors(path: str | Path, *, prefix: str = "") -> dict[str, Any]:
+    """Reads what `save_safetensors` wrote.
+
+    Args:
+        path: the file.
+        prefix: only the subtree below this name ("params/shared"); tensors outside it are not read.
+
+    Returns:
+        Nested dicts of NumPy arrays.
+
+    Raises:
+        InputError: the file is missing or is no safetensors file, or nothing stands below `prefix`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tree: dict[str, Any] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                if not prefix or name.startswith(prefix.rstrip("/") + "/"):
+                    *parents, last = name.removeprefix(prefix).strip("/").split("/")
+                    node = tree
+                    for parent in parents:
+                        node = node.setdefault(parent, {})
+                    node[last] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a safetensors file: {error}.") from error
+    if prefix and not tree:
+        raise InputError(f"{path} holds nothing below {prefix!r}; it was written by another configuration.")
+    return tree
+
+
+def _flatten(tree: Any, prefix: str, flat: dict[str, np.ndarray]) -> None:
+    for name, value in tree.items():
+        if "/" in name:
+            raise InputError(f"The name {name!r} holds a slash, which separates the levels; rename that entry.")
+        if isinstance(value, dict):
+            _flatten(value, prefix + name + "/", flat)
+        else:
+            flat[prefix + name] = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
+
+
+def _pack(path: str, leaf: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+    if isinstance(leaf, bool | int | float | str) and not isinstance(leaf, np.generic):
+        return {"path": path, "kind": "python", "value": leaf}, None
+    kind = {"kind": "array"}
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        kind = {"kind": "key", "impl": str(jax.random.key_impl(leaf))}
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or leaf.dtype == object:
+        raise InputError(f"{path} is a {type(leaf).__name__}, which no checkpoint can hold; use an array or a number.")
+    array = np.asarray(leaf)
+    entry = {"path": path, **kind, "shape": list(array.shape)}
+    # Orbax refuses arrays without elements; their shape says everything.
+    return entry | ({"dtype": array.dtype.name} if array.size else {"empty": array.dtype.name}), (
+        array if array.size else None
+    )
+
+
+def _unpack(checkpoint: Path, entry: dict[str, Any], array: np.ndarray | None, like: Any) -> Any:
+    if entry["kind"] == "python":
+        if type(like) is not type(entry["value"]):
+            raise _mismatch(checkpoint, entry, type(entry["value"]).__name__, type(like).__name__)
+        return entry["value"]
+    if array is None:
+        array = np.empty(entry["shape"], np.dtype(entry["empty"]))
+    array = np.asarray(array)
+    if entry["kind"] == "key":
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
+        found, wanted = f"{key.dtype} {key.shape}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
+        if found != wanted:
+            raise _mismatch(checkpoint, entry, found, wanted)
+        return jax.device_put(key, like.sharding) if isinstance(like, jax.Array) else key
+    found, wanted = f"{array.dtype} {array.shape}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
+    if found != wanted:
+        raise _mismatch(checkpoint, entry, found, wanted)
+    if isinstance(like, np.generic):
+        return array[()]
+    if isinstance(like, np.ndarray):
+        return array
+    # A copy: on the CPU device_put may alias the NumPy buffer, and a later donation must not write into it.
+    return jax.device_put(jnp.array(array), like.sharding) if isinstance(like, jax.Array) else jnp.array(array)
+
+
+def _mismatch(checkpoint: Path, entry: dict[str, Any], found: str, wanted: str) -> InputError:
+    return InputError(
+        f"{checkpoint} was saved by another configuration: {entry['path']!r} is {found} there and {wanted} now; "
+        "resume with the same config or choose a new workdir."
+    )
+
+
+def _finish_replacement(final: Path) -> None:
+    replaced = final.with_name(final.name + _REPLACED)
+    if replaced.exists():
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+
+
+def _flush_to_disk(path: Path, *, recursive: bool = True) -> None:
+    below = [p for p in path.rglob("*")] if recursive and path.is_dir() else []
+    for each in [*below, path]:
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,62 @@
+"""Packaging: `pip install -e ".[test]"`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read, not imported: importing the package would need its dependencies.
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "bdlm_jax" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
+README = HERE / "README.md"
+
+setup(
+    name="bdlm_jax",
+    version=VERSION,
+    description="BDLM in JAX: a LightGCN and a causal language model that teach each other through one shared table",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["bdlm_jax", "bdlm_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "jax>=0.10",
+        # A pre-release is jraph's last word (2022); naming it lets pip take it.
+        "jraph>=0.0.6.dev0",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pandas>=2.2",
+        "rax>=0.4",
+        "safetensors>=0.6",
+        "scipy>=1.14",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "parity": ["torch>=2.6"],
+        "test": [
+            "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pytest>=8.2",
+            "ruff>=0.14",
+        ],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
