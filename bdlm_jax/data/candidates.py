@@ -1,0 +1,209 @@
+"""Frozen candidate sets: drawn once, hashed, and the same for every model that is compared.
+
+Numbers move when candidates are drawn anew at each evaluation; here the file is the protocol.
+"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
+from bdlm_jax.types import InputError, LeakError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """What each case ranks.
+
+    Args:
+        name: of the protocol, such as "cand20": the target and 19 others.
+        user_N: (N,) int32 users.
+        items_NC: (N, C) int32; column 0 is the target, -1 pads where a user has too few unseen items.
+        sha256: hash of the three above.
+    """
+
+    name: str
+    user_N: np.ndarray
+    items_NC: np.ndarray
+    sha256: str
+
+    def __post_init__(self):
+        self.user_N.setflags(write=False)
+        self.items_NC.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.user_N)
+
+
+def make_candidates(
+    split: Split, part: int, *, n_negatives: int, seed: int, name: str, pool: np.ndarray | None = None
+) -> Candidates:
+    """Draws, for every case of `part`, negatives uniformly without replacement among the items unseen by its user.
+
+    An item is seen if the user has it in any part, so that neither the target nor another positive is a negative.
+    Each case draws on its own. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
+
+    Args:
+        split: the split.
+        part: VALIDATION or TEST.
+        n_negatives: per case (19 for cand20).
+        seed: of the draw; raw PCG64 bits are used, so the result is the same on every platform and NumPy.
+        name: of the protocol.
+        pool: item indices to draw from (default: all); targets need not be in it.
+
+    Returns:
+        Candidates of shape (N, 1 + n_negatives), checked.
+
+    Raises:
+        InputError: the part is empty, or a number or the pool cannot be used.
+    """
+    if n_negatives < 1:
+        raise InputError(f"n_negatives is {n_negatives}; give 1 or more.")
+    n_items = split.interactions.n_items
+    pool_P = np.arange(n_items) if pool is None else np.unique(np.asarray(pool, np.int64))
+    if not len(pool_P) or pool_P[0] < 0 or pool_P[-1] >= n_items:
+        raise InputError(f"the pool of candidates {name} must hold item indices between 0 and {n_items - 1}.")
+    user_N, target_N = split.cases(part)
+    if not len(user_N):
+        raise InputError(f"candidates {name}: the part has no interaction to predict; choose another part or split.")
+
+    indptr, seen = _seen_in_pool(split, pool_P)
+    n_unseen_N = len(pool_P) - np.diff(indptr)[user_N]
+    bits = np.random.PCG64(seed)
+    rank_NC = _draw_subsets(bits, n_unseen_N, n_negatives)
+
+    # the r-th unseen position is r + (number of seen positions s_k with s_k - k ≤ r): one sorted search for all users
+    shifted = seen - (np.arange(len(seen)) - np.repeat(indptr[:-1], np.diff(indptr)))
+    stride = len(pool_P) + 1
+    keys = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * stride + shifted
+    wanted_NC = user_N.astype(np.int64)[:, None] * stride + rank_NC
+    position_NC = rank_NC + np.searchsorted(keys, wanted_NC, side="right") - indptr[user_N][:, None]
+    negative_NC = np.where(rank_NC < 0, -1, pool_P[np.where(rank_NC < 0, 0, position_NC)])
+
+    items_NC = np.concatenate([target_N[:, None], negative_NC], axis=1).astype(np.int32)
+    candidates = Candidates(name, user_N.copy(), items_NC, _sha256(name, user_N, items_NC))
+    check_candidates(split, candidates)
+    return candidates
+
+
+def check_candidates(split: Split, candidates: Candidates) -> None:
+    """Raises if these candidates cannot be what this split asks.
+
+    Args:
+        split: the split that they are used with.
+        candidates: drawn, loaded, or made by hand.
+
+    Raises:
+        LeakError: a target is among its negatives, or a negative is a positive of the user in any part, or twice there.
+        InputError: users, items or targets are not those of this data.
+    """
+    n_users, n_items = split.interactions.n_users, split.interactions.n_items
+    user_N, items_NC = candidates.user_N.astype(np.int64), candidates.items_NC
+    label = f"candidates {candidates.name}"
+    if items_NC.ndim != 2 or items_NC.shape[1] < 2 or items_NC.shape[0] != len(user_N):
+        raise InputError(
+            f"{label} have the shape {items_NC.shape} for {len(user_N)} users; give (users, 1 + negatives)."
+        )
+    if len(user_N) and (
+        user_N.min() < 0 or user_N.max() >= n_users or items_NC.min() < -1 or items_NC.max() >= n_items
+    ):
+        raise InputError(f"{label} name users or items that this data does not have; make them again for it.")
+    target_N, negative_NC = items_NC[:, 0], items_NC[:, 1:]
+    _raise_at(np.any(negative_NC == target_N[:, None], axis=1), user_N, f"{label}: the target is among its negatives")
+    sorted_NC = np.sort(negative_NC, axis=1)
+    twice_N = np.any((sorted_NC[:, 1:] == sorted_NC[:, :-1]) & (sorted_NC[:, 1:] >= 0), axis=1)
+    _raise_at(twice_N, user_N, f"{label}: a negative stands twice")
+    known = _pairs(split, TRAIN, VALIDATION, TEST)
+    positive_NC = np.isin(user_N[:, None] * n_items + negative_NC, known) & (negative_NC >= 0)
+    _raise_at(positive_NC.any(axis=1), user_N, f"{label}: a negative is an interaction of its user")
+    held = _pairs(split, VALIDATION, TEST)
+    if not np.isin(user_N * n_items + target_N, held).all() or (target_N < 0).any():
+        raise InputError(f"{label} have targets that this split does not hold out; make them again for it.")
+
+
+def save_candidates(path: str | os.PathLike, candidates: Candidates) -> None:
+    """Writes candidates as one .npz without objects; the file appears complete or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        np.savez_compressed(
+            file,
+            name=np.array(candidates.name),
+            user_N=candidates.user_N,
+            items_NC=candidates.items_NC,
+            sha256=np.array(candidates.sha256),
+        )
+    os.replace(part, path)
+
+
+def load_candidates(path: str | os.PathLike) -> Candidates:
+    """Reads what `save_candidates` wrote and verifies the hash.
+
+    Raises:
+        InputError: the file is missing, broken, or no longer what was written.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            name, sha256 = str(file["name"]), str(file["sha256"])
+            user_N, items_NC = file["user_N"].astype(np.int32), file["items_NC"].astype(np.int32)
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there; make the candidates first.") from None
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as candidates ({error}); make them again.") from error
+    if _sha256(name, user_N, items_NC) != sha256:
+        raise InputError(f"{path} is not what was written (its hash differs); make the candidates again.")
+    return Candidates(name, user_N, items_NC, sha256)
+
+
+def _seen_in_pool(split: Split, pool_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indptr (U+1,), sorted pool positions of each user's items of any part)."""
+    n_users, n_items = split.interactions.n_users, split.interactions.n_items
+    pair = _pairs(split, TRAIN, VALIDATION, TEST)
+    user, item = pair // n_items, pair % n_items
+    position = np.searchsorted(pool_P, item)
+    inside = pool_P[np.minimum(position, len(pool_P) - 1)] == item
+    indptr = np.zeros(n_users + 1, np.int64)
+    np.cumsum(np.bincount(user[inside], minlength=n_users), out=indptr[1:])
+    return indptr, position[inside]
+
+
+def _pairs(split: Split, *parts: int) -> np.ndarray:
+    user, item = split.edges(*parts)
+    return np.unique(user.astype(np.int64) * split.interactions.n_items + item)
+
+
+def _draw_subsets(bits: np.random.PCG64, size_N: np.ndarray, n_draws: int) -> np.ndarray:
+    """(N, n_draws) int64: per row a uniform subset of 0…size-1 in random order; -1 pads where size < n_draws."""
+    n_rows = len(size_N)
+    draws_N = np.minimum(size_N, n_draws)
+    subset_NC = np.full((n_rows, n_draws), -1, np.int64)
+    for column in range(n_draws):
+        last_N = size_N - draws_N + column
+        pick_N = np.floor(_uniform(bits, n_rows) * (last_N + 1)).astype(np.int64)
+        taken_N = np.any(subset_NC[:, :column] == pick_N[:, None], axis=1)
+        subset_NC[:, column] = np.where(column < draws_N, np.where(taken_N, last_N, pick_N), -1)
+    # Floyd's method favours large values in late columns; nobody may read meaning into a column
+    shuffle_NC = np.where(subset_NC < 0, 2.0, _uniform(bits, subset_NC.size).reshape(subset_NC.shape))
+    return np.take_along_axis(subset_NC, np.argsort(shuffle_NC, axis=1, kind="stable"), axis=1)
+
+
+def _uniform(bits: np.random.PCG64, size: int) -> np.ndarray:
+    return (bits.random_raw(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _raise_at(bad_N: np.ndarray, user_N: np.ndarray, what: str) -> None:
+    if bad_N.any():
+        row = int(np.argmax(bad_N))
+        raise LeakError(
+            f"{what} in {int(bad_N.sum())} of {len(bad_N)} cases, the first at row {row} (user {user_N[row]})."
+        )
+
+
+def _sha256(name: str, user_N: np.ndarray, items_NC: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{name}\x1d{items_NC.shape}\x1d".encode())
+    digest.update(np.ascontiguousarray(user_N, "<i4").tobytes())
+    digest.update(np.ascontiguousarray(items_NC, "<i4").tobytes())
+    return digest.hexdigest()

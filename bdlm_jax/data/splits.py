@@ -1,0 +1,297 @@
+"""Train, validation and test parts, and the guards that keep what is held out from reaching a model.
+
+A split is a label per interaction; everything a model may read is asked for by part, so that a test interaction cannot
+slip into a graph or a prompt by an index that is off by one.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bdlm_jax.data.interactions import Interactions, build_interactions, load_interactions, save_interactions
+from bdlm_jax.types import InputError, LeakError
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+PART_NAMES = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Interactions with a part for each row.
+
+    Args:
+        interactions: the table, rows sorted by (user, time).
+        part_E: (E,) int8, TRAIN, VALIDATION or TEST.
+    """
+
+    interactions: Interactions
+    part_E: np.ndarray
+
+    def __post_init__(self):
+        part_E = np.asarray(self.part_E)
+        if part_E.shape != self.interactions.user_E.shape or not np.isin(part_E, (TRAIN, VALIDATION, TEST)).all():
+            raise InputError("part_E needs one part (0, 1 or 2) for each interaction; it has another shape or value.")
+        part_E = part_E.astype(np.int8)
+        part_E.setflags(write=False)
+        object.__setattr__(self, "part_E", part_E)
+
+    def edges(self, *parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """(user, item) int32 rows of these parts, sorted by (user, time)."""
+        mask_E = self._mask(parts)
+        return self.interactions.user_E[mask_E], self.interactions.item_E[mask_E]
+
+    def histories(self, *parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every user's items of these parts in time order, as (indptr (U+1,) int64, item (rows,) int32)."""
+        user, item = self.edges(*parts)
+        indptr = np.zeros(self.interactions.n_users + 1, np.int64)
+        np.cumsum(np.bincount(user, minlength=self.interactions.n_users), out=indptr[1:])
+        return indptr, item
+
+    def cases(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be predicted in this part: (user_N, item_N), one row per held-out interaction."""
+        return self.edges(part)
+
+    def degree(self, *parts: int) -> np.ndarray:
+        """(I,) int64 number of interactions of each item in these parts."""
+        return np.bincount(self.edges(*parts)[1], minlength=self.interactions.n_items)
+
+    def counts(self) -> dict[str, int]:
+        """Rows per part, by name."""
+        return {name: int(np.sum(self.part_E == part)) for part, name in enumerate(PART_NAMES)}
+
+    def _mask(self, parts) -> np.ndarray:
+        if not parts or any(part not in (TRAIN, VALIDATION, TEST) for part in parts):
+            raise InputError(f"parts are {parts!r}; name at least one of TRAIN, VALIDATION and TEST.")
+        return np.isin(self.part_E, parts)
+
+
+def leave_one_out(interactions: Interactions, *, min_history: int = 1) -> Split:
+    """Holds out each user's last interaction for the test and the one before it for validation.
+
+    Args:
+        interactions: the table.
+        min_history: training interactions that must remain; users with fewer than min_history + 2 keep all in training.
+
+    Returns:
+        Split with at most one validation and one test row per user.
+
+    Raises:
+        InputError: min_history is negative, or no user has enough interactions.
+    """
+    if min_history < 0:
+        raise InputError(f"min_history is {min_history}; give 0 or more.")
+    length_U = np.bincount(interactions.user_E, minlength=interactions.n_users)
+    end_U = np.cumsum(length_U)[length_U >= max(min_history + 2, 2)]
+    if not len(end_U):
+        raise InputError(f"no user has {min_history + 2} interactions; lower min_history or choose another split.")
+    part_E = np.zeros(len(interactions), np.int8)
+    part_E[end_U - 1] = TEST
+    part_E[end_U - 2] = VALIDATION
+    return Split(interactions, part_E)
+
+
+def global_time(interactions: Interactions, *, validation: float, test: float) -> Split:
+    """Cuts the whole table at two moments: the past trains, the next stretch validates, the last tests.
+
+    Rows of the same moment never straddle a cut: they go to the later part.
+
+    Args:
+        interactions: a table with timestamps that are comparable between users.
+        validation: fraction of rows, counted backwards from the test part.
+        test: fraction of rows at the end of time.
+
+    Returns:
+        Split; a held-out row's user may have no training row (a new user), which evaluation sees as an empty history.
+
+    Raises:
+        InputError: the fractions do not leave a training part, or times are only each user's own order.
+    """
+    _check_fractions(validation, test)
+    if interactions.time_kind != "timestamp":
+        raise InputError(
+            "global_time needs timestamps, and this source only orders each user's rows; use leave_one_out."
+        )
+    sorted_E = np.sort(interactions.time_E)
+    n_rows = len(sorted_E)
+    n_test, n_validation = _count(n_rows, test), _count(n_rows, validation)
+    part_E = np.zeros(n_rows, np.int8)
+    if n_validation:
+        part_E[interactions.time_E >= sorted_E[n_rows - n_test - n_validation]] = VALIDATION
+    if n_test:
+        part_E[interactions.time_E >= sorted_E[n_rows - n_test]] = TEST
+    if not np.any(part_E == TRAIN):
+        raise InputError(
+            "all rows share the moments that are held out, and none is left to train on; use another split."
+        )
+    return Split(interactions, part_E)
+
+
+def ratio(interactions: Interactions, *, validation: float, test: float, seed: int) -> Split:
+    """Draws a fraction of each user's interactions at random (rounded down, so that short histories stay in training).
+
+    Args:
+        interactions: the table.
+        validation: fraction of each user's rows.
+        test: fraction of each user's rows.
+        seed: of the draw; the same seed gives the same split on every platform.
+
+    Returns:
+        Split.
+
+    Raises:
+        InputError: the fractions do not leave a training part.
+    """
+    _check_fractions(validation, test)
+    # raw bits are the only output whose stream NumPy promises to keep
+    draw_E = np.random.PCG64(seed).random_raw(len(interactions))
+    length_U = np.bincount(interactions.user_E, minlength=interactions.n_users)
+    shuffled = np.lexsort((draw_E, interactions.user_E))
+    start_U = np.cumsum(length_U) - length_U
+    rank_E = np.empty(len(interactions), np.int64)
+    rank_E[shuffled] = np.arange(len(interactions)) - np.repeat(start_U, length_U)
+    n_test_E = _count(length_U, test)[interactions.user_E]
+    n_validation_E = _count(length_U, validation)[interactions.user_E]
+    part_E = np.where(rank_E < n_test_E, TEST, np.where(rank_E < n_test_E + n_validation_E, VALIDATION, TRAIN))
+    return Split(interactions, part_E)
+
+
+def from_parts(
+    train: Sequence,
+    test: Sequence,
+    *,
+    validation: Sequence | None = None,
+    item_fields: Mapping | None = None,
+    user_fields: Mapping | None = None,
+) -> Split:
+    """Takes a split as somebody published it.
+
+    Args:
+        train: (user, item) or (user, item, time), columns of raw ids.
+        test: the same for the test part.
+        validation: the same for the validation part; None: there is none.
+        item_fields: as in `make_interactions`.
+        user_fields: as in `make_interactions`.
+
+    Returns:
+        Split; without times, each user's rows keep their order, training before validation before test.
+
+    Raises:
+        InputError: a pair stands in two parts, some parts have times and others none, or a column is unusable.
+    """
+    named = {"train": train, "validation": validation, "test": test}
+    parts = [(PART_NAMES.index(name), columns) for name, columns in named.items() if columns is not None]
+    widths = {len(columns) for _, columns in parts}
+    if widths not in ({2}, {3}):
+        raise InputError("each part needs the columns (user, item), or (user, item, time) in all parts.")
+    lengths = [len(columns[0]) for _, columns in parts]
+    raw_part = np.repeat([part for part, _ in parts], lengths).astype(np.int8)
+    starts = np.cumsum([0, *lengths])
+
+    def where(row):
+        index = int(np.searchsorted(starts, row, side="right")) - 1
+        return f"{PART_NAMES[parts[index][0]]} part, row {row - starts[index]}"
+
+    merged = [np.concatenate([np.asarray(columns[i]) for _, columns in parts]) for i in range(widths.pop())]
+    interactions, row_E = build_interactions(
+        *merged[:2], time=merged[2] if len(merged) > 2 else None, item_fields=item_fields, user_fields=user_fields,
+        duplicates="keep", where=where,
+    )  # fmt: skip
+    part_E = raw_part[row_E]
+    pair_E = interactions.user_E.astype(np.int64) * interactions.n_items + interactions.item_E
+    by_pair = np.lexsort((part_E, pair_E))
+    same = pair_E[by_pair][1:] == pair_E[by_pair][:-1]
+    crossing = same & (part_E[by_pair][1:] != part_E[by_pair][:-1])
+    if crossing.any():
+        first, second = by_pair[:-1][crossing][0], by_pair[1:][crossing][0]
+        raise InputError(
+            f"{where(int(row_E[second]))}: this user-item pair is also in the {PART_NAMES[part_E[first]]} part; "
+            "remove one of the two."
+        )
+    keep_E = np.ones(len(part_E), bool)
+    keep_E[by_pair[1:][same]] = False
+    if keep_E.all():
+        return Split(interactions, part_E)
+    columns = {name: getattr(interactions, name)[keep_E] for name in ("user_E", "item_E", "time_E")}
+    return Split(dataclasses.replace(interactions, **columns), part_E[keep_E])
+
+
+def check_training_edges(
+    split: Split, user: np.ndarray, item: np.ndarray, *, allowed: Sequence[int] = (TRAIN,)
+) -> None:
+    """Raises if any of these edges is held out.
+
+    Args:
+        split: the split that the edges must respect.
+        user: (rows,) users.
+        item: (rows,) items.
+        allowed: parts that may be read; (TRAIN, VALIDATION) when the test is predicted.
+
+    Raises:
+        LeakError: an edge belongs to a part that is not allowed (and to none that is).
+    """
+    user, item = np.asarray(user, np.int64).ravel(), np.asarray(item, np.int64).ravel()
+    n_items = split.interactions.n_items
+    forbidden = [part for part in (TRAIN, VALIDATION, TEST) if part not in allowed]
+    if not forbidden:
+        return
+    held_user, held_item = split.edges(*forbidden)
+    free_user, free_item = split.edges(*allowed)
+    held = np.setdiff1d(
+        held_user.astype(np.int64) * n_items + held_item, free_user.astype(np.int64) * n_items + free_item
+    )
+    leaked = np.isin(user * n_items + item, held)
+    if leaked.any():
+        row = int(np.argmax(leaked))
+        names = " or ".join(PART_NAMES[part] for part in forbidden)
+        raise LeakError(
+            f"{int(leaked.sum())} of {len(user)} edges are {names} interactions, the first at row {row}: "
+            f"user {user[row]}, item {item[row]}."
+        )
+
+
+def check_history(split: Split, part: int, user_B: np.ndarray, history_BL: np.ndarray) -> None:
+    """Raises if a history from which `part` is predicted holds an interaction of `part` or of a later part.
+
+    Args:
+        split: the split.
+        part: what is predicted: VALIDATION (only training may be read) or TEST (validation too).
+        user_B: (B,) users.
+        history_BL: (B, L) their items; negative values are padding.
+
+    Raises:
+        LeakError: the future is in a history.
+    """
+    history_BL = np.asarray(history_BL)
+    row, column = np.nonzero(history_BL >= 0)
+    check_training_edges(
+        split, np.asarray(user_B)[row], history_BL[row, column], allowed=tuple(range(part)) or (TRAIN,)
+    )
+
+
+def save_split(path: str | os.PathLike, split: Split) -> None:
+    """Writes interactions and parts as one .npz without objects, atomically."""
+    save_interactions(path, split.interactions, part_E=split.part_E)
+
+
+def load_split(path: str | os.PathLike) -> Split:
+    """Reads what `save_split` wrote.
+
+    Raises:
+        InputError: the file is missing, broken, or holds no split.
+    """
+    interactions, arrays = load_interactions(path)
+    if "part_E" not in arrays:
+        raise InputError(f"{path} holds interactions without a split; write it with save_split.")
+    return Split(interactions, arrays["part_E"])
+
+
+def _check_fractions(validation: float, test: float) -> None:
+    if validation < 0 or test < 0 or not 0 < validation + test < 1:
+        raise InputError(f"validation={validation} and test={test} must be fractions whose sum lies between 0 and 1.")
+
+
+def _count(n, fraction: float):
+    """floor(n · fraction), where 10 · 0.1 is 1 and not 0."""
+    return np.floor(np.asarray(n) * fraction + 1e-9).astype(np.int64)
