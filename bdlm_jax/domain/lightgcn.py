@@ -1,0 +1,38 @@
+"""LightGCN: the shared rows propagated over the interaction graph, averaged over the layers."""
+
+import jax.numpy as jnp
+
+from bdlm_jax.domain.arm import DomainArm, dot_score
+
+LAYER_WEIGHTS = ("uniform", "learned")
+
+
+def lightgcn_arm(propagate, *, n_layers: int = 3, layer_weights: str = "uniform") -> DomainArm:
+    """Makes LightGCN: E⁰ = shared rows, Eᵏ⁺¹ = Â·Eᵏ, e = Σ_k α_k·Eᵏ, score = e_u·e_i.
+
+    Args:
+      propagate: (user_UD, item_ID) -> (user_UD, item_ID), one multiplication by Â (`graph.make_propagate`).
+      n_layers: K.
+      layer_weights: "uniform" α_k = 1/(K + 1); "learned" starts there and keeps α in domain["layer_weights"] (K+1,).
+
+    Returns:
+      A DomainArm. Source: He et al. 2020 (LightGCN), equations 3, 4 and 7; the learned weights are ours.
+    """
+    if layer_weights not in LAYER_WEIGHTS:
+        raise ValueError(f"layer_weights {layer_weights!r} is none of {LAYER_WEIGHTS}")
+    uniform = 1.0 / (n_layers + 1)
+
+    def init(key):
+        del key
+        return {} if layer_weights == "uniform" else {"layer_weights": jnp.full((n_layers + 1,), uniform)}
+
+    def encode(shared, domain):
+        weights = [uniform] * (n_layers + 1) if layer_weights == "uniform" else domain["layer_weights"]
+        user, item = shared["user"], shared["item"]
+        user_UD, item_ID = weights[0] * user, weights[0] * item
+        for layer in range(1, n_layers + 1):
+            user, item = propagate(user, item)
+            user_UD, item_ID = user_UD + weights[layer] * user, item_ID + weights[layer] * item
+        return user_UD, item_ID
+
+    return DomainArm(init=init, encode=encode, score=dot_score)
