@@ -1,0 +1,253 @@
+"""The LM's vocabulary: a byte-level tokenizer for text, then one token for each user and each item.
+
+Text tokens are 0…V-1, user u is V + u, item i is V + user_capacity + i. Capacities above the counts leave room to grow without
+moving any token. Text that looks like a special or an id token is encoded as the plain text it is.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bdlm_jax.types import Array, InputError
+
+PAD, BOS, EOS, UNNAMED_USER, UNNAMED_ITEM = "<pad>", "<bos>", "<eos>", "<user>", "<item>"
+_SPECIALS = (PAD, BOS, EOS, UNNAMED_USER, UNNAMED_ITEM)
+_GPT2_END = "<|endoftext|>"
+_ROUND_TO = 8  # matrix units and shardings like a round number of rows
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE, so that any text can be encoded.
+
+    Args:
+        texts: the training texts.
+        vocab_size: wanted number of tokens, specials included; at least 261 (256 bytes and 5 specials). Little text yields fewer.
+
+    Returns:
+        A fast tokenizer with the specials <pad> <bos> <eos> <user> <item>.
+
+    Raises:
+        InputError: if `vocab_size` is too small.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(_SPECIALS):
+        raise InputError(
+            f"vocab_size {vocab_size} cannot hold the bytes: give at least {len(alphabet) + len(_SPECIALS)}."
+        )
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _with_specials(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """Loads a transformers tokenizer directory, or GPT-2's two files, and adds the specials it lacks.
+
+    A tokenizer's own beginning and end tokens are kept; padding is never shared with them.
+
+    Args:
+        folder: holds tokenizer.json (with tokenizer_config.json), or vocab.json and merges.txt.
+
+    Returns:
+        A fast tokenizer that has the five specials.
+
+    Raises:
+        InputError: if the folder holds neither.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder} holds no tokenizer that transformers can read ({error}): save it again."
+            ) from error
+        if not tokenizer.is_fast:
+            raise InputError(f"{folder} holds a slow tokenizer: save it with a tokenizer.json.")
+        return _with_specials(tokenizer)
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if not (vocab.is_file() and merges.is_file()):
+        raise InputError(f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt.")
+    tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+    ends = {"bos_token": _GPT2_END, "eos_token": _GPT2_END} if tokenizer.token_to_id(_GPT2_END) is not None else {}
+    return _with_specials(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends))
+
+
+def save_tokenizer(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes a tokenizer as a transformers tokenizer directory, for `load_tokenizer`.
+
+    Args:
+        folder: made if it is missing.
+        tokenizer: what to save.
+    """
+    tokenizer.save_pretrained(str(folder))
+
+
+def _byte_level(model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _with_specials(tokenizer):
+    missing = {}
+    if tokenizer.bos_token is None:
+        missing["bos_token"] = BOS
+    if tokenizer.eos_token is None:
+        missing["eos_token"] = EOS
+    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token):
+        missing["pad_token"] = PAD
+    if missing:
+        tokenizer.add_special_tokens(missing)
+    known = set(tokenizer.all_special_tokens)
+    unnamed = [token for token in (UNNAMED_USER, UNNAMED_ITEM) if token not in known]
+    tokenizer.add_tokens(unnamed, special_tokens=True)
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the numbering of the id tokens behind it.
+
+    Args:
+        tokenizer: of `train_tokenizer` or `load_tokenizer`.
+        n_users: U.
+        n_items: I.
+        user_capacity: rows kept for users, at least U (default U).
+        item_capacity: rows kept for items, at least I (default I).
+        min_text: V is at least this many rows (a pretrained model may have more rows than its tokenizer has tokens).
+
+    Raises:
+        InputError: if a capacity is below its count.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    n_users: int
+    n_items: int
+    user_capacity: int | None = None
+    item_capacity: int | None = None
+    min_text: int = 0
+
+    def __post_init__(self):
+        for what, count in (("user", self.n_users), ("item", self.n_items)):
+            capacity = getattr(self, f"{what}_capacity")
+            if capacity is None:
+                object.__setattr__(self, f"{what}_capacity", count)
+            elif capacity < count:
+                raise InputError(f"{what}_capacity {capacity} is below the {count} {what}s: raise it.")
+
+    @cached_property
+    def n_text(self) -> int:
+        """V: rows of the text embedding, a multiple of 8 above every token of the tokenizer; the rows between are never produced."""
+        highest = max(max(self.tokenizer.get_vocab().values()) + 1, self.min_text)
+        return -(-highest // _ROUND_TO) * _ROUND_TO
+
+    @property
+    def n_rows(self) -> int:
+        """X: rows of the id tokens, user_capacity + item_capacity: what `lm_hidden` is given as `id_rows_XM`."""
+        return self.user_capacity + self.item_capacity
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens, V + X."""
+        return self.n_text + self.n_rows
+
+    @cached_property
+    def pad(self) -> int:
+        """The padding token."""
+        return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def bos(self) -> int:
+        """The token that begins a prompt."""
+        return int(self.tokenizer.bos_token_id)
+
+    @cached_property
+    def eos(self) -> int:
+        """The token that ends a title or a document."""
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def unnamed_user(self) -> int:
+        """<user>: stands where no <uid> is known or shown."""
+        return int(self.tokenizer.convert_tokens_to_ids(UNNAMED_USER))
+
+    @cached_property
+    def unnamed_item(self) -> int:
+        """<item>: the item whose title stands before it."""
+        return int(self.tokenizer.convert_tokens_to_ids(UNNAMED_ITEM))
+
+    @property
+    def user_tokens(self) -> range:
+        """The tokens of users, up to capacity."""
+        return range(self.n_text, self.n_text + self.user_capacity)
+
+    @property
+    def item_tokens(self) -> range:
+        """The tokens of items, up to capacity."""
+        return range(self.n_text + self.user_capacity, self.n_tokens)
+
+    def user_token(self, user: Array) -> Array:
+        """V + user, for one user or an array."""
+        return self.n_text + user
+
+    def item_token(self, item: Array) -> Array:
+        """V + user_capacity + item, for one item or an array."""
+        return self.n_text + self.user_capacity + item
+
+    def items_of(self, tokens: Array) -> np.ndarray:
+        """The items named in a token array, in order (text and user tokens are left out)."""
+        tokens = np.asarray(tokens)
+        first = self.item_tokens.start
+        return tokens[tokens >= first] - first
+
+    def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes texts; whatever they hold, no special and no id token comes out.
+
+        Args:
+            texts: strings.
+
+        Returns:
+            One int32 array for each text.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        before = backend.encode_special_tokens
+        backend.encode_special_tokens = True
+        try:
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = before
+        return [np.asarray(one.ids, np.int32) for one in encoded]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Writes tokens as text for people, id tokens as <uid_7> and <iid_7>.
+
+        Args:
+            tokens: any tokens of this vocabulary.
+
+        Returns:
+            One string.
+        """
+        pieces, text = [], []
+        for token in [*map(int, tokens), None]:
+            if token is not None and token < self.n_text:
+                text.append(token)
+                continue
+            pieces.append(self.tokenizer.decode(text, skip_special_tokens=False) if text else "")
+            text = []
+            if token in self.user_tokens:
+                pieces.append(f"<uid_{token - self.user_tokens.start}>")
+            elif token in self.item_tokens:
+                pieces.append(f"<iid_{token - self.item_tokens.start}>")
+        return "".join(pieces)
