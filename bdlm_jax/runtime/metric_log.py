@@ -23,9 +23,9 @@ class MetricLog:
 
     Args:
         folder: the run's directory; made where it is missing.
-        resume: `(stage, step)`: the last step whose rows stay. Later steps of that stage and all rows of the stages that
-            came after it are dropped; -1 restarts the stage. None: the file starts empty. Steps of a stage rise: what
-            alternates is one stage. Write a step's row before its checkpoint.
+        resume: `(stage, step)`: the last step whose rows stay. Later steps of that stage and all rows of the stages
+            that came after it are dropped; -1 restarts the stage. None: the file starts empty. Steps of a stage rise:
+            what alternates is one stage. Write a step's row before its checkpoint.
         tensorboard: also write event files below `folder/tensorboard`, one folder per stage; None: where the extra is
             installed.
 
@@ -127,9 +127,7 @@ def _rows_to_keep(rows: list[dict[str, Any]], stage: str, step: int) -> list[dic
     if stage not in order:
         return rows
     return [
-        row
-        for row in rows
-        if (order[row["stage"]], row["step"] if row["stage"] == stage else -2) <= (order[stage], step)
+        row for row in rows if order[row["stage"]] < order[stage] or (row["stage"] == stage and row["step"] <= step)
     ]
 
 

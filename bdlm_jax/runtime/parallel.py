@@ -109,7 +109,8 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
     n = len(devices)
-    replicate = jax.pmap(lambda _, tree: tree, in_axes=(0, None), devices=devices)
+    # The axis' name is part of an array's layout: another one here, and the second step compiles again.
+    replicate = jax.pmap(lambda _, tree: tree, axis_name=AXIS, in_axes=(0, None), devices=devices)
     compiled_by_count: dict[int, Callable] = {}
 
     def compiled(n_constants: int) -> Callable:

@@ -50,7 +50,7 @@ class _Lines:
         self._iterable, self._description, self._total, self._every_s = iterable, description, total, every_s
         self._stream, self._start, self._n, self._postfix = stream, start, start, ""
         self._began = self._last_line = time.monotonic()
-        self._lines = 0
+        self._printed: int | None = None
 
     def __iter__(self) -> Iterator:
         with self:
@@ -68,7 +68,7 @@ class _Lines:
 
     def close(self) -> None:
         # A loop shorter than `every_s` stays silent.
-        if self._lines and self._n != self._printed:
+        if self._printed is not None and self._n != self._printed:
             self._print()
 
     def __enter__(self) -> "_Lines":
@@ -86,7 +86,6 @@ class _Lines:
             f"{self._description}: {done}, {rate:.3g}/s, {seconds:.0f} s{self._postfix}", file=self._stream, flush=True
         )
         self._last_line, self._printed = now, self._n
-        self._lines += 1
 
 
 class StopSignal:

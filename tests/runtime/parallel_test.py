@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdlm_jax.runtime.parallel import compile_step, device_summary
+from bdlm_jax.types import InputError
+
+
+def add_step(state, batch, *, axis_name=None):
+    del axis_name
+    key, _ = jax.random.split(state["key"])
+    table = state["table"] + batch.sum()
+    return {"table": table, "copy": table, "key": key, "step": state["step"] + 1}, {"sum": batch.sum()}
+
+
+def make_state():
+    table = jnp.ones((64, 64))
+    return {"table": table, "copy": table, "key": jax.random.key(0), "step": 0}
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap", "mesh"])
+def test_donation_eats_neither_the_callers_arrays_nor_what_was_fetched(parallel):
+    state = make_state()
+    compiled = compile_step(add_step, parallel=parallel, n_devices=1)
+    placed = compiled.place_state(state)
+    fetched = compiled.fetch_state(placed)
+    for _ in range(2):
+        placed, metrics = compiled.run(placed, np.ones(4, np.float32))
+    assert float(metrics["sum"]) == 4
+    assert metrics["sum"].shape == ()
+    assert (np.asarray(state["table"]) == 1).all()
+    assert (fetched["table"] == 1).all()
+    assert (jax.random.key_data(state["key"]) == jax.random.key_data(fetched["key"])).all()
+    after = compiled.fetch_state(placed)
+    assert (after["table"] == 1 + 4 + 4).all()
+    assert isinstance(after["table"], np.ndarray)
+    assert after["step"] == 2
+    assert jnp.issubdtype(after["key"].dtype, jax.dtypes.prng_key)
+
+
+def test_fetching_takes_subtrees():
+    compiled = compile_step(add_step, parallel="pmap", n_devices=1)
+    placed = compiled.place_state(make_state())
+    assert compiled.fetch_state({"only": placed["table"]})["only"].shape == (64, 64)
+
+
+def test_donated_memory_is_used_up_and_kept_when_asked():
+    for donate in (True, False):
+        compiled = compile_step(add_step, parallel="jit", donate=donate)
+        placed = compiled.place_state(make_state())
+        compiled.run(placed, np.ones(4, np.float32))
+        assert placed["table"].is_deleted() is donate
+
+
+def test_a_second_step_does_not_compile_again():
+    traces = []
+
+    def counting_step(state, batch, *, axis_name=None):
+        traces.append(1)
+        return add_step(state, batch, axis_name=axis_name)
+
+    compiled = compile_step(counting_step, parallel="jit")
+    state = compiled.place_state(make_state())
+    for _ in range(3):
+        state, _ = compiled.run(state, np.ones(4, np.float32))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"parallel": "xmap"}, "use 'jit', 'pmap' or 'mesh'"),
+        ({"parallel": "jit", "n_devices": 2}, "1 to 1"),
+        ({"parallel": "pmap", "n_devices": 10**6}, "devices were asked for"),
+        ({"parallel": "mesh", "n_devices": -1}, "devices were asked for"),
+        ({"parallel": "jit", "rules": (("a", ("data",)),)}, "shards no parameters"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        compile_step(add_step, **options)
+
+
+def test_device_summary_names_the_platform():
+    assert jax.devices()[0].platform in device_summary()
+    assert jax.__version__ in device_summary()
