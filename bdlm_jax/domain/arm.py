@@ -16,7 +16,7 @@ class DomainArm(NamedTuple):
       encode: (shared, domain) -> (user_UD, item_ID), the representations that are scored and aligned.
       score: (domain, user_BD, item_CD) -> (B, C), every pair.
       user_before: None, or (shared, domain, user_B, positive_B) -> user_BD, the users as they stood before that
-        interaction. A model whose `encode` reads the history has seen the positive it is trained on: train it with this.
+        interaction. A model whose `encode` reads the history has seen the positive: train it with this instead.
     """
 
     init: Callable[[Array], Params]

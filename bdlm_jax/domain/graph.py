@@ -5,6 +5,7 @@ the backward pass. Three backends give the same numbers; which is fastest depend
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -198,7 +199,7 @@ def _bipartite(graph, n_users, n_items):
 def _row_blocks(matrix, blocks):
     bounds = np.searchsorted(matrix.indptr, np.linspace(0, matrix.nnz, blocks + 1))
     bounds[0], bounds[-1] = 0, matrix.shape[0]
-    return [matrix[start:stop] for start, stop in zip(bounds[:-1], bounds[1:])]
+    return [matrix[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def _cores() -> int:
