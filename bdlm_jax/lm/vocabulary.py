@@ -1,7 +1,7 @@
 """The LM's vocabulary: a byte-level tokenizer for text, then one token for each user and each item.
 
-Text tokens are 0…V-1, user u is V + u, item i is V + user_capacity + i. Capacities above the counts leave room to grow without
-moving any token. Text that looks like a special or an id token is encoded as the plain text it is.
+Text tokens are 0…V-1, user u is V + u, item i is V + user_capacity + i. Capacities above the counts leave room to grow
+without moving any token. Text that looks like a special or an id token is encoded as the plain text it is.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: the training texts.
-        vocab_size: wanted number of tokens, specials included; at least 261 (256 bytes and 5 specials). Little text yields fewer.
+        vocab_size: wanted number of tokens, at least 261 (256 bytes and 5 specials); little text yields fewer.
 
     Returns:
         A fast tokenizer with the specials <pad> <bos> <eos> <user> <item>.
@@ -149,7 +149,7 @@ class Vocabulary:
 
     @cached_property
     def n_text(self) -> int:
-        """V: rows of the text embedding, a multiple of 8 above every token of the tokenizer; the rows between are never produced."""
+        """V: rows of the text embedding, a multiple of 8; rows above the tokenizer's last token are never produced."""
         highest = max(max(self.tokenizer.get_vocab().values()) + 1, self.min_text)
         return -(-highest // _ROUND_TO) * _ROUND_TO
 

@@ -1,0 +1,286 @@
+"""From prompts to batches of fixed shape: packed into rows once, then served by step number.
+
+A batch is a pure function of (step, batch size, seed), so that a run can resume at any step and give the same numbers.
+Rows hold several prompts as segments 1, 2, …; targets are lists of (position, target), so that logits are computed only
+there.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from bdlm_jax.types import InputError
+
+# name of the positions, name of the targets, for the four kinds of target lists
+LISTS = (
+    ("item_index", "item_target"),
+    ("text_index", "text_target"),
+    ("user_index", "user"),
+    ("card_index", "card_item"),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of one length with their target lists; the lists are padded with index 0 and target -1.
+
+    Args:
+        tokens: (R, L) int32, `pad` where nothing stands.
+        positions: (R, L) int32, restarting in each segment.
+        segments: (R, L) int32, 1, 2, … in each row, 0 for padding.
+        item_index, item_target: (R, TI) positions from which the next item is predicted, and that item.
+        text_index, text_target: (R, TT) positions from which the next text token is predicted, and that token.
+        user_index, user: (R, TU) positions where a user's state is read, and that user.
+        card_index, card_item: (R, TC) positions where an item's state is read, and that item.
+        prompt_row, prompt_start, prompt_stop: (N,) where the n-th prompt given to `pack` lies.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    item_index: np.ndarray
+    item_target: np.ndarray
+    text_index: np.ndarray
+    text_target: np.ndarray
+    user_index: np.ndarray
+    user: np.ndarray
+    card_index: np.ndarray
+    card_item: np.ndarray
+    prompt_row: np.ndarray
+    prompt_start: np.ndarray
+    prompt_stop: np.ndarray
+
+    def __len__(self) -> int:
+        """R, the number of rows."""
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a row."""
+        return self.tokens.shape[1]
+
+    def n_steps(self, batch_size: int) -> int:
+        """Batches that show every row once (the last one already holds rows of the next epoch)."""
+        return -(-len(self) // batch_size)
+
+    def rows(self, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Takes some rows, in the given order: what evaluation walks through.
+
+        Args:
+            row_B: (B,) row numbers.
+
+        Returns:
+            The dict of `batch`.
+        """
+        row_B = np.asarray(row_B, np.int32)
+        names = ("tokens", "positions", "segments", *(name for pair in LISTS for name in pair))
+        return {**{name: getattr(self, name)[row_B] for name in names}, "row": row_B}
+
+    def batch(
+        self,
+        step: int,
+        *,
+        batch_size: int,
+        seed: int,
+        max_text_targets: int | None = None,
+        uid_dropout: float = 0.0,
+        user_tokens: range | None = None,
+        unnamed_user: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Serves the batch of a step.
+
+        The rows come from one endless stream, the permutations of epoch 0, 1, 2, … one behind the other, of which step
+        s takes places s·B … s·B+B-1: nothing is dropped, every epoch shows every row once, and a batch may hold the end
+        of one epoch and the beginning of the next.
+
+        Args:
+            step: 0, 1, ….
+            batch_size: B.
+            seed: of the permutations, the target subsets and the dropped user tokens.
+            max_text_targets: keep at most this many text targets of each row, drawn anew for every step.
+            uid_dropout: probability, for each segment, that its user token is shown as `unnamed_user`.
+            user_tokens: the tokens of users (`Vocabulary.user_tokens`), needed for `uid_dropout`.
+            unnamed_user: the token <user>, needed for `uid_dropout`.
+
+        Returns:
+            {"tokens", "positions", "segments": (B, L), the eight lists of `LISTS`: (B, T·), "row": (B,)}, all int32.
+
+        Raises:
+            InputError: if there are no rows, or `uid_dropout` lacks its tokens.
+        """
+        if not len(self):
+            raise InputError("there is no prompt to make a batch of: the training data are empty.")
+        place_B = np.arange(step * batch_size, (step + 1) * batch_size)
+        epoch_B, within_B = np.divmod(place_B, len(self))
+        row_B = np.empty(batch_size, np.int32)
+        for epoch in range(epoch_B[0], epoch_B[-1] + 1):
+            row_B[epoch_B == epoch] = _permutation(len(self), seed, epoch)[within_B[epoch_B == epoch]]
+        batch = self.rows(row_B)
+        if max_text_targets is not None:
+            generator = np.random.default_rng((seed, step, 1))
+            batch["text_index"], batch["text_target"] = _subset(
+                batch["text_index"], batch["text_target"], max_text_targets, generator
+            )
+        if uid_dropout:
+            if user_tokens is None or unnamed_user is None:
+                raise InputError("uid_dropout needs user_tokens and unnamed_user: pass the vocabulary's.")
+            generator = np.random.default_rng((seed, step, 2))
+            batch["tokens"] = _drop_users(batch, uid_dropout, user_tokens, unnamed_user, generator)
+        return batch
+
+
+def pack(prompts: Sequence, length: int, *, pad: int = 0, max_text_targets: int | None = None, seed: int = 0) -> Packed:
+    """Packs prompts into rows, each into the first row that has room for it, in the order given.
+
+    Args:
+        prompts: objects with the fields of `lm.prompts.Prompt`.
+        length: L.
+        pad: the padding token.
+        max_text_targets: keep at most this many text targets of each row, a subset drawn once with `seed`
+            (`Packed.batch` can draw it anew for every step).
+        seed: of that subset.
+
+    Returns:
+        A Packed; no prompt is cut.
+
+    Raises:
+        InputError: if a prompt is longer than `length`.
+    """
+    size_N = np.fromiter((len(prompt.tokens) for prompt in prompts), np.int64, len(prompts))
+    if len(prompts) and size_N.max() > length:
+        worst = int(size_N.argmax())
+        raise InputError(
+            f"prompt {worst} has {size_N[worst]} tokens and a row holds {length}: raise the length, "
+            "or build the prompts with max_tokens."
+        )
+    row_N, start_N, segment_N = _first_fit(size_N, length)
+    n_rows = int(row_N.max()) + 1 if len(prompts) else 0
+    flat = _concatenate_field(prompts, "tokens")
+    within = np.arange(len(flat)) - np.repeat(np.cumsum(size_N) - size_N, size_N)
+    row = np.repeat(row_N, size_N)
+    place = np.repeat(start_N, size_N) + within
+
+    tokens = np.full((n_rows, length), pad, np.int32)
+    positions, segments = np.zeros((n_rows, length), np.int32), np.zeros((n_rows, length), np.int32)
+    tokens[row, place], positions[row, place] = flat, within
+    segments[row, place] = np.repeat(segment_N, size_N)
+
+    lists = {}
+    for (index, target), field in zip(LISTS[:2], ("item_targets", "text_targets")):
+        value = _concatenate_field(prompts, field)
+        has = value >= 0
+        lists[index], lists[target] = _target_lists(row[has], place[has], value[has], n_rows)
+    for (index, target), field, at in zip(LISTS[2:], ("user", "item"), ("user_at", "item_at")):
+        value_N = np.fromiter((getattr(prompt, field) for prompt in prompts), np.int64, len(prompts))
+        at_N = np.fromiter((getattr(prompt, at) for prompt in prompts), np.int64, len(prompts))
+        has = value_N >= 0
+        lists[index], lists[target] = _target_lists(row_N[has], (start_N + at_N)[has], value_N[has], n_rows)
+    if max_text_targets is not None:
+        generator = np.random.default_rng(seed)
+        lists["text_index"], lists["text_target"] = _subset(
+            lists["text_index"], lists["text_target"], max_text_targets, generator
+        )
+    return Packed(
+        tokens, positions, segments, **lists, prompt_row=row_N, prompt_start=start_N, prompt_stop=start_N + size_N
+    )
+
+
+def concatenate(parts: Sequence[Packed]) -> Packed:
+    """Joins sets of rows of the same length into one, so that their prompts mix in every batch.
+
+    Args:
+        parts: at least one Packed.
+
+    Returns:
+        A Packed whose rows and prompts are those of the parts, in order; target lists are padded to the widest.
+
+    Raises:
+        InputError: if the parts differ in length.
+    """
+    lengths = {part.length for part in parts}
+    if len(lengths) != 1:
+        raise InputError(f"packed sets of lengths {sorted(lengths)} cannot be joined: pack them with one length.")
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "positions", "segments")
+    }
+    for pair in LISTS:
+        for name, fill in zip(pair, (0, -1)):
+            width = max(getattr(part, name).shape[1] for part in parts)
+            joined[name] = np.concatenate([_widen(getattr(part, name), width, fill) for part in parts])
+    offsets = np.cumsum([0] + [len(part) for part in parts[:-1]])
+    joined["prompt_row"] = np.concatenate([part.prompt_row + offset for part, offset in zip(parts, offsets)])
+    for name in ("prompt_start", "prompt_stop"):
+        joined[name] = np.concatenate([getattr(part, name) for part in parts])
+    return Packed(**joined)
+
+
+def _concatenate_field(prompts, name):
+    if not len(prompts):
+        return np.zeros(0, np.int32)
+    return np.concatenate([getattr(prompt, name) for prompt in prompts])
+
+
+def _first_fit(size_N, length):
+    """Row, start and segment of each prompt, by first fit over a tree of the room left in rows: O(N log N)."""
+    n_leaves = 1 << max(0, len(size_N) - 1).bit_length()
+    room = [length] * (2 * n_leaves)  # node i has children 2i and 2i+1; every leaf is a row, empty at first
+    count = [0] * n_leaves
+    row_N, start_N, segment_N = (np.zeros(len(size_N), np.int64) for _ in range(3))
+    for n, size in enumerate(size_N.tolist()):
+        node = 1
+        while node < n_leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        row = node - n_leaves
+        row_N[n], start_N[n] = row, length - room[node]
+        count[row] += 1
+        segment_N[n] = count[row]
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            left, right = room[2 * node], room[2 * node + 1]
+            room[node] = left if left > right else right
+    return row_N, start_N, segment_N
+
+
+def _target_lists(row, place, value, n_rows):
+    """Lists (R, T) of places and values, in order of place, padded with 0 and -1."""
+    order = np.lexsort((place, row))
+    row, place, value = row[order], place[order], value[order]
+    count_R = np.bincount(row, minlength=n_rows)
+    width = int(count_R.max()) if n_rows else 0
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
+    index_RT, target_RT = np.zeros((n_rows, width), np.int32), np.full((n_rows, width), -1, np.int32)
+    index_RT[row, slot], target_RT[row, slot] = place, value
+    return index_RT, target_RT
+
+
+def _widen(array_RT, width, fill):
+    return np.pad(array_RT, ((0, 0), (0, width - array_RT.shape[1])), constant_values=fill)
+
+
+def _subset(index_RT, target_RT, size, generator):
+    """At most `size` of each row's targets, uniformly drawn, in order of place."""
+    if target_RT.shape[1] <= size:
+        return _widen(index_RT, size, 0), _widen(target_RT, size, -1)
+    draw_RT = np.where(target_RT >= 0, generator.random(target_RT.shape, np.float32), 2)  # pads come last
+    slot = np.sort(np.argpartition(draw_RT, size - 1, axis=1)[:, :size], axis=1)
+    return np.take_along_axis(index_RT, slot, axis=1), np.take_along_axis(target_RT, slot, axis=1)
+
+
+def _drop_users(batch, probability, user_tokens, unnamed_user, generator):
+    tokens_BL, segments_BL = batch["tokens"], batch["segments"]
+    n_segments = segments_BL.shape[1] + 1  # not the batch's highest, so that a draw does not depend on other rows
+    drop_BS = generator.random((len(tokens_BL), n_segments), np.float32) < probability
+    is_user_BL = (tokens_BL >= user_tokens.start) & (tokens_BL < user_tokens.stop)
+    return np.where(is_user_BL & np.take_along_axis(drop_BS, segments_BL, axis=1), unnamed_user, tokens_BL).astype(
+        np.int32
+    )
+
+
+@lru_cache(maxsize=4)
+def _permutation(n_rows, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
