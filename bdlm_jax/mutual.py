@@ -16,6 +16,8 @@ from bdlm_jax import sharing
 from bdlm_jax.domain import sampling
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm.causal_lm import gather_positions
+from bdlm_jax.lm.pretrain import text_cross_entropy
 from bdlm_jax.losses import align_loss, bpr_loss, cross_entropy_loss, kl_loss
 from bdlm_jax.types import Array, Params
 
@@ -23,14 +25,12 @@ NEVER = -1e9  # the logit of an item that cannot be the answer
 
 
 class TrainState(NamedTuple):
-    """What a step carries: `view` is the other arm as constants, `constants` never change and are not saved."""
+    """What a step carries and a checkpoint holds."""
 
     params: Params
     opt_state: Any
     step: Array
     key: Array
-    view: Params
-    constants: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +81,6 @@ def id_rows(params: Params, *, bridge: Bridge, arm: DomainArm) -> tuple[Array, A
     return rows_XM, rows_XM[bridge.user_capacity : bridge.user_capacity + item_ID.shape[0]]
 
 
-def score_pairs(arm: DomainArm, domain: Params, user_BD: Array, item_BD: Array) -> Array:
-    """Returns the domain arm's scores (B,) of paired rows."""
-    return jax.vmap(lambda u_D, i_D: arm.score(domain, u_D[None], i_D[None])[0, 0])(user_BD, item_BD)
-
-
-def gather_positions(hidden_BLM: Array, index_BT: Array) -> Array:
-    """Returns the states (B, T, M) at the given positions of each row."""
-    return jnp.take_along_axis(hidden_BLM, index_BT[..., None], axis=1)
-
-
 def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B, axis_name):
     """Computes every weighted term of the LM arm's loss as {name: (sum, count)}.
 
@@ -109,8 +99,7 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
         logits_BTI = jnp.where(constants["warm_I"], logits_BTI, NEVER)
         terms["item"] = cross_entropy_loss(logits_BTI, batch["item_target"])
     if weights.text:
-        logits_BTV = causal_lm.text_logits(lm, bridge.lm, gather_positions(hidden_BLM, batch["text_index"]))
-        terms["text"] = cross_entropy_loss(logits_BTV, batch["text_target"])
+        terms["text"] = text_cross_entropy(lm, bridge.lm, hidden_BLM, batch["text_index"], batch["text_target"])
     if weights.align_item:
         z_ND = sharing.bridge_out(lm["bridge"], _flat(gather_positions(hidden_BLM, batch["card_index"])))
         item_N = batch["card_item"].reshape(-1)
@@ -128,7 +117,7 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
             terms["align_user"] = align_loss(z_ND, e_ND, known_N, kind=bridge.align, axis_name=axis_name)
         if weights.kl:
             allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
-            teacher_NI = jnp.where(allowed_NI, arm.score(view["domain"], e_ND, view["item"]), NEVER)
+            teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
             student_NI = jnp.where(allowed_NI, state_NM @ rows_IM.T, NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=bridge.temperature)
     return terms
@@ -147,9 +136,9 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
     terms = {}
     if weights.bpr:
         u, i, j, w = batch["user"], batch["positive"], batch["negative"], batch["weight"]
-        u_BD = user_UD[u]
+        u_BD = arm.user_before(shared, domain, u, i) if arm.user_before else user_UD[u]
         terms["bpr"] = bpr_loss(
-            score_pairs(arm, domain, u_BD, item_ID[i]), score_pairs(arm, domain, u_BD, item_ID[j]), w
+            arm.score_pairs(domain, u_BD, item_ID[i]), arm.score_pairs(domain, u_BD, item_ID[j]), w
         )
         norms_B = sum(
             jnp.sum(jnp.square(rows), axis=-1) for rows in (shared["user"][u], shared["item"][i], shared["item"][j])
@@ -178,7 +167,10 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
 
 
 def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
-    """Returns the pure step(state, batch, *, axis_name=None) -> (state, metrics) of the LM arm.
+    """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
+
+    `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
+    change: warm_I, and seen_UI where the score-level term is on.
 
     Args:
       arm: the domain arm (its `encode` is used when the LM reads propagated rows).
@@ -187,13 +179,13 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
       optimizer: optax transformation over the whole params; freezes what the LM phase must not touch.
     """
 
-    def lm_step(state: TrainState, batch, *, axis_name=None):
+    def lm_step(state: TrainState, batch, view, constants, *, axis_name=None):
         key, dropout_key = jax.random.split(state.key)
         keys_B = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(batch["row"]) if bridge.lm.dropout else None
 
         def losses(params):
             return lm_losses(
-                params, batch, state.view, state.constants,
+                params, batch, view, constants,
                 arm=arm, bridge=bridge, weights=weights, keys_B=keys_B, axis_name=axis_name,
             )  # fmt: skip
 
@@ -203,12 +195,16 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
 
 
 def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer):
-    """Returns the pure step(state, batch, *, axis_name=None) -> (state, metrics) of the domain arm on a drawn batch."""
+    """Returns the pure step(state, batch, view, constants, *, axis_name=None) of the domain arm on a drawn batch.
 
-    def domain_step(state: TrainState, batch, *, axis_name=None):
+    `view` is the LM arm as of the start of the phase: state_user (U, M), rows_item (I, M), z_user (U, D), z_item (I, D);
+    empty for an arm that trains alone.
+    """
+
+    def domain_step(state: TrainState, batch, view, constants, *, axis_name=None):
         def losses(params):
             return domain_losses(
-                params, batch, state.view, state.constants, arm=arm, bridge=bridge, weights=weights, axis_name=axis_name
+                params, batch, view, constants, arm=arm, bridge=bridge, weights=weights, axis_name=axis_name
             )
 
         return _update(state, losses, dataclasses.asdict(weights), optimizer, axis_name)
@@ -217,10 +213,10 @@ def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, opti
 
 
 def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_items: int = 0):
-    """Returns epoch(state, slots, *, axis_name=None): one compiled pass over all edges, everything drawn on the device.
+    """Returns epoch(state, slots, view, constants, *, axis_name=None): one compiled pass over all edges, everything drawn on the device.
 
     Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
-    same numbers. `state.constants` holds edge_user_E, edge_item_E, seen (of the warm items), warm_item_W and warm_rank.
+    same numbers. `constants` holds edge_user_E, edge_item_E, seen (of the warm items), warm_item_W and warm_rank.
 
     Args:
       domain_step: from `make_domain_step`.
@@ -229,8 +225,7 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
       kl_items: items drawn a step for the score-level term; 0 takes the whole catalogue.
     """
 
-    def epoch(state: TrainState, slots, *, axis_name=None):
-        constants = state.constants
+    def epoch(state: TrainState, slots, view, constants, *, axis_name=None):
         n_edges = constants["edge_user_E"].shape[0]
         n_users, n_items = (state.params["shared"][name].shape[0] for name in ("user", "item"))
         key, order_key, step_key = jax.random.split(state.key, 3)
@@ -254,7 +249,7 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
                 batch["kl_user"] = jax.random.randint(keys[1], (kl_users,), 0, n_users)[slots["kl"]]
             if kl_items:
                 batch["kl_item"] = jax.random.randint(keys[2], (kl_items,), 0, n_items)
-            return domain_step(state, batch, axis_name=axis_name)
+            return domain_step(state, batch, view, constants, axis_name=axis_name)
 
         inputs = order.reshape(steps, batch_size), jax.random.split(step_key, steps)
         state, metrics = jax.lax.scan(body, state._replace(key=key), inputs)

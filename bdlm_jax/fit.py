@@ -1,0 +1,225 @@
+"""One loop for everything that trains: phases of units, checkpoints, selection on validation, resume to the same bits.
+
+A unit is one compiled call: a step of the LM arm, an epoch of the domain arm. A phase is a number of units of one arm,
+against the other arm's representations as they stood when the phase began.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdlm_jax.mutual import TrainState
+from bdlm_jax.runtime import checkpoint, parallel
+from bdlm_jax.runtime.metric_log import MetricLog
+from bdlm_jax.runtime.progress import progress
+from bdlm_jax.types import Params
+
+LOOK_EVERY = 25  # units between two looks at the losses, each of which waits for the device
+
+
+class Arm(NamedTuple):
+    """How one arm trains.
+
+    compiled: its step or epoch, from `runtime.parallel.compile_step`.
+    optimizer: its optax transformation; each arm has its own state for the shared tables.
+    batch: unit number -> batch, so that any unit can be made again.
+    view: params -> the other arm as constants, at the start of a phase.
+    constants: what never changes, on the device.
+    """
+
+    compiled: parallel.Compiled
+    optimizer: Any
+    batch: Callable[[int], Any]
+    view: Callable[[Params], Params]
+    constants: Params
+
+
+class Phase(NamedTuple):
+    """A number of units of one arm; `name` is for people."""
+
+    arm: str
+    units: int
+    name: str
+
+
+class Fitted(NamedTuple):
+    """Each arm's best params on validation, their value, and the phase after which they stood."""
+
+    params: dict[str, Params]
+    value: dict[str, float]
+    phase: dict[str, int]
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved; the exit code is 0 because nothing failed."""
+
+
+def fit(
+    folder: str | os.PathLike,
+    *,
+    stage: str,
+    phases: Sequence[Phase],
+    arms: dict[str, Arm],
+    params: Callable[[], Params],
+    key: jax.Array,
+    validate: Callable[[str, Params], dict[str, float]],
+    select: str,
+    judged: Sequence[str],
+    stop=None,
+    checkpoint_seconds: float = 30.0,
+    tensorboard: bool | None = None,
+) -> Fitted:
+    """Runs the phases in order, keeps each judged arm's best params on validation, and can be killed at any moment.
+
+    Args:
+      folder: where checkpoints, metrics and the best params go; a finished folder is read, not trained again.
+      stage: the name of the stage in messages.
+      phases: what to do.
+      arms: the arms that the phases name.
+      params: makes the initial params.
+      key: the JAX key from which every arm's randomness comes.
+      validate: (arm, params) -> metrics of that arm on validation.
+      select: the metric, among those, that chooses the best phase (higher is better).
+      judged: the arms to validate after every phase.
+      stop: a `runtime.progress.StopSignal`, or None.
+      checkpoint_seconds: the most work that a kill can lose, give or take one unit.
+      tensorboard: see `MetricLog`.
+
+    Returns:
+      Fitted.
+
+    Raises:
+      FloatingPointError: a loss is not finite; names the stage, the phase and the unit.
+      Stopped: after a save, when `stop.requested`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "done.json").exists():
+        return _read_fitted(folder, judged)
+    tree = _restore_or_begin(folder, arms, params, key, judged)
+    cursor, saved_at = tree["cursor"], time.monotonic()
+    with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
+        for number in range(cursor["phase"], len(phases)):
+            phase = phases[number]
+            arm = arms[phase.arm]
+            view = _view(folder, number, arm, tree["params"], resumed=cursor["unit"] > 0)
+            view = jax.tree.map(jnp.asarray, view)
+            mine = tree["arms"][phase.arm]
+            state = arm.compiled.place_state(TrainState(tree["params"], mine["opt_state"], mine["step"], mine["key"]))
+
+            def save(state=None, phase=phase, arm=arm):
+                if state is not None:
+                    host = arm.compiled.fetch_state(state)
+                    tree["params"] = host.params
+                    tree["arms"][phase.arm] = {"opt_state": host.opt_state, "step": host.step, "key": host.key}
+                checkpoint.save(folder / "checkpoints", cursor["units"], tree, keep=2)
+
+            bar = progress(total=phase.units, start=cursor["unit"], description=f"{stage}: {phase.name}")
+            seen, before = [], _units_before(phases, number)
+            while cursor["unit"] < phase.units:
+                batch = arm.batch(before + cursor["unit"])
+                state, metrics = arm.compiled.run(state, batch, view, arm.constants)
+                seen.append(metrics)
+                cursor["unit"] += 1
+                cursor["units"] += 1
+                bar.update(1)
+                last = cursor["unit"] == phase.units
+                stopping = stop is not None and stop.requested
+                late = time.monotonic() - saved_at > checkpoint_seconds
+                if len(seen) == LOOK_EVERY or last or stopping or late:
+                    _write_losses(log, stage, phase, cursor, seen, bar)
+                    seen = []
+                if (late or stopping) and not last:
+                    save(state)
+                    saved_at = time.monotonic()
+                if stopping and not last:
+                    raise Stopped(0)
+            bar.close()
+            host = arm.compiled.fetch_state(state)
+            tree["params"] = host.params
+            tree["arms"][phase.arm] = {"opt_state": host.opt_state, "step": host.step, "key": host.key}
+            del state
+            for name in judged:
+                values = validate(name, tree["params"])
+                log.write(stage, cursor["units"], {f"validation/{name}/{k}": v for k, v in values.items()} | {"phase": number})
+                if values[select] > tree["best"][name]["value"]:
+                    tree["best"][name] = {"value": float(values[select]), "phase": number}
+                    checkpoint.save_safetensors(folder / f"best_{name}.safetensors", tree["params"])
+            cursor["phase"], cursor["unit"] = number + 1, 0
+            save()
+            saved_at = time.monotonic()
+            if stop is not None and stop.requested:
+                raise Stopped(0)
+    write_json(folder / "done.json", {"best": tree["best"], "units": cursor["units"]})
+    return _read_fitted(folder, judged)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict:
+    start = params()
+    tree = {
+        "params": start,
+        "arms": {
+            name: {"opt_state": arm.optimizer.init(start), "step": np.zeros((), np.int32), "key": jax.random.fold_in(key, i)}
+            for i, (name, arm) in enumerate(sorted(arms.items()))
+        },
+        "cursor": {"phase": 0, "unit": 0, "units": 0},
+        "best": {name: {"value": -math.inf, "phase": -1} for name in judged},
+    }
+    last = checkpoint.latest(folder / "checkpoints")
+    return checkpoint.restore(last, like=tree) if last else tree
+
+
+def _view(folder: Path, number: int, arm: Arm, params: Params, *, resumed: bool) -> Params:
+    """The other arm as it stood when the phase began; kept on disk, because the phase changes what it came from."""
+    path = folder / "view.safetensors"
+    if resumed and path.exists():
+        return checkpoint.load_safetensors(path)
+    view = jax.tree.map(np.asarray, arm.view(params))
+    if view:
+        checkpoint.save_safetensors(path, view)
+    elif path.exists():
+        path.unlink()
+    return view
+
+
+def _units_before(phases: Sequence[Phase], number: int) -> int:
+    """Units that the arm of phase `number` has done in earlier phases: the data cursor of its batches."""
+    return sum(p.units for p in phases[:number] if p.arm == phases[number].arm)
+
+
+def _write_losses(log: MetricLog, stage: str, phase: Phase, cursor: dict, seen: list, bar) -> None:
+    mean = {name: float(np.mean([float(m[name]) for m in seen])) for name in seen[0]} if seen else {}
+    bad = [name for name, value in mean.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"{stage}: {bad[0]} is not finite in {phase.name} between units {cursor['unit'] - len(seen) + 1} and "
+            f"{cursor['unit']}; lower the learning rate of the {phase.arm} arm, or clip its gradient."
+        )
+    if mean:
+        bar.set_postfix(loss=mean["loss"])
+        log.write(stage, cursor["units"], {f"{phase.arm}/{name}": value for name, value in mean.items()})
+
+
+def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:
+    best = json.loads((folder / "done.json").read_text(encoding="utf-8"))["best"]
+    return Fitted(
+        params={name: checkpoint.load_safetensors(folder / f"best_{name}.safetensors") for name in judged},
+        value={name: best[name]["value"] for name in judged},
+        phase={name: best[name]["phase"] for name in judged},
+    )

@@ -1,0 +1,122 @@
+"""Every setting with its default; each experiment file starts from here and changes what it needs."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults: a small BDLM on the embedded twins world."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.parallel = "jit"  # jit | pmap | mesh
+    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # what is trained and reported
+
+    c.data = data = ml_collections.ConfigDict()
+    data.kind = "twins"  # twins | table | movielens | recbole | amazon
+    data.path = ""
+    data.options = ml_collections.ConfigDict()  # arguments of the reader, or of the twins world
+    data.min_rating = 0.0
+    data.min_user = 0  # k-core
+    data.min_item = 0
+    data.split = "leave_one_out"  # leave_one_out | global_time | ratio
+    data.validation = 0.1  # share, of the last two splits
+    data.test = 0.1
+    data.item_fields = ("title",)
+    data.user_fields = ()
+    data.candidates = ml_collections.ConfigDict({"cand20": 19, "cand100": 99})
+
+    c.tokenizer = tokenizer = ml_collections.ConfigDict()
+    tokenizer.path = ""  # a transformers tokenizer folder, or vocab.json + merges.txt; empty trains one
+    tokenizer.vocab_size = 1024
+
+    c.lm = lm = ml_collections.ConfigDict()
+    lm.width = 64
+    lm.n_layers = 2
+    lm.n_heads = 2
+    lm.n_kv_heads = 2
+    lm.mlp_width = 192
+    lm.dropout = 0.1
+    lm.dtype = "float32"
+    lm.remat = False
+    lm.tie_embeddings = True
+    lm.learning_rate = 1e-3
+    lm.learning_rate_shared = 1e-3
+    lm.weight_decay = 0.01
+    lm.clip_norm = 1.0
+    lm.warmup_steps = 50
+    lm.batch_rows = 64
+    lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them
+
+    c.pretrain = pretrain = ml_collections.ConfigDict()
+    pretrain.corpus = ""  # a text file (.txt, .gz, .xz), one document a line; empty takes the world's corpus
+    pretrain.max_tokens = 2_000_000
+    pretrain.epochs = 5.0
+    pretrain.learning_rate = 2e-3
+    pretrain.replay_share = 0.1  # rows of the corpus in the LM's later training, as a share of its own rows
+
+    c.prompts = prompts = ml_collections.ConfigDict()
+    prompts.kind = "ids_titles"  # ids | ids_titles: what the histories of BDLM's LM look like, in training and use
+    prompts.titled_share = 0.0  # with kind "ids": further titled windows, as a share of the histories
+    prompts.length = 128  # tokens in a row
+    prompts.max_items = 100  # history items in a window
+    prompts.max_title_tokens = 16
+    prompts.user_token = "start"  # start | end | none
+    prompts.user_dropout = 0.5
+    prompts.card_copies = 1  # text cards of every item in an epoch
+
+    c.shared = shared = ml_collections.ConfigDict()
+    shared.width = 64
+    shared.std = 0.1
+    shared.trained_by = "both"  # both | lm | domain | none
+    shared.initial = "domain"  # domain | random: what the <iid> rows start from
+
+    c.domain = domain = ml_collections.ConfigDict()
+    domain.model = "lightgcn"  # lightgcn | mf | ncf | sasrec: the domain arm of BDLM and what it is compared with
+    domain.n_layers = 3
+    domain.layer_weights = "uniform"  # uniform | learned
+    domain.backend = "auto"
+    domain.learning_rate = 5e-3
+    domain.regularisation = 1e-4
+    domain.batch_size = 4096
+    domain.epochs = 40
+    domain.evaluate_every = 5
+    domain.test_graph = "train+validation"  # train: the edges over which the trained arm propagates at test time
+
+    c.mf = mf = ml_collections.ConfigDict()
+    mf.learning_rate = 5e-3
+    mf.regularisation = 1e-4
+    mf.epochs = 40
+
+    c.lm_alone = alone = ml_collections.ConfigDict()  # text_lm and ids_lm
+    alone.text_epochs = 12.0
+
+    c.mutual = mutual = ml_collections.ConfigDict()
+    mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads
+    mutual.align = "mse"  # mse | cosine | infonce
+    mutual.temperature = 1.0
+    mutual.rounds = 3
+    mutual.lm_epochs = 8.0  # the first LM phase
+    mutual.lm_epochs_a_round = 3.0
+    mutual.domain_epochs_a_round = 20
+    mutual.domain_learning_rate = 5e-3
+    mutual.kl_users = 256  # users a step in the domain arm's score-level term
+    mutual.kl_items = 0  # items drawn a step in that term; 0: the whole catalogue
+    mutual.lm = ml_collections.ConfigDict(
+        {"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 1.0, "kl": 0.1}
+    )
+    mutual.domain = ml_collections.ConfigDict(
+        {"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0}
+    )
+    mutual.refresh_epochs = 20  # domain epochs after selection, against LM states that know the validation item
+
+    c.select = "ndcg@10/cand100"  # the validation metric that chooses each arm's best round
+
+    c.evaluate = evaluate = ml_collections.ConfigDict()
+    evaluate.protocols = ("cand20", "cand100", "full")
+    evaluate.text_protocols = ("cand20", "cand100")  # of text_lm, whose cost grows with the candidates
+    evaluate.chunk = 512
+    evaluate.text_history = 8  # titles that text_lm reads
+
+    c.runtime = runtime = ml_collections.ConfigDict()
+    runtime.checkpoint_seconds = 30.0
+    runtime.tensorboard = True
+    return c
