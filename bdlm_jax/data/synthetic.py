@@ -127,15 +127,12 @@ def make_world(
     n_texts, n_possible = n_twins + n_singles + n_cold + n_knowledge, n_categories * n_styles * n_materials
     if n_texts > n_possible:
         raise InputError(
-            f"make_world: {n_texts} texts are needed, but {n_categories} categories × {n_styles} styles × "
-            f"{n_materials} materials give {n_possible}: raise one of these or ask for fewer items."
+            f"make_world: {n_texts} texts are needed, but categories × styles × materials give only {n_possible}: "
+            "raise one of these or ask for fewer items."
         )
     n_warm = 2 * n_twins + n_singles
     if n_warm < 3 * history:
-        raise InputError(
-            f"make_world: a mean history of {history} needs {3 * history:g} warm items or more, not {n_warm}: raise "
-            "n_twins or lower history."
-        )
+        raise InputError(f"make_world: a history of {history} needs {3 * history:g} warm items: raise n_twins.")
     rng = np.random.default_rng(seed)
     words = synthetic_words.make_words(
         rng, n_categories=n_categories, n_styles=n_styles, n_materials=n_materials, n_synonyms=n_synonyms
@@ -394,7 +391,7 @@ def _draw_histories(rng, truth, length_U):
             offered_BI = (truth.part_I == TRAIN) | (truth.part_I == part_B[:, None])
             chance_BI = weight_BI[active] * truth.follow_KK[last_B[active]][:, truth.category_I]
             sum_BI = np.cumsum(chance_BI * np.where(offered_BI, truth.offer_I, 0), axis=1)
-            mark_B = rng.random(len(active)) * sum_BI[:, -1]
+            mark_B = np.minimum(rng.random(len(active)) * sum_BI[:, -1], np.nextafter(sum_BI[:, -1], 0))
             item_B = (sum_BI <= mark_B[:, None]).sum(axis=1)
             weight_BI[active, item_B] = 0
             last_B[active] = truth.category_I[item_B]
