@@ -7,9 +7,7 @@ Rows are sorted by user, then time; equal times keep the order of the file.
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -362,10 +360,10 @@ def _aligned_fields(fields: Mapping, ids: np.ndarray, always: tuple = ()) -> dic
     for value in by_id.values():
         names.update(dict.fromkeys(value))
     rows = [by_id.get(key, {}) for key in ids.tolist()]
-    return {name: _text_array([row.get(name, "") for row in rows]) for name in names}
+    return {name: text_array([row.get(name, "") for row in rows]) for name in names}
 
 
-def _text_array(values) -> np.ndarray:
+def text_array(values) -> np.ndarray:
     """Object array of str: fixed-width str arrays would pay the longest title for every item."""
     array = np.empty(len(values), object)
     array[:] = ["" if value is None else str(value) for value in values]
@@ -379,67 +377,3 @@ def _joined(fields, names, n_rows, kind) -> list[str]:
         raise InputError(f"{kind} field '{missing[0]}' is not in this data; choose among: {known}.")
     columns = [fields[name].tolist() for name in names]
     return ["; ".join(part for part in parts if part) for parts in zip(*columns)] if columns else [""] * n_rows
-
-
-def save_interactions(path: str | os.PathLike, interactions: Interactions, **arrays: np.ndarray) -> None:
-    """Writes the table (and more `arrays`, such as a split's parts) as one .npz without objects, atomically.
-
-    Args:
-        path: file to write; it appears complete or not at all.
-        interactions: the table.
-        arrays: further numeric arrays to keep in the same file.
-    """
-    columns = {"user_E": interactions.user_E, "item_E": interactions.item_E, "time_E": interactions.time_E}
-    if interactions.rating_E is not None:
-        columns["rating_E"] = interactions.rating_E
-    texts = {"user_ids": interactions.user_ids, "item_ids": interactions.item_ids}
-    texts |= {f"item_fields/{name}": values for name, values in interactions.item_fields.items()}
-    texts |= {f"user_fields/{name}": values for name, values in interactions.user_fields.items()}
-    for name, values in texts.items():
-        encoded = [text.encode("utf-8", "surrogatepass") for text in values.tolist()]
-        columns[f"bytes/{name}"] = np.frombuffer(b"".join(encoded), np.uint8)
-        columns[f"lengths/{name}"] = np.array([len(text) for text in encoded], np.int64)
-    columns |= {f"more/{name}": array for name, array in arrays.items()}
-    columns["time_kind"] = np.array(interactions.time_kind)
-    columns["sha256"] = np.array(interactions.fingerprint()["sha256"])
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        np.savez_compressed(file, **columns)
-    os.replace(part, path)
-
-
-def load_interactions(path: str | os.PathLike) -> tuple[Interactions, dict[str, np.ndarray]]:
-    """Reads what `save_interactions` wrote.
-
-    Returns:
-        (Interactions, {name: further array}).
-
-    Raises:
-        InputError: the file is missing, broken, or no longer what was written.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-        texts = {}
-        for name in [name.removeprefix("bytes/") for name in data if name.startswith("bytes/")]:
-            ends = np.cumsum(data[f"lengths/{name}"]).tolist()
-            blob = data[f"bytes/{name}"].tobytes()
-            texts[name] = [blob[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends[:-1]], ends)]
-        fields = {
-            kind: {
-                name.split("/", 1)[1]: _text_array(values) for name, values in texts.items() if name.startswith(kind)
-            }
-            for kind in ("item_fields/", "user_fields/")
-        }
-        interactions = Interactions(
-            user_E=data["user_E"], item_E=data["item_E"], time_E=data["time_E"], rating_E=data.get("rating_E"),
-            user_ids=np.array(texts["user_ids"], str), item_ids=np.array(texts["item_ids"], str),
-            item_fields=fields["item_fields/"], user_fields=fields["user_fields/"], time_kind=str(data["time_kind"]),
-        )  # fmt: skip
-        intact = interactions.fingerprint()["sha256"] == str(data["sha256"])
-    except Exception as error:
-        raise InputError(f"{path} cannot be read as saved interactions ({error}); make it again.") from error
-    if not intact:
-        raise InputError(f"{path} is not what was written (its hash differs); make it again.")
-    return interactions, {name.removeprefix("more/"): array for name, array in data.items() if name.startswith("more/")}

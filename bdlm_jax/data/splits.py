@@ -5,12 +5,11 @@ slip into a graph or a prompt by an index that is off by one.
 """
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from bdlm_jax.data.interactions import Interactions, build_interactions, load_interactions, save_interactions
+from bdlm_jax.data.interactions import Interactions, build_interactions
 from bdlm_jax.types import InputError, LeakError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -164,6 +163,7 @@ def from_parts(
     validation: Sequence | None = None,
     item_fields: Mapping | None = None,
     user_fields: Mapping | None = None,
+    where: Callable[[str, int], str] = "{} part, row {}".format,
 ) -> Split:
     """Takes a split as somebody published it.
 
@@ -173,6 +173,7 @@ def from_parts(
         validation: the same for the validation part; None: there is none.
         item_fields: as in `make_interactions`.
         user_fields: as in `make_interactions`.
+        where: (name of the part, row) -> words that name the row in a message.
 
     Returns:
         Split; without times, each user's rows keep their order, training before validation before test.
@@ -189,14 +190,14 @@ def from_parts(
     raw_part = np.repeat([part for part, _ in parts], lengths).astype(np.int8)
     starts = np.cumsum([0, *lengths])
 
-    def where(row):
+    def where_merged(row):
         index = int(np.searchsorted(starts, row, side="right")) - 1
-        return f"{PART_NAMES[parts[index][0]]} part, row {row - starts[index]}"
+        return where(PART_NAMES[parts[index][0]], row - int(starts[index]))
 
     merged = [np.concatenate([np.asarray(columns[i]) for _, columns in parts]) for i in range(widths.pop())]
     interactions, row_E = build_interactions(
         *merged[:2], time=merged[2] if len(merged) > 2 else None, item_fields=item_fields, user_fields=user_fields,
-        duplicates="keep", where=where,
+        duplicates="keep", where=where_merged,
     )  # fmt: skip
     part_E = raw_part[row_E]
     pair_E = interactions.user_E.astype(np.int64) * interactions.n_items + interactions.item_E
@@ -206,7 +207,7 @@ def from_parts(
     if crossing.any():
         first, second = by_pair[:-1][crossing][0], by_pair[1:][crossing][0]
         raise InputError(
-            f"{where(int(row_E[second]))}: this user-item pair is also in the {PART_NAMES[part_E[first]]} part; "
+            f"{where_merged(int(row_E[second]))}: this user-item pair is also in the {PART_NAMES[part_E[first]]} part; "
             "remove one of the two."
         )
     keep_E = np.ones(len(part_E), bool)
@@ -268,23 +269,6 @@ def check_history(split: Split, part: int, user_B: np.ndarray, history_BL: np.nd
     check_training_edges(
         split, np.asarray(user_B)[row], history_BL[row, column], allowed=tuple(range(part)) or (TRAIN,)
     )
-
-
-def save_split(path: str | os.PathLike, split: Split) -> None:
-    """Writes interactions and parts as one .npz without objects, atomically."""
-    save_interactions(path, split.interactions, part_E=split.part_E)
-
-
-def load_split(path: str | os.PathLike) -> Split:
-    """Reads what `save_split` wrote.
-
-    Raises:
-        InputError: the file is missing, broken, or holds no split.
-    """
-    interactions, arrays = load_interactions(path)
-    if "part_E" not in arrays:
-        raise InputError(f"{path} holds interactions without a split; write it with save_split.")
-    return Split(interactions, arrays["part_E"])
 
 
 def _check_fractions(validation: float, test: float) -> None:
