@@ -14,14 +14,14 @@ FLOORS = [
     ["domain", "lm"],
     ["sharing"],
     ["mutual", "evaluate"],
-    ["fit", "prepare"],
+    ["fit", "lm_rows", "models", "prepare"],
     ["report"],
     ["train", "recommend"],
     ["main"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# ConfigDict stops at the train floor: below it, functions take the scalars they need.
-READS_CONFIGS = {"prepare", "train", "main"}
+# ConfigDict stops at train and the two rooms that read the data's part for it: below, functions take scalars.
+READS_CONFIGS = {"lm_rows", "prepare", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {"absl": "absl-py", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint"}
 

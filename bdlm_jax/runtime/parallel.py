@@ -28,11 +28,13 @@ class Compiled(NamedTuple):
         a graph) are the same for every row and every device; `metrics` are plain arrays without a device dimension.
     place_state: host pytree -> placed pytree, always a copy, so that donation never eats the caller's arrays.
     fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys.
+    place_constants: pytree -> the same on every device; constants placed once are not sent again by every `run`.
     """
 
     run: Callable[..., tuple[Any, Any]]
     place_state: Callable[[Any], Any]
     fetch_state: Callable[[Any], Any]
+    place_constants: Callable[[Any], Any]
 
 
 def compile_step(
@@ -104,11 +106,16 @@ def device_summary() -> str:
 
 def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
-    return Compiled(compiled, lambda state: jax.device_put(jax.tree.map(_fresh, state), device), _to_host)
+
+    def place_state(state):
+        return jax.device_put(jax.tree.map(_fresh, state), device)
+
+    return Compiled(compiled, place_state, _to_host, lambda constants: jax.device_put(constants, device))
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
     n = len(devices)
+    replicated = NamedSharding(_mesh(devices), PartitionSpec())
     # The axis' name is part of an array's layout: another one here, and the second step compiles again.
     replicate = jax.pmap(lambda _, tree: tree, axis_name=AXIS, in_axes=(0, None), devices=devices)
     compiled_by_count: dict[int, Callable] = {}
@@ -133,11 +140,14 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
     def place_state(state):
         return replicate(np.arange(n), jax.tree.map(_fresh, state))
 
-    return Compiled(run, place_state, lambda state: _to_host(jax.tree.map(lambda leaf: leaf[0], state)))
+    def fetch_state(state):
+        return _to_host(jax.tree.map(lambda leaf: leaf[0], state))
+
+    return Compiled(run, place_state, fetch_state, lambda constants: jax.device_put(constants, replicated))
 
 
 def _compile_mesh(step: Callable, devices: list[jax.Device], donate: bool, rules: tuple) -> Compiled:
-    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    mesh = _mesh(devices)
     replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
     def sharded_step(state, batch, *constants):
@@ -150,14 +160,21 @@ def _compile_mesh(step: Callable, devices: list[jax.Device], donate: bool, rules
 
     def run(state, batch, *constants):
         _check_batch(batch, len(devices))
-        return compiled(state, jax.device_put(batch, by_rows), *jax.device_put(constants, replicated))
+        return compiled(state, jax.device_put(batch, by_rows), *place_constants(constants))
 
     def place_state(state):
         fresh = jax.tree.map(_fresh, state)
         _check_rules(fresh, mesh, rules)
         return jax.device_put(fresh, _state_shardings(fresh, mesh, rules))
 
-    return Compiled(run, place_state, _to_host)
+    def place_constants(constants):
+        return jax.device_put(constants, replicated)
+
+    return Compiled(run, place_state, _to_host, place_constants)
+
+
+def _mesh(devices: list[jax.Device]) -> Mesh:
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def _state_shardings(state: Any, mesh: Mesh, rules: tuple) -> Any:

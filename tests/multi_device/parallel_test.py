@@ -56,8 +56,9 @@ def regression_step(state, batch, offset, *, axis_name=None):
 def train(parallel, n_steps=4, **options):
     compiled = compile_step(regression_step, parallel=parallel, **options)
     state, losses = compiled.place_state(make_state()), []
+    offset = compiled.place_constants(np.float32(0.25))
     for step in range(n_steps):
-        state, metrics = compiled.run(state, make_batch(step), jnp.float32(0.25))
+        state, metrics = compiled.run(state, make_batch(step), offset)
         losses.append(float(metrics["loss"]))
     return compiled, state, losses
 
@@ -101,6 +102,19 @@ def test_replicas_hold_the_same_state():
     table = np.asarray(state.params["shared"]["item"])
     assert table.shape == (8, 16, 3)
     assert (table == table[:1]).all()
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "mesh"])
+def test_constants_may_come_from_the_host_or_be_placed_once(parallel):
+    compiled = compile_step(regression_step, parallel=parallel)
+    placed = compiled.place_constants(np.float32(0.25))
+    assert placed.sharding.is_fully_replicated
+    assert len(placed.sharding.device_set) == 8
+    losses = []
+    for offset in (placed, np.float32(0.25), np.float32(9.0)):
+        _, metrics = compiled.run(compiled.place_state(make_state()), make_batch(0), offset)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "mesh"])

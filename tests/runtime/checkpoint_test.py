@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -71,8 +72,9 @@ def test_abstract_and_numpy_templates(tmp_path):
 
 
 def test_nothing_but_numbers_needs_no_arrays(tmp_path):
-    path = checkpoint.save(tmp_path, 3, {"done": True, "rounds": 4})
-    assert checkpoint.restore(path, like={"done": False, "rounds": 0}) == {"done": True, "rounds": 4}
+    tree = {"done": True, "rounds": 4, "best": -math.inf, "rate": 0.1}
+    path = checkpoint.save(tmp_path, 3, tree)
+    assert checkpoint.restore(path, like={"done": False, "rounds": 0, "best": 0.0, "rate": 0.0}) == tree
 
 
 @pytest.mark.parametrize(
