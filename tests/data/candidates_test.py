@@ -1,0 +1,136 @@
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdlm_jax.data.candidates import check_candidates, load_candidates, make_candidates, save_candidates
+from bdlm_jax.data.interactions import make_interactions
+from bdlm_jax.data.splits import TEST, VALIDATION, leave_one_out
+from bdlm_jax.types import InputError, LeakError
+
+
+def make_split(n_users, n_items, length, seed=0):
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(n_users), length)
+    item = np.concatenate([rng.choice(n_items, size=length, replace=False) for _ in range(n_users)])
+    fields = {i: {"title": str(i)} for i in range(n_items)}
+    return leave_one_out(make_interactions(user, item, item_fields=fields, keep_items_without_interactions=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(6, 15), st.integers(3, 6), st.integers(1, 12), st.integers(0, 99), st.booleans())
+def test_negatives_are_distinct_unseen_and_as_many_as_there_are(n_users, n_items, length, n_negatives, seed, narrow):
+    split = make_split(n_users, n_items, length, seed)
+    pool = np.arange(0, n_items, 2) if narrow else None
+    candidates = make_candidates(split, TEST, n_negatives=n_negatives, seed=seed, name="c", pool=pool)
+    assert candidates.items_NC.shape == (n_users, 1 + n_negatives)
+    assert np.array_equal(candidates.items_NC[:, 0], split.cases(TEST)[1])
+    for user, row in zip(candidates.user_N, candidates.items_NC):
+        seen = set(split.interactions.item_E[split.interactions.user_E == user].tolist())
+        unseen = set(range(n_items) if pool is None else pool.tolist()) - seen
+        drawn = row[1:][row[1:] >= 0].tolist()
+        assert len(set(drawn)) == len(drawn) == min(n_negatives, len(unseen))
+        assert set(drawn) <= unseen
+        assert np.all(row[1 + len(drawn) :] == -1)
+
+
+def test_every_subset_and_every_order_is_equally_likely():
+    n_items, length, n_negatives = 8, 3, 2
+    split = make_split(3000, n_items, length)
+    candidates = make_candidates(split, TEST, n_negatives=n_negatives, seed=1, name="c")
+    indptr, seen = split.histories(0, 1, 2)
+    ranks = Counter()
+    for user, row in zip(candidates.user_N, candidates.items_NC):
+        unseen = sorted(set(range(n_items)) - set(seen[indptr[user] : indptr[user + 1]].tolist()))
+        ranks[tuple(unseen.index(item) for item in row[1:])] += 1
+    cells = list(itertools.permutations(range(n_items - length), n_negatives))
+    expected = 3000 / len(cells)
+    chi2 = sum((ranks[cell] - expected) ** 2 / expected for cell in cells)
+    assert set(ranks) <= set(cells)
+    assert chi2 < 43.8  # 0.999 quantile for 20 - 1 degrees of freedom
+
+
+def test_the_draw_is_frozen():
+    split = make_split(3, 30, 4)
+    first = make_candidates(split, TEST, n_negatives=4, seed=7, name="cand5")
+    again = make_candidates(split, TEST, n_negatives=4, seed=7, name="cand5")
+    assert first.sha256 == again.sha256
+    assert first.sha256 != make_candidates(split, TEST, n_negatives=4, seed=8, name="cand5").sha256
+    assert first.sha256 != make_candidates(split, TEST, n_negatives=4, seed=7, name="other").sha256
+    assert first.sha256 != make_candidates(split, VALIDATION, n_negatives=4, seed=7, name="cand5").sha256
+    fixed = leave_one_out(make_interactions([0] * 3, [0, 1, 2], item_fields={i: {} for i in range(20)},
+                                            keep_items_without_interactions=True))  # fmt: skip
+    drawn = make_candidates(fixed, TEST, n_negatives=3, seed=0, name="cand4").items_NC
+    raw = np.random.PCG64(0).random_raw(6)
+    uniform = [int(bits >> np.uint64(11)) * 2.0**-53 for bits in raw]
+    picks = []
+    for column, last in enumerate((14, 15, 16)):  # 17 unseen items, three draws: Floyd's last values
+        pick = int(uniform[column] * (last + 1))
+        picks.append(last if pick in picks else pick)
+    order = np.argsort(uniform[3:], kind="stable")
+    assert drawn[0].tolist() == [2] + [picks[k] + 3 for k in order]
+
+
+def test_a_leak_in_candidates_is_raised():
+    split = make_split(4, 20, 5)
+    good = make_candidates(split, TEST, n_negatives=6, seed=0, name="cand7")
+
+    def changed(row, column, value):
+        items = good.items_NC.copy()
+        items[row, column] = value
+        return dataclasses.replace(good, items_NC=items)
+
+    with pytest.raises(LeakError, match="target is among its negatives in 1 of 4 cases, the first at row 2"):
+        check_candidates(split, changed(2, 3, good.items_NC[2, 0]))
+    with pytest.raises(LeakError, match="a negative is an interaction of its user"):
+        check_candidates(split, changed(1, 2, split.histories(0)[1][split.histories(0)[0][1]]))
+    with pytest.raises(LeakError, match="a negative stands twice"):
+        check_candidates(split, changed(0, 1, good.items_NC[0, 2]))
+    with pytest.raises(InputError, match="does not hold out"):
+        check_candidates(split, changed(0, 0, next(i for i in range(20) if i not in good.items_NC[0]
+                                                   and i not in split.cases(TEST)[1][:1]
+                                                   and i not in split.cases(VALIDATION)[1][:1])))  # fmt: skip
+    with pytest.raises(InputError, match="does not have"):
+        check_candidates(split, changed(0, 1, 20))
+
+
+def test_saved_candidates_come_back_and_a_changed_file_does_not(tmp_path):
+    split = make_split(4, 20, 5)
+    path = tmp_path / "cand5.npz"
+    candidates = make_candidates(split, TEST, n_negatives=4, seed=0, name="cand5")
+    save_candidates(path, candidates)
+    loaded = load_candidates(path)
+    assert (loaded.name, loaded.sha256) == ("cand5", candidates.sha256)
+    assert np.array_equal(loaded.items_NC, candidates.items_NC)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cand5.npz"]
+
+    with np.load(path) as file:
+        data = dict(file)
+    data["items_NC"] = data["items_NC"].copy()
+    data["items_NC"][0, 1] += 1
+    np.savez(path, **data)
+    with pytest.raises(InputError, match="hash differs"):
+        load_candidates(path)
+    path.write_bytes(b"PK not a zip")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_candidates(path)
+    np.savez(path, name=np.array("x"), user_N=np.array([{}], object), items_NC=np.zeros((1, 2)), sha256=np.array(""))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_candidates(path)
+    with pytest.raises(InputError, match="is not there"):
+        load_candidates(tmp_path / "none.npz")
+
+
+def test_unusable_requests_are_refused():
+    split = make_split(2, 8, 4)
+    with pytest.raises(InputError, match="n_negatives is 0"):
+        make_candidates(split, TEST, n_negatives=0, seed=0, name="c")
+    with pytest.raises(InputError, match="pool of candidates"):
+        make_candidates(split, TEST, n_negatives=1, seed=0, name="c", pool=[99])
+    short = dataclasses.replace(split, part_E=np.zeros(len(split.part_E)))
+    with pytest.raises(InputError, match="no interaction to predict"):
+        make_candidates(short, TEST, n_negatives=1, seed=0, name="c")

@@ -1,0 +1,175 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdlm_jax.data.interactions import make_interactions
+from bdlm_jax.data.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Split,
+    check_history,
+    check_training_edges,
+    from_parts,
+    global_time,
+    leave_one_out,
+    ratio,
+)
+from bdlm_jax.types import InputError, LeakError
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+def table(lengths, seed=0):
+    """Users with these many interactions, shuffled rows, times with ties."""
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    item = np.concatenate([rng.choice(12, size=n, replace=False) for n in lengths])
+    order = rng.permutation(len(user))
+    return make_interactions(user[order], item[order], time=rng.integers(0, 8, len(user)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(0, 3))
+def test_leave_one_out_holds_out_the_last_two_of_long_enough_users(lengths, min_history):
+    x = table(lengths)
+    if max(lengths) < min_history + 2:
+        with pytest.raises(InputError, match="no user has"):
+            leave_one_out(x, min_history=min_history)
+        return
+    split = leave_one_out(x, min_history=min_history)
+    for user, length in enumerate(lengths):
+        held = [TRAIN] * (length - 2) + [VALIDATION, TEST] if length >= min_history + 2 else [TRAIN] * length
+        assert split.part_E[x.user_E == user].tolist() == held
+
+
+def test_views_of_a_split_by_hand():
+    x = make_interactions([0, 0, 0, 0, 1, 1], [2, 0, 3, 1, 0, 3], time=[1, 2, 3, 4, 1, 2])
+    split = leave_one_out(x)
+    assert split.counts() == {"train": 4, "validation": 1, "test": 1}
+    indptr, item = split.histories(TRAIN, VALIDATION)
+    assert (indptr.tolist(), item.tolist()) == ([0, 3, 5], [2, 0, 3, 0, 3])
+    assert [part.tolist() for part in split.cases(TEST)] == [[0], [1]]
+    assert [part.tolist() for part in split.cases(VALIDATION)] == [[0], [3]]
+    assert split.degree(TRAIN).tolist() == [2, 0, 1, 1]
+    assert split.degree(TRAIN, VALIDATION, TEST).tolist() == [2, 1, 1, 2]
+    with pytest.raises(InputError, match="name at least one"):
+        split.edges()
+    with pytest.raises(InputError, match="one part"):
+        Split(x, np.zeros(3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.1, 0.25, 0.5]))
+def test_global_time_never_lets_a_later_row_train_for_an_earlier_one(lengths, validation, test):
+    x = table(lengths)
+    try:
+        split = global_time(x, validation=validation, test=test)
+    except InputError as error:
+        assert "all rows share" in str(error)
+        return
+    times = [x.time_E[split.part_E == part] for part in (TRAIN, VALIDATION, TEST) if np.any(split.part_E == part)]
+    assert all(early.max() < late.min() for early, late in itertools.pairwise(times))
+    assert np.sum(split.part_E == TEST) >= int(len(x) * test + 1e-9)
+
+
+def test_global_time_by_hand_keeps_a_moment_together():
+    x = make_interactions([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0] * 10, time=[0, 1, 2, 3, 4, 5, 6, 7, 7, 7])
+    split = global_time(x, validation=0.2, test=0.1)
+    assert split.part_E.tolist() == [TRAIN] * 7 + [TEST] * 3
+    split = global_time(x, validation=0.2, test=0.3)
+    assert split.part_E.tolist() == [TRAIN] * 5 + [VALIDATION] * 2 + [TEST] * 3
+    with pytest.raises(InputError, match="needs timestamps"):
+        global_time(make_interactions([0, 1], [0, 1]), validation=0.1, test=0.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(0, 99))
+def test_ratio_takes_the_rounded_down_fraction_of_each_user(lengths, seed):
+    x = table(lengths)
+    split = ratio(x, validation=0.1, test=0.3, seed=seed)
+    for user, length in enumerate(lengths):
+        part = split.part_E[x.user_E == user]
+        assert np.sum(part == TEST) == 3 * length // 10
+        assert np.sum(part == VALIDATION) == length // 10
+    assert np.array_equal(split.part_E, ratio(x, validation=0.1, test=0.3, seed=seed).part_E)
+
+
+def test_ratio_is_uniform_over_positions_and_moves_with_the_seed():
+    x = table([10] * 1)
+    tested = np.mean([ratio(x, validation=0.1, test=0.3, seed=seed).part_E == TEST for seed in range(400)], axis=0)
+    assert np.all(np.abs(tested - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 400))
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (-0.1, 0.3), (0.0, 0.0), (0.2, 1.0)])
+def test_fractions_must_leave_a_training_part(fractions):
+    for call in (lambda: ratio(table([5]), validation=fractions[0], test=fractions[1], seed=0),
+                 lambda: global_time(table([5]), validation=fractions[0], test=fractions[1])):  # fmt: skip
+        with pytest.raises(InputError, match="fractions whose sum"):
+            call()
+
+
+def test_from_parts_keeps_the_published_parts():
+    split = from_parts(([5, 5, 3], [1, 2, 1]), ([3, 5, 5], [9, 7, 8]), validation=([3], [2]))
+    x = split.interactions
+    assert x.user_ids.tolist() == ["3", "5"]
+    rows = [(x.user_ids[u], x.item_ids[i], int(p)) for u, i, p in zip(x.user_E, x.item_E, split.part_E)]
+    assert rows == [
+        ("3", "1", TRAIN), ("3", "2", VALIDATION), ("3", "9", TEST),
+        ("5", "1", TRAIN), ("5", "2", TRAIN), ("5", "7", TEST), ("5", "8", TEST),
+    ]  # fmt: skip
+
+
+def test_from_parts_drops_repeats_inside_a_part_and_refuses_them_across():
+    split = from_parts(([1, 1, 1], [4, 4, 5]), ([1], [6]))
+    assert split.counts() == {"train": 2, "validation": 0, "test": 1}
+    with pytest.raises(InputError, match="test part, row 1: this user-item pair is also in the train part"):
+        from_parts(([1, 1], [4, 5]), ([1, 1], [6, 5]))
+    with pytest.raises(InputError, match="user, item, time"):
+        from_parts(([1], [4]), ([1], [6], [3]))
+
+
+def test_from_parts_follows_times_where_they_are_given():
+    split = from_parts(([1, 1], [4, 5], [20, 10]), ([1], [6], [15]))
+    assert split.interactions.item_ids[split.interactions.item_E].tolist() == ["5", "6", "4"]
+    assert split.part_E.tolist() == [TRAIN, TEST, TRAIN]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(4, 9), min_size=2, max_size=6), st.integers(0, 10**6))
+def test_a_single_held_out_edge_is_caught(lengths, pick):
+    split = leave_one_out(table(lengths))
+    user, item = split.edges(TRAIN)
+    check_training_edges(split, user, item)
+    held_user, held_item = split.edges(VALIDATION, TEST)
+    row = pick % len(held_user)
+    with pytest.raises(LeakError, match=f"the first at row {len(user)}: user {held_user[row]}, item {held_item[row]}"):
+        check_training_edges(split, np.append(user, held_user[row]), np.append(item, held_item[row]))
+
+
+def test_validation_edges_are_allowed_only_when_the_test_is_predicted():
+    split = leave_one_out(table([5, 6]))
+    user, item = split.edges(TRAIN, VALIDATION)
+    check_training_edges(split, user, item, allowed=(TRAIN, VALIDATION))
+    with pytest.raises(LeakError, match="2 of 9 edges are validation or test"):
+        check_training_edges(split, user, item)
+
+
+def test_a_repeated_pair_that_is_also_training_is_no_leak():
+    x = make_interactions([0] * 4, [1, 2, 3, 1], time=[1, 2, 3, 4], duplicates="keep")
+    split = leave_one_out(x)
+    check_training_edges(split, *split.edges(TRAIN))
+
+
+def test_the_future_in_a_history_is_caught():
+    x = make_interactions([0] * 4 + [1] * 3, [0, 1, 2, 3, 0, 1, 2], time=[1, 2, 3, 4, 1, 2, 3])
+    split = leave_one_out(x)
+    check_history(split, VALIDATION, [0, 1], [[0, 1], [0, -1]])
+    check_history(split, TEST, [0, 1], [[1, 2], [0, 1]])
+    with pytest.raises(LeakError, match="user 1, item 1"):
+        check_history(split, VALIDATION, [0, 1], [[0, 1], [0, 1]])
+    with pytest.raises(LeakError, match="user 0, item 3"):
+        check_history(split, TEST, [0, 1], [[2, 3], [0, 1]])
