@@ -51,6 +51,7 @@ setup(
             "pytest>=8.2",
             # Its formatter changes with its minor version; .pre-commit-config.yaml names the same.
             "ruff~=0.17.0",
+            "tensorboardX>=2.6",
         ],
     },
     classifiers=[
