@@ -4,6 +4,7 @@ The three ways give the same numbers, because a step sums its losses, counts and
 (`all_sum`). Under "mesh" there is no axis name: the compiler sees the global batch and places the sums.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bdlm_jax.types import InputError
@@ -90,11 +92,13 @@ def enable_compilation_cache(folder: str | Path) -> None:
     """Keeps compiled programs in `folder`, so that a second start does not compile again.
 
     Args:
-        folder: made where it is missing; a folder that JAX_COMPILATION_CACHE_DIR names goes first.
+        folder: made where it is missing; where JAX_COMPILATION_CACHE_DIR is set, that folder is used instead.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        # A process that has compiled before has already settled on another folder, or on none.
+        compilation_cache.reset_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from bdlm_jax.runtime.parallel import compile_step, device_summary
+from bdlm_jax.runtime.parallel import compile_step, device_summary, enable_compilation_cache
 from bdlm_jax.types import InputError
 
 
@@ -85,3 +86,23 @@ def test_what_the_machine_cannot_do_is_refused(options, words):
 def test_device_summary_names_the_platform():
     assert jax.devices()[0].platform in device_summary()
     assert jax.__version__ in device_summary()
+
+
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch, from_environment):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if from_environment:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    before = {
+        name: getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
+    try:
+        enable_compilation_cache(tmp_path / "compiled")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.jit(lambda x: jnp.cos(x) * 3 - x)(jnp.ones(7)).block_until_ready()
+        assert bool(list(tmp_path.rglob("*cache"))) is not from_environment
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
