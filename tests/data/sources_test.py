@@ -1,0 +1,372 @@
+import gzip
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdlm_jax.data.files import table_columns, table_rows
+from bdlm_jax.data.movielens import clean_title
+from bdlm_jax.data.sources import load_source
+from bdlm_jax.data.splits import TEST, TRAIN
+from bdlm_jax.types import InputError
+
+
+def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode(encoding)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def rows(x):
+    return [(str(x.user_ids[u]), str(x.item_ids[i]), int(t)) for u, i, t in zip(x.user_E, x.item_E, x.time_E)]
+
+
+def test_a_table_with_mapped_columns_items_and_users(tmp_path):
+    write(tmp_path / "clicks.tsv.gz", "when\twho\twhat\tstars\n9\tbob\tb1\t4.5\n8\tbob\ta1\t2\n7\tann\tb1\t5\n")
+    write(tmp_path / "things.csv", 'key,name,maker\na1,"Salt &amp; ""Pepper""",Acme\nb1,  Two\tblanks ,\n')
+    write(tmp_path / "people.csv", "user_id,job\nbob,writer\n")
+    x = load_source(
+        "table", tmp_path / "clicks.tsv.gz", columns={"user": "who", "item": "what", "time": "when", "rating": "stars"},
+        items="things.csv", item_columns={"id": "key", "title": "name", "brand": "maker"},
+        users=tmp_path / "people.csv",
+    )  # fmt: skip
+    assert rows(x) == [("ann", "b1", 7), ("bob", "a1", 8), ("bob", "b1", 9)]
+    assert x.rating_E.tolist() == [5, 2, 4.5]
+    assert x.item_fields["title"].tolist() == ['Salt & "Pepper"', "Two blanks"]
+    assert x.item_text(("title", "brand"))[0] == 'Salt & "Pepper"; Acme'
+    assert x.user_text(("job",)) == ["", "writer"]
+
+
+def test_a_folder_of_tables_is_recognised(tmp_path):
+    write(tmp_path / "interactions.csv.gz", "user_id,item_id,order\n1,10,1\n1,9,0\n2,9,0\n")
+    write(tmp_path / "items.tsv.gz", 'item\tasin\ttitle\n9\tB9\tNine "inch" comb\n10\tB10\tTen\n11\tB11\tEleven\n')
+    x = load_source("table", tmp_path)
+    assert rows(x) == [("1", "9", 0), ("1", "10", 1), ("2", "9", 0)]
+    assert (x.time_kind, x.item_text()) == ("order", ['Nine "inch" comb', "Ten"])
+    assert x.item_fields["asin"].tolist() == ["B9", "B10"]
+    assert load_source("table", tmp_path, keep_items_without_interactions=True).item_text()[2] == "Eleven"
+
+
+def test_a_table_without_header_and_with_other_separators(tmp_path):
+    write(tmp_path / "a.txt", "7;x;3\n8;y;4\n")
+    x = load_source("table", tmp_path / "a.txt", header=False, columns={"user": 0, "item": 1, "time": 2})
+    assert rows(x) == [("7", "x", 3), ("8", "y", 4)]
+    write(tmp_path / "b.txt", "7::x::3\n8::y::4\n")
+    y = load_source("table", tmp_path / "b.txt", header=False, columns={"user": 0, "item": 1, "time": 2})
+    assert x.fingerprint() == y.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user,item,time\n1,2,3\n1,2\n", "t.csv, line 3: 2 fields where 3 are needed"),
+        ("user,item,time\n1,2,3,4\n1,2\n", "t.csv, line 2: 4 fields where 3 are needed"),
+        ("user,item,time\n1,2,3\n\n1,3,x\n", "t.csv, line 4: field 'time' is 'x'"),
+        ('user,item,time\n"a\nb",2,3\n1,3,-4\n', "t.csv, line 4: field 'time' is -4"),
+        ("user,item,time\n1,2,3\n1,3,2.5\n", "t.csv, line 3: field 'time' is 2.5"),
+        ("user,item,time\n1,2,3\n1,3,\n", "t.csv, line 3: field 'time' is ''"),
+        ("user,item,time\n1,2,3\n,3,1\n", "t.csv, line 3: field 'user' is empty"),
+        ('user,item,time\n1,"2,3\n', "t.csv, line 2: unexpected end of data"),
+        ("user,item,rating\n1,2,nan\n", "t.csv, line 2: field 'rating' is nan"),
+        ("person,item,time\n1,2,3\n", "no column for 'user' .it has person, item, time."),
+        ("user,item,time\n", "has no rows"),
+        ("", "line 1: the table is empty"),
+    ],
+)
+def test_a_malformed_table_is_named_with_its_line(tmp_path, text, message):
+    write(tmp_path / "t.csv", text)
+    with pytest.raises(InputError, match=message):
+        load_source("table", tmp_path / "t.csv")
+
+
+def test_wrong_requests_are_named(tmp_path):
+    path = write(tmp_path / "t.csv", "user,item,time\n1,2,3\n")
+    for options, message in [
+        ({"columns": {"user": "user", "item": "thing"}}, "no column 'thing' for 'item'"),
+        ({"columns": {"user": "user", "item": 7}}, "no column 7 for 'item'"),
+        ({"columns": {"user": "user", "item": "item", "mood": "time"}}, "the role 'mood'"),
+        ({"header": False}, "columns= must give the positions"),
+        ({"items": "none.csv"}, "none.csv is not there"),
+        ({"items": path, "item_columns": {"title": "item"}}, "no id column"),
+        ({"colums": {}}, "no option 'colums'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_source("table", path, **options)
+    with pytest.raises(InputError, match="the data kind is 'tables'"):
+        load_source("tables", path)
+    with pytest.raises(InputError, match="is not there"):
+        load_source("table", tmp_path / "none.csv")
+    (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"user,item\n1,2\n" * 99)[:-9])
+    with pytest.raises(InputError, match=r"broken.csv.gz cannot be read"):
+        load_source("table", tmp_path / "broken.csv.gz")
+    (tmp_path / "latin.csv").write_bytes("user,item\n1,2\nä,3\n".encode("latin-1") + b'"x",4\n')
+    with pytest.raises(InputError, match="line 3: the text is not utf-8"):
+        load_source("table", tmp_path / "latin.csv")
+    assert load_source("table", tmp_path / "latin.csv", encoding="latin-1").user_ids.tolist() == ["1", "x", "ä"]
+
+
+IDS = st.one_of(
+    st.integers(-5, 30).map(str),
+    st.sampled_from(
+        ["007", "NA", "null", "1.0", "1e3", "True", "+4", " 4", "a b", "ä", "0", "00", "12345678901234567890"]
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(IDS, IDS, st.integers(0, 10**12)), min_size=1, max_size=8), st.sampled_from([",", "\t", "::"])
+)
+def test_the_fast_path_reads_what_the_careful_one_reads(table, separator):
+    data = "".join(separator.join(map(str, row)) + "\r\n" for row in table).encode()
+    columns, where = table_columns(
+        data, "t", separator=separator, wanted={"user": 0, "item": 1, "time": 2}, n_fields=3, header=False
+    )
+    careful = list(table_rows(data, "t", separator=separator))
+    assert [line for line, _ in careful] == list(range(1, len(table) + 1))
+    for name, position in (("user", 0), ("item", 1), ("time", 2)):
+        assert [str(value) for value in columns[name]] == [row[position] for _, row in careful]
+    assert where(0) == "t, line 1"
+
+
+MOVIES = "1::Matrix, The (1999)::Action|Sci-Fi\n2::Cité, La (1995)::Drama\n3::Unseen (2000)::(no genres listed)\n"
+USERS = "1::F::1::10::00000\n2::M::25::12::00000\n"
+
+
+def check_movielens(x):
+    assert x.item_ids.tolist() == ["1", "2"]
+    assert x.item_fields["title"].tolist() == ["The Matrix (1999)", "La Cité (1995)"]
+    assert x.item_fields["genres"].tolist() == ["Action, Sci-Fi", "Drama"]
+    assert [(u, i) for u, i, _ in rows(x)] == [("1", "2"), ("1", "1"), ("2", "1")]
+
+
+def test_movielens_1m_from_a_folder_a_nested_folder_and_a_zip(tmp_path):
+    write(tmp_path / "a/ml-1m/movies.dat", MOVIES, "latin-1")
+    write(tmp_path / "a/ml-1m/users.dat", USERS)
+    write(tmp_path / "a/ml-1m/ratings.dat", "1::1::5::100\n1::2::3::99\n2::1::4::5\n")
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+        for path in sorted((tmp_path / "a/ml-1m").iterdir()):
+            archive.write(path, f"ml-1m/{path.name}")
+    x, y, z = (load_source("movielens", tmp_path / name) for name in ("a/ml-1m", "a", "ml-1m.zip"))
+    assert x.fingerprint() == y.fingerprint() == z.fingerprint()
+    check_movielens(x)
+    assert x.user_text(("gender", "age", "occupation")) == ["female; under 18; K-12 student", "male; 25-34; programmer"]
+    assert (x.rating_E.tolist(), x.time_E.tolist()) == ([3, 5, 4], [99, 100, 5])
+    all_movies = load_source("movielens", tmp_path / "a", keep_items_without_interactions=True)
+    assert all_movies.item_fields["title"].tolist()[2] == "Unseen (2000)"
+    assert all_movies.item_fields["genres"].tolist()[2] == ""
+
+
+def test_movielens_1m_with_an_order_in_place_of_ratings(tmp_path):
+    write(tmp_path / "movies.dat", MOVIES, "latin-1")
+    write(tmp_path / "users.dat", USERS)
+    write(tmp_path / "interactions.csv.gz", "user_id,item_id,order\n1,1,1\n1,2,0\n2,1,0\n")
+    x = load_source("movielens", tmp_path)
+    check_movielens(x)
+    assert (x.time_kind, x.rating_E) == ("order", None)
+    write(tmp_path / "interactions.csv.gz", "user,item\n1,1\n")
+    with pytest.raises(InputError, match="must be user_id,item_id,order"):
+        load_source("movielens", tmp_path)
+
+
+def test_movielens_100k(tmp_path):
+    def flags(*on):
+        return "|".join("1" if k in on else "0" for k in range(19))
+
+    write(tmp_path / "u.data", "1\t1\t5\t100\n1\t2\t3\t99\n2\t1\t4\t5\n")
+    write(
+        tmp_path / "u.item",
+        f"1|Matrix, The (1999)|||u|{flags(1, 15)}\n2|Cité, La (1995)|||u|{flags(8)}\n3|unknown||||{flags(0)}\n",
+        "latin-1",
+    )
+    write(tmp_path / "u.user", "1|24|F|writer|x\n2|53|M|other|x\n")
+    x = load_source("movielens", tmp_path)
+    check_movielens(x)
+    assert x.user_text(("gender", "age", "occupation")) == ["female; 24; writer", "male; 53; other"]
+
+
+def test_movielens_csv(tmp_path):
+    write(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\r\n1,1,5.0,100\r\n1,2,3.5,99\r\n2,1,4.0,5\r\n")
+    write(
+        tmp_path / "movies.csv",
+        'movieId,title,genres\r\n1,"Matrix, The (1999)",Action|Sci-Fi\r\n2,"Cité, La (1995)",Drama\r\n',
+    )
+    x = load_source("movielens", tmp_path)
+    check_movielens(x)
+    assert x.rating_E.tolist() == [3.5, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ratings.dat", "1::1::5::100\n1::2::3\n", "ratings.dat, line 2: 3 fields where 4 are needed"),
+        ("ratings.dat", "1::1::5::100\n1::2::3::now\n", "ratings.dat, line 2: field 'time' is 'now'"),
+        ("movies.dat", "1::A::B\n2::A\n", "movies.dat, line 2: 2 fields where 3 are needed"),
+        ("users.dat", "1::F::1::10::0\n2::M::26::1::0\n", "users.dat, line 2: gender, age or occupation"),
+    ],
+)
+def test_a_malformed_movielens_line_is_named(tmp_path, name, text, message):
+    write(tmp_path / "movies.dat", MOVIES, "latin-1")
+    write(tmp_path / "users.dat", USERS)
+    write(tmp_path / "ratings.dat", "1::1::5::100\n")
+    write(tmp_path / name, text)
+    with pytest.raises(InputError, match=message):
+        load_source("movielens", tmp_path)
+
+
+def test_a_folder_that_is_not_movielens_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds neither"):
+        load_source("movielens", tmp_path)
+    write(tmp_path / "ml.zip", "no zip")
+    with pytest.raises(InputError, match="neither a folder nor a zip"):
+        load_source("movielens", tmp_path / "ml.zip")
+
+
+@pytest.mark.parametrize(
+    ("published", "said"),
+    [
+        ("Matrix, The (1999)", "The Matrix (1999)"),
+        ("Plan, A (2001)", "A Plan (2001)"),
+        ("Avventura, L' (1960)", "L'Avventura (1960)"),
+        ("City, La (City, The) (1995)", "La City (The City) (1995)"),
+        ("Crow, The: Wicked Prayer (2005)", "The Crow: Wicked Prayer (2005)"),
+        ("Cry, the Beloved Country (1995)", "Cry, the Beloved Country (1995)"),
+        ("Bye Bye, Love (1995)", "Bye Bye, Love (1995)"),
+        ("Se7en", "Se7en"),
+        ("Half (open, The", "Half (open, The"),
+        ("(500) Days of Summer (2009)", "(500) Days of Summer (2009)"),
+    ],
+)
+def test_articles_return_to_the_front(published, said):
+    assert clean_title(published) == said
+
+
+def test_recbole_atomic_files(tmp_path):
+    write(
+        tmp_path / "d.inter",
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\ti2\t3\t20\nu1\ti1\t4.5\t1e1\n",
+    )
+    write(
+        tmp_path / "d.item",
+        'item_id:token\tmovie_title:token_seq\tclass:token_seq\ni1\tThe "One"\tDrama War\ni2\tTwo\t\n',
+    )
+    write(tmp_path / "d.user", "user_id:token\tage:token\nu1\t24\n")
+    x = load_source("recbole", tmp_path)
+    assert rows(x) == [("u1", "i1", 10), ("u1", "i2", 20)]
+    assert x.item_text(("title", "class")) == ['The "One"; Drama War', "Two"]
+    assert x.user_text(("age",)) == ["24"]
+    assert load_source("recbole", tmp_path, title="class").item_text() == ["Drama War", ""]
+    write(tmp_path / "e.inter", "user_id:token\titem_id:token\nu1\ti2\n")
+    with pytest.raises(InputError, match=r"holds 2 \.inter files"):
+        load_source("recbole", tmp_path)
+    assert len(load_source("recbole", tmp_path, name="e")) == 1
+    write(tmp_path / "e.inter", "user_id:token\titem_id\nu1\ti2\n")
+    with pytest.raises(InputError, match="line 1: 'item_id' is not name:type"):
+        load_source("recbole", tmp_path, name="e")
+
+
+AMAZON = {
+    2014: (
+        [{"reviewerID": "U2", "asin": "B1", "overall": 4.0, "unixReviewTime": 20},
+         {"reviewerID": "U1", "asin": "B1", "overall": 5.0, "unixReviewTime": 10},
+         {"reviewerID": "U1", "asin": "B2", "overall": 3.0, "unixReviewTime": 30}],
+        ["{'asin': 'B1', 'title': 'Men\\'s <b>Soap</b> &amp; Oil', 'brand': 'Acme',"
+         " 'categories': [['Health'], ['Beauty', 'Soap']]}",
+         "{'asin': 'B9', 'title': 'Never reviewed'}"],
+    ),
+    2018: (
+        [{"reviewerID": "U2", "asin": "B1", "overall": 4.0, "unixReviewTime": 20, "verified": True},
+         {"reviewerID": "U1", "asin": "B1", "overall": 5.0, "unixReviewTime": 10},
+         {"reviewerID": "U1", "asin": "B2", "overall": 3.0, "unixReviewTime": 30}],
+        ['{"asin": "B1", "title": "Men\'s Soap &amp; Oil", "brand": "Acme",'
+         ' "category": ["Beauty", "Soap"], "description": []}',
+         '{"asin": "B2", "title": "var aPageStart = (new Date()).getTime();"}'],
+    ),
+    2023: (
+        [{"user_id": "U2", "asin": "x", "parent_asin": "B1", "rating": 4.0, "timestamp": 20},
+         {"user_id": "U1", "asin": "y", "parent_asin": "B1", "rating": 5.0, "timestamp": 10},
+         {"user_id": "U1", "asin": "z", "parent_asin": "B2", "rating": 3.0, "timestamp": 30}],
+        ['{"parent_asin": "B1", "title": "Men\'s Soap & Oil", "store": "Acme",'
+         ' "categories": ["Beauty", "Soap"], "description": null}'],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("year", AMAZON)
+def test_amazon_reviews_of_every_edition(tmp_path, year):
+    reviews, metadata = AMAZON[year]
+    write(tmp_path / "reviews_X_5.json.gz", "\n".join(map(json.dumps, reviews)) + "\n")
+    write(tmp_path / "meta_X.json.gz", "\n".join(metadata) + "\n")
+    x = load_source("amazon", tmp_path)
+    assert rows(x) == [("U1", "B1", 10), ("U1", "B2", 30), ("U2", "B1", 20)]
+    assert x.rating_E.tolist() == [5, 3, 4]
+    assert x.item_text(("title", "brand", "categories")) == ["Men's Soap & Oil; Acme; Beauty, Soap", ""]
+    assert x.item_fields["description"].tolist() == ["", ""]
+    y = load_source("amazon", tmp_path / "reviews_X_5.json.gz", metadata=tmp_path / "meta_X.json.gz")
+    assert x.fingerprint() == y.fingerprint()
+    if year == 2014:
+        cold = load_source("amazon", tmp_path, keep_items_without_interactions=True)
+        assert cold.item_text() == ["Men's Soap & Oil", "", "Never reviewed"]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("{'asin': __import__('os')}", "line 2: this is neither a JSON object nor a Python literal"),
+        ("[1, 2]", "line 2: this is neither"),
+        ("(" * 5000, "line 2: this is neither"),
+        ('{"reviewerID": "U", "asin": "B", "overall": 3}', "line 2: a field is missing or unusable .'unixReviewTime'."),
+        (
+            '{"reviewerID": "U", "asin": 3, "overall": 3, "unixReviewTime": 1}',
+            "line 2: a field is missing or unusable .'asin'.",
+        ),
+        ('{"reviewerID": "U", "asin": "B", "overall": 3, "unixReviewTime": -1}', "line 2: field 'time' is -1"),
+    ],
+)
+def test_a_malformed_review_is_named(tmp_path, second, message):
+    first = json.dumps(AMAZON[2014][0][0])
+    write(tmp_path / "reviews.json", f"{first}\n{second}\n")
+    with pytest.raises(InputError, match=message):
+        load_source("amazon", tmp_path / "reviews.json")
+
+
+def test_broken_amazon_files_are_named(tmp_path):
+    write(tmp_path / "reviews.json", '{"asin": "B1", "title": "metadata"}\n')
+    with pytest.raises(InputError, match="line 1: no field for 'user'"):
+        load_source("amazon", tmp_path)
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress((json.dumps(AMAZON[2014][0][0]) + "\n").encode())[:-9])
+    with pytest.raises(InputError, match=r"cut\.json\.gz cannot be read after line"):
+        load_source("amazon", tmp_path / "cut.json.gz")
+    with pytest.raises(InputError, match="must hold one review file"):
+        load_source("amazon", tmp_path)
+
+
+def test_adjacency_lists_are_a_split_without_validation(tmp_path):
+    write(tmp_path / "train.txt.gz", "0 5 3 4\n1 3\n\n2\n")
+    write(tmp_path / "test.txt.gz", "0 1\n1 5 0\n2\n")
+    split = load_source("adjacency", tmp_path)
+    assert split.counts() == {"train": 4, "validation": 0, "test": 3}
+    x = split.interactions
+    assert x.item_ids.tolist() == ["0", "1", "3", "4", "5"]
+    assert [part.tolist() for part in split.cases(TEST)] == [[0, 1, 1], [1, 4, 0]]
+    indptr, item = split.histories(TRAIN)
+    assert (indptr.tolist(), x.item_ids[item].tolist()) == ([0, 3, 4], ["5", "3", "4", "3"])
+    write(tmp_path / "test.txt.gz", "0 1\n1 5 3\n")
+    with pytest.raises(InputError, match=r"test.txt.gz, line 2: this user-item pair is also in the train part"):
+        load_source("adjacency", tmp_path)
+    write(tmp_path / "test.txt.gz", "0 1\n1 x\n")
+    with pytest.raises(InputError, match=r"test.txt.gz, line 2: ids must be whole numbers"):
+        load_source("adjacency", tmp_path)
+    (tmp_path / "test.txt.gz").unlink()
+    with pytest.raises(InputError, match=r"must hold train.txt and test.txt"):
+        load_source("adjacency", tmp_path)
+
+
+def test_times_of_tables_stay_exact(tmp_path):
+    write(tmp_path / "t.csv", "user,item,time\n1,2,1700000000123456789\n")
+    assert load_source("table", tmp_path / "t.csv").time_E.dtype == np.int64
+    assert load_source("table", tmp_path / "t.csv").time_E.tolist() == [1700000000123456789]
