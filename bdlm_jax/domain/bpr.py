@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from bdlm_jax.domain.arm import DomainArm
-from bdlm_jax.domain.sampling import Popularity, Seen, sample_negatives, sample_popular_negatives
+from bdlm_jax.domain.sampling import Popularity, Seen, random_order, sample_negatives, sample_popular_negatives
 from bdlm_jax.losses import bpr_loss
 from bdlm_jax.types import Array, InputError, Params
 
@@ -111,7 +111,7 @@ def make_domain_epoch(
 
     def epoch(state, edge_2E, seen, popularity):
         key, order_key, negative_key = jax.random.split(state.key, 3)
-        order = jax.random.permutation(order_key, n_edges)
+        order = random_order(order_key, n_edges)
         order = jnp.pad(order, (0, steps * batch_size - n_edges), constant_values=-1).reshape(steps, batch_size)
 
         def step(carry, inputs):

@@ -12,6 +12,7 @@ import numpy as np
 from bdlm_jax.types import Array, InputError
 
 POPULARITY_TOTAL = 2**30
+ORDER_ROUNDS = 8
 
 
 @flax.struct.dataclass
@@ -69,6 +70,8 @@ def make_seen(user: Array, item: Array, n_users: int, n_items: int) -> Seen:
 def sample_negatives(key: Array, seen: Seen, user_B: Array) -> Array:
     """Draws one item for each entry of `user_B` (any shape), uniform over the items which that user has not seen.
 
+    Each unseen item's probability is exact to 2⁻³², the grain of one random word.
+
     Args:
       key: a JAX key.
       seen: from `make_seen`.
@@ -78,7 +81,7 @@ def sample_negatives(key: Array, seen: Seen, user_B: Array) -> Array:
       int32 items in the shape of `user_B`.
     """
     start, stop = seen.indptr[user_B], seen.indptr[user_B + 1]
-    rank = jax.random.randint(key, user_B.shape, 0, seen.n_items - (stop - start))
+    rank = _draw_below(key, seen.n_items - (stop - start))
     return rank + _count_at_most(lambda e: seen.item[e] - (e - start), start, stop, rank, seen.depth)
 
 
@@ -122,20 +125,56 @@ def sample_popular_negatives(key: Array, seen: Seen, popularity: Popularity, use
       int32 items in the shape of `user_B`.
     """
     start, stop = seen.indptr[user_B], seen.indptr[user_B + 1]
-    mass = jax.random.randint(key, user_B.shape, 0, popularity.unseen_U[user_B])
+    mass = _draw_below(key, popularity.unseen_U[user_B])
     count = _count_at_most(lambda e: popularity.unseen_below[e], start, stop, mass, seen.depth)
-    # The weight of the first `count` seen items: the next one's total weight below less its unseen part, or all of it.
-    at = jnp.minimum(start + count, seen.item.shape[0] - 1) if seen.item.shape[0] else start
-    total = popularity.below[-1]
-    if seen.item.shape[0]:
-        seen_mass = jnp.where(
-            start + count < stop,
-            popularity.below[seen.item[at]] - popularity.unseen_below[at],
-            total - popularity.unseen_U[user_B],
-        )
-    else:
-        seen_mass = jnp.zeros_like(mass)
-    return (jnp.searchsorted(popularity.below, mass + seen_mass, side="right") - 1).astype(jnp.int32)
+    # Weight of the first `count` seen items: below the next seen one, total less unseen; in the whole row, likewise.
+    inside = start + count < stop
+    at = jnp.where(inside, start + count, 0)
+    total = jnp.where(inside, popularity.below[seen.item[at]], popularity.below[-1])
+    unseen = jnp.where(inside, popularity.unseen_below[at], popularity.unseen_U[user_B])
+    return (jnp.searchsorted(popularity.below, mass + total - unseen, side="right") - 1).astype(jnp.int32)
+
+
+def random_order(key: Array, n: int) -> Array:
+    """Returns a pseudo-random permutation (n,) of 0…n-1 without sorting; on a CPU 1 M rows take a sort's tenth.
+
+    A keyed Feistel network permutes 0…2^k - 1; what falls outside is sent through again until it lands inside, which
+    keeps it a permutation (Black and Rogaway 2002, cycle walking). Good for shuffling epochs, not for cryptography.
+
+    Args:
+      key: a JAX key.
+      n: rows, at least 1; a Python integer below 2³¹.
+    """
+    high_bits = max(n - 1, 1).bit_length() // 2
+    low_bits = max(n - 1, 1).bit_length() - high_bits
+    keys = jax.random.bits(key, (ORDER_ROUNDS,), jnp.uint32)
+
+    def shuffle(x):
+        high, low = x >> low_bits, x & jnp.uint32(2**low_bits - 1)
+        for k in range(0, ORDER_ROUNDS, 2):
+            high ^= _mix(low ^ keys[k]) & jnp.uint32(2**high_bits - 1)
+            low ^= _mix(high ^ keys[k + 1]) & jnp.uint32(2**low_bits - 1)
+        return (high << low_bits) | low
+
+    first = shuffle(jnp.arange(n, dtype=jnp.uint32))
+    walk = jax.lax.while_loop(lambda x: jnp.any(x >= n), lambda x: jnp.where(x >= n, shuffle(x), x), first)
+    return walk.astype(jnp.int32)
+
+
+def _mix(x):
+    """Spreads every bit of a uint32 over all of them (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _draw_below(key, span):
+    """Draws from 0…span-1 as the high word of bits·span: randint takes a remainder, which skews wide spans."""
+    bits, span = jax.random.bits(key, span.shape, jnp.uint32), span.astype(jnp.uint32)
+    bits_low, bits_high, span_low, span_high = bits & 0xFFFF, bits >> 16, span & 0xFFFF, span >> 16
+    middle = bits_high * span_low + (bits_low * span_low >> 16)
+    other = bits_low * span_high + (middle & 0xFFFF)
+    return (bits_high * span_high + (middle >> 16) + (other >> 16)).astype(jnp.int32)
 
 
 def _count_at_most(value, start, stop, limit, depth):

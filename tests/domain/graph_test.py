@@ -1,0 +1,170 @@
+"""Propagation: every backend against a dense float64 oracle, its gradient, jit, scan, vmap, and bad input."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdlm_jax.domain.graph import PIECE_BYTES, choose_backend, make_graph, make_propagate
+from bdlm_jax.types import InputError
+
+N_USERS, N_ITEMS, WIDTH = 23, 17, 5
+BACKENDS = ("segment", "dense", "host")
+
+
+def random_edges(seed=0, n=90):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, N_USERS - 2, n), rng.integers(
+        0, N_ITEMS - 3, n
+    )  # the last two users and three items stay alone
+
+
+def oracle_matrix(user, item):
+    """Â as a dense float64 matrix from its definition, self-loops for the nodes without edges."""
+    adjacency = np.zeros((N_USERS + N_ITEMS, N_USERS + N_ITEMS))
+    adjacency[user, N_USERS + item] = adjacency[N_USERS + item, user] = 1.0
+    degree = adjacency.sum(axis=1)
+    adjacency[degree == 0, degree == 0] = 1.0
+    degree = np.maximum(degree, 1.0)
+    return adjacency / np.sqrt(np.outer(degree, degree))
+
+
+def random_rows(seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(N_USERS, WIDTH)).astype(np.float32), rng.normal(size=(N_ITEMS, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def propagate(request):
+    user, item = random_edges()
+    return make_propagate(
+        make_graph(user, item, n_users=N_USERS, n_items=N_ITEMS),
+        n_users=N_USERS,
+        n_items=N_ITEMS,
+        backend=request.param,
+    )
+
+
+def test_hand_computed_weights():
+    graph = make_graph([0, 0, 1], [0, 1, 1], n_users=3, n_items=2)
+    found = {(int(s), int(r)): float(w) for s, r, w in zip(graph.senders, graph.receivers, graph.edges)}
+    expected = {(3, 0): 1 / np.sqrt(2 * 1), (4, 0): 1 / np.sqrt(2 * 2), (4, 1): 1 / np.sqrt(1 * 2)}
+    expected |= {(r, s): w for (s, r), w in expected.items()} | {(2, 2): 1.0}
+    assert found == pytest.approx(expected)
+    assert np.all(np.diff(graph.receivers) >= 0)
+    assert graph.n_node.tolist() == [5] and graph.n_edge.tolist() == [7]
+
+
+def test_equals_the_dense_oracle(propagate):
+    user, item = random_rows()
+    expected = oracle_matrix(*random_edges()) @ np.concatenate([user, item]).astype(np.float64)
+    for function in (propagate, jax.jit(propagate)):
+        got = np.concatenate(function(user, item))
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_gradient_is_the_operator_itself(propagate):
+    user, item = random_rows()
+    weight = np.random.default_rng(2).normal(size=(N_USERS + N_ITEMS, WIDTH))
+
+    def loss(user, item):
+        return jnp.sum(jnp.concatenate(propagate(*propagate(user, item))) ** 2 * weight)
+
+    matrix, rows = oracle_matrix(*random_edges()), np.concatenate([user, item]).astype(np.float64)
+    expected = matrix.T @ matrix.T @ (2 * weight * (matrix @ matrix @ rows))
+    got = np.concatenate(jax.jit(jax.grad(loss, argnums=(0, 1)))(user, item))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_inside_scan_and_vmap(propagate):
+    user, item = random_rows()
+    matrix = oracle_matrix(*random_edges())
+
+    @jax.jit
+    def five_steps(user, item):
+        return jax.lax.scan(lambda rows, _: (propagate(*rows), None), (user, item), None, length=5)[0]
+
+    expected = np.linalg.matrix_power(matrix, 5) @ np.concatenate([user, item])
+    np.testing.assert_allclose(np.concatenate(five_steps(user, item)), expected, atol=5e-6)
+
+    users, items = jnp.stack([user, 2 * user]), jnp.stack([item, 2 * item])
+    got_user, got_item = jax.vmap(propagate)(users, items)
+    expected = matrix @ np.concatenate([user, item])
+    np.testing.assert_allclose(np.concatenate([got_user[1], got_item[1]]), 2 * expected, atol=5e-6)
+
+
+def test_isolated_nodes_keep_their_own_row(propagate):
+    user, item = random_rows()
+    got_user, got_item = propagate(user, item)
+    np.testing.assert_allclose(got_user[-2:], user[-2:])
+    np.testing.assert_allclose(got_item[-3:], item[-3:])
+
+
+def test_keeps_the_dtype(propagate):
+    user, item = (jnp.asarray(rows, jnp.bfloat16) for rows in random_rows())
+    assert {rows.dtype for rows in propagate(user, item)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_repeated_pairs_count_once_and_order_is_irrelevant():
+    user, item = random_edges()
+    mixed = np.random.default_rng(3).permutation(np.repeat(np.arange(user.size), 2))
+    once = make_graph(user, item, n_users=N_USERS, n_items=N_ITEMS)
+    twice = make_graph(user[mixed], item[mixed], n_users=N_USERS, n_items=N_ITEMS)
+    for left, right in zip(jax.tree.leaves(once), jax.tree.leaves(twice)):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_graph_without_edges_is_the_identity():
+    graph = make_graph([], [], n_users=N_USERS, n_items=N_ITEMS)
+    user, item = random_rows()
+    for backend in BACKENDS:
+        got = make_propagate(graph, n_users=N_USERS, n_items=N_ITEMS, backend=backend)(user, item)
+        np.testing.assert_array_equal(np.concatenate(got), np.concatenate([user, item]))
+
+
+def test_host_does_not_deadlock_on_one_core():
+    """Over 100 KiB of operand, work queued behind it, one XLA thread: here a plain pure_callback hangs for ever."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs sched_setaffinity")
+    program = """
+import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp, numpy as np
+from bdlm_jax.domain.graph import make_graph, make_propagate
+rng = np.random.default_rng(0); u, i = rng.integers(0, 700, 3000), rng.integers(0, 500, 3000)
+step = make_propagate(make_graph(u, i, n_users=701, n_items=501), n_users=701, n_items=501, backend="host")
+run = jax.jit(lambda rows: jax.lax.scan(lambda rows, _: (step(*rows), rows[0].sum()), rows, None, length=20))
+rows = jnp.ones((701, 64)), jnp.ones((501, 64))
+for _ in range(5):
+    rows, _ = run(rows); later = [rows[0] @ rows[1].T for _ in range(4)]
+    jax.block_until_ready((rows, later))
+print("done")
+"""
+    assert 2 * PIECE_BYTES < 1200 * 64 * 4
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+def test_auto_takes_dense_for_small_graphs():
+    assert choose_backend(n_users=100, n_items=50) == "dense"
+    assert choose_backend(n_users=10**6, n_items=10**6) in ("host", "segment")
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match=r"item_E\[1\] is 9"):
+        make_graph([0, 1], [0, 9], n_users=2, n_items=9)
+    with pytest.raises(InputError, match=r"user_E\[0\] is -1"):
+        make_graph([-1], [0], n_users=2, n_items=9)
+    with pytest.raises(InputError, match="integers"):
+        make_graph([0.5], [0], n_users=2, n_items=9)
+    with pytest.raises(InputError, match="2 rows"):
+        make_graph([0, 1], [0], n_users=2, n_items=9)
+    graph = make_graph([0], [0], n_users=2, n_items=2)
+    with pytest.raises(InputError, match="unknown"):
+        make_propagate(graph, n_users=2, n_items=2, backend="sparse")
+    with pytest.raises(InputError, match="4 nodes"):
+        make_propagate(graph, n_users=2, n_items=3)
