@@ -65,6 +65,7 @@ def test_a_table_without_header_and_with_other_separators(tmp_path):
     [
         ("user,item,time\n1,2,3\n1,2\n", "t.csv, line 3: 2 fields where 3 are needed"),
         ("user,item,time\n1,2,3,4\n1,2\n", "t.csv, line 2: 4 fields where 3 are needed"),
+        ("user,item,note\n1,2,3,4\n1,2\n", "t.csv, line 2: 4 fields where 3 are needed"),
         ("user,item,time\n1,2,3\n\n1,3,x\n", "t.csv, line 4: field 'time' is 'x'"),
         ('user,item,time\n"a\nb",2,3\n1,3,-4\n', "t.csv, line 4: field 'time' is -4"),
         ("user,item,time\n1,2,3\n1,3,2.5\n", "t.csv, line 3: field 'time' is 2.5"),
