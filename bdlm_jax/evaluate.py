@@ -4,7 +4,9 @@ A model is a function from user indices to scores, either of the whole catalogue
 per case are two integers, from which every metric follows. Ties count against the model; a NaN loses too.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -165,6 +167,25 @@ def result_rows(
                     }
                 )
     return rows
+
+
+def save_counts(path: str | os.PathLike, counts: Mapping[str, Counts]) -> None:
+    """Writes the counts of every protocol to one npz; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        np.savez_compressed(
+            file, **{f"{name}/{field}": value for name, c in counts.items() for field, value in c._asdict().items()}
+        )
+    os.replace(partial, path)
+
+
+def load_counts(path: str | os.PathLike) -> dict[str, Counts]:
+    """Reads what `save_counts` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = dict.fromkeys(name.split("/")[0] for name in arrays.files)
+        return {name: Counts(**{field: arrays[f"{name}/{field}"] for field in Counts._fields}) for name in names}
 
 
 def mean_metric(counts: Counts, metric: str) -> float:

@@ -219,7 +219,13 @@ def _write_losses(log: MetricLog, stage: str, phase: Phase, cursor: dict, seen: 
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:
     best = json.loads((folder / "done.json").read_text(encoding="utf-8"))["best"]
     return Fitted(
-        params={name: checkpoint.load_safetensors(folder / f"best_{name}.safetensors") for name in judged},
+        params={name: _load_params(folder / f"best_{name}.safetensors") for name in judged},
         value={name: best[name]["value"] for name in judged},
         phase={name: best[name]["phase"] for name in judged},
     )
+
+
+def _load_params(path: Path) -> Params:
+    params = checkpoint.load_safetensors(path)
+    params.setdefault("domain", {})  # a flat file cannot hold the empty tree of an arm without params of its own
+    return params

@@ -57,7 +57,7 @@ def read_states(
     Returns:
       {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
     """
-    rows_XM, rows_IM = jax.jit(partial(id_rows, bridge=bridge, arm=arm))(params)
+    rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
     state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
     state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
     batch_rows = min(batch_rows, max(len(packed), 1))
@@ -125,6 +125,9 @@ def text_scorer(
         return jnp.asarray(np.concatenate(parts)[: len(user_B)])
 
     return CandidateScorer(score)
+
+
+_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(id_rows)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -39,29 +39,25 @@ def label_params(params: Params, rules: list[tuple[str, str]]) -> Params:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def make_optimizer(params: Params, *, rules, groups: dict[str, dict], clip_norm: float | None = None):
+def make_optimizer(*, rules: list[tuple[str, str]], groups: dict[str, dict], clip_norm: float | None = None):
     """Builds one optax transformation with a group per pattern.
 
     Args:
-      params: the pytree to train.
-      rules: see `label_params`.
-      groups: {name: {"learning_rate": float or schedule, "weight_decay": float, "kind": "adam"}}; "frozen" needs none.
+      rules: see `label_params`; a leaf in the group "frozen" does not move and costs no optimiser state.
+      groups: {name: {"learning_rate": float or schedule, "weight_decay": float}} of AdamW.
       clip_norm: clip the gradient of all trained leaves together to this norm, or None.
 
     Returns:
-      (optax.GradientTransformation, labels).
+      optax.GradientTransformation.
     """
-    labels = label_params(params, rules)
     transforms = {FROZEN: optax.set_to_zero()}
     for name, options in groups.items():
-        transforms[name] = optax.adamw(
-            options["learning_rate"], b2=options.get("b2", 0.999), weight_decay=options.get("weight_decay", 0.0)
-        )
-    optimizer = optax.multi_transform(transforms, labels)
+        transforms[name] = optax.adamw(options["learning_rate"], weight_decay=options.get("weight_decay", 0.0))
+    optimizer = optax.multi_transform(transforms, lambda params: label_params(params, rules))
     if clip_norm:
-        trained = jax.tree.map(lambda label: label != FROZEN, labels)
+        trained = lambda tree: jax.tree.map(lambda label: label != FROZEN, label_params(tree, rules))  # noqa: E731
         optimizer = optax.chain(optax.masked(optax.clip_by_global_norm(clip_norm), trained), optimizer)
-    return optimizer, labels
+    return optimizer
 
 
 def describe_groups(params: Params, labels: Params) -> str:
