@@ -18,6 +18,7 @@ from bdlm_jax.types import Array, InputError, Params
 
 _MASKED = -1e30  # finite: a row of padding must not become NaN
 _DROPOUT_LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold: half the random words of a float
+_UNROLLED_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +303,8 @@ class _Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
+            # A short stack runs a fifth faster without a loop on CPU; a deep one would take long to compile.
+            unroll=c.n_layers if c.n_layers <= _UNROLLED_LAYERS else 1,
         )(c, self.keep_kv, name="layers")
         x, kv = layers(x, (jnp.arange(c.n_layers), prefix), _rope(c, positions), mask, prefix_mask_BP, dropout_key_B)
         return _RMSNorm(c, name="final_norm")(x), kv
@@ -318,10 +321,19 @@ def _embed(embedding_VM, id_rows_XM, tokens):
 
 
 def _attend(q, k, v, mask):
-    """softmax(q k) v for scaled q (..., L, G, R, K), R query heads on each of G key heads, and mask (..., L, L)."""
-    scores = jnp.einsum("...tgrk,...sgk->...grts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask[..., None, None, :, :], scores, _MASKED), axis=-1)
-    return jnp.einsum("...grts,...sgk->...tgrk", weights.astype(v.dtype), v)
+    """softmax(q k) v for scaled q (B, L, G, R, K), R query heads on each of G key heads, and mask (B, L, L)."""
+    # One matrix product for each key head, and the division after it: on CPU 10 % of a step less than the einsum on q's
+    # own axes or jax.nn.dot_product_attention.
+    b, length, g, r, width = q.shape
+    q = q.transpose(0, 2, 3, 1, 4).reshape(b * g, r * length, width)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(b * g, length, width) for x in (k, v))
+    scores = jnp.einsum("btk,bsk->bts", q, k, preferred_element_type=jnp.float32).reshape(b, g * r, length, length)
+    scores = scores + jnp.where(mask, 0.0, _MASKED)[:, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1).reshape(b * g, r * length, 1)
+    weights = weights.astype(v.dtype).reshape(b * g, r * length, length)
+    out = jnp.einsum("bts,bsk->btk", weights, v, preferred_element_type=jnp.float32) / total
+    return out.reshape(b, g, r, length, width).transpose(0, 3, 1, 2, 4)
 
 
 def _attend_with_prefix(q, k, v, mask, prefix_k, prefix_v, prefix_mask_BP):
@@ -364,8 +376,10 @@ def _dropout(x, key_B, rate):
     if key_B is None or not rate:
         return x
     kept_levels = round((1 - rate) * _DROPOUT_LEVELS)
-    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(key_B)
-    return jnp.where(bits < kept_levels, x * (_DROPOUT_LEVELS / kept_levels), 0).astype(x.dtype)
+    length, width = x.shape[1:]
+    words = jax.vmap(lambda key: jax.random.bits(key, (length, -(-width // 2)), jnp.uint32))(key_B)
+    levels = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:2], -1)[..., :width]
+    return jnp.where(levels < kept_levels, x * (_DROPOUT_LEVELS / kept_levels), 0).astype(x.dtype)
 
 
 def _normal(std):

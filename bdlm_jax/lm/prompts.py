@@ -59,7 +59,7 @@ def history_prompt(
 ) -> Prompt:
     """Makes one prompt of a user's history; one history of n items gives n targets.
 
-    kind "ids":        <bos> [<uid>] [context] <iid>1 … <iid>n [<uid>]; each item is predicted from the token before its <iid>.
+    kind "ids":        <bos> [<uid>] [context] <iid>1 … <iid>n [<uid>]; each item is predicted from the token before.
     kind "ids_titles": <bos> [<uid>] [context] <iid>1 title1 … <iid>n titlen [<uid>]; the title is predicted as well.
     kind "text":       <bos> [context] title1 <eos> … titlen <eos>; text targets only, <eos> included.
 
