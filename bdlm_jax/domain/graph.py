@@ -20,14 +20,15 @@ from bdlm_jax.types import Array, InputError
 
 BACKENDS = ("auto", "segment", "dense", "host")
 
-# Entries of R up to which the dense product wins, by measurement (docs/results.md): against the threads of "host" on
-# a CPU, against scatter-add on an accelerator.
-DENSE_ENTRIES_CPU = 2**18
+# Measured on 2 cores at D = 64: the dense product costs about 1.3 ns an entry of R, the host's threads about 14 ns an
+# edge and half a millisecond a call. On an accelerator the dense product wins while R fits comfortably.
+ENTRIES_PER_EDGE_CPU = 12
+ENTRIES_PER_CALL_CPU = 2**18
 DENSE_ENTRIES_ACCELERATOR = 2**25
 
 # XLA copies a callback's unaligned operand of 100 KiB or more on its own thread pool, which on a machine of few cores
 # is the thread that waits for the callback: a deadlock. Smaller operands are copied in place, so we hand over pieces.
-PIECE_BYTES = 64 * 1024
+PIECE_BYTES = 96 * 1024
 
 
 def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> jraph.GraphsTuple:
@@ -97,7 +98,7 @@ def make_propagate(
     if backend == "host" and jax.default_backend() != "cpu":
         raise InputError("propagation backend 'host' runs on the CPU only: choose 'auto', 'dense' or 'segment'.")
     if backend == "auto":
-        backend = choose_backend(n_users=n_users, n_items=n_items)
+        backend = choose_backend(n_users=n_users, n_items=n_items, n_edges=int(graph.n_edge[0]) // 2)
     make = {"segment": _segment_backend, "dense": _dense_backend, "host": _host_backend}[backend]
     apply = make(graph, n_users, n_items)
 
@@ -109,14 +110,13 @@ def make_propagate(
     return propagate
 
 
-def choose_backend(*, n_users: int, n_items: int) -> str:
-    """Returns the backend that "auto" stands for on the present device."""
+def choose_backend(*, n_users: int, n_items: int, n_edges: int) -> str:
+    """Returns the backend that "auto" stands for on the present device; n_edges counts interactions once."""
     entries = n_users * n_items
-    if jax.default_backend() != "cpu":
+    # Several CPU devices (fake ones, mostly) would queue for the same host threads.
+    if jax.default_backend() != "cpu" or jax.local_device_count() > 1:
         return "dense" if entries <= DENSE_ENTRIES_ACCELERATOR else "segment"
-    if jax.local_device_count() > 1:  # several (fake) devices would queue for the same host threads
-        return "dense" if entries <= DENSE_ENTRIES_ACCELERATOR else "segment"
-    return "dense" if entries <= DENSE_ENTRIES_CPU else "host"
+    return "dense" if entries <= ENTRIES_PER_EDGE_CPU * n_edges + ENTRIES_PER_CALL_CPU else "host"
 
 
 def _segment_backend(graph, n_users, n_items):
@@ -151,34 +151,34 @@ def _dense_backend(graph, n_users, n_items):
 def _host_backend(graph, n_users, n_items):
     matrix_UI, loop_U, loop_I = _bipartite(graph, n_users, n_items)
     matrix_IU = matrix_UI.T.tocsr()
-    loop_U, loop_I = loop_U[:, None], loop_I[:, None]
+    alone_U, alone_I = np.flatnonzero(loop_U), np.flatnonzero(loop_I)
     blocks = max(1, _cores() // 2)
     to_user, to_item = _row_blocks(matrix_UI, blocks), _row_blocks(matrix_IU, blocks)
     pool = _thread_pool()
 
+    def join(results, rows, alone):
+        out = results[0] if len(results) == 1 else np.concatenate(results)
+        out[alone] += rows[alone]  # self-loops have weight 1
+        return out
+
     # Nothing of JAX may run in here: the thread that would run it may be the one that waits for this function.
-    def multiply(width, *pieces):
-        rows = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(n_users + n_items, int(width))
-        user, item = rows[:n_users], rows[n_users:]
+    def multiply(user_pieces, item_pieces):
+        user = np.concatenate([np.asarray(piece) for piece in user_pieces]).reshape(n_users, -1)
+        item = np.concatenate([np.asarray(piece) for piece in item_pieces]).reshape(n_items, -1)
         jobs = [pool.submit(block.__matmul__, item) for block in to_user]
         jobs += [pool.submit(block.__matmul__, user) for block in to_item[:-1]]
         last = to_item[-1] @ user
         done = [job.result() for job in jobs] + [last]
-        user_out = np.concatenate(done[:blocks]) + loop_U * user
-        item_out = np.concatenate(done[blocks:]) + loop_I * item
-        return user_out, item_out
+        return join(done[:blocks], user, alone_U), join(done[blocks:], item, alone_I)
+
+    def pieces(rows):
+        flat, step = rows.astype(jnp.float32).reshape(-1), PIECE_BYTES // 4
+        return [flat[start : start + step] for start in range(0, flat.shape[0], step)]
 
     def apply(user_UD, item_ID):
-        width, dtype = user_UD.shape[1], user_UD.dtype
-        flat = jnp.concatenate([user_UD, item_ID]).astype(jnp.float32).reshape(-1)
-        step = PIECE_BYTES // 4
-        pieces = [flat[start : start + step] for start in range(0, flat.shape[0], step)]
-        shapes = (
-            jax.ShapeDtypeStruct((n_users, width), jnp.float32),
-            jax.ShapeDtypeStruct((n_items, width), jnp.float32),
-        )
-        out = jax.pure_callback(functools.partial(multiply, width), shapes, *pieces, vmap_method="sequential")
-        return out[0].astype(dtype), out[1].astype(dtype)
+        shapes = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, jnp.float32), (user_UD, item_ID))
+        out = jax.pure_callback(multiply, shapes, pieces(user_UD), pieces(item_ID), vmap_method="sequential")
+        return out[0].astype(user_UD.dtype), out[1].astype(item_ID.dtype)
 
     return apply
 

@@ -1,5 +1,7 @@
 """BPR: the loss by hand, padding, the gradient by differences, and epochs that learn and repeat."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,13 +82,19 @@ def test_gradient_by_finite_differences():
     assert float((forward - backward) / (2 * step)) == pytest.approx(float(expected), rel=2e-2)
 
 
+@functools.cache
+def lightgcn_epoch(popular):
+    user, item = blocks()
+    arm, optimizer, seen = lightgcn(user, item), optax.adam(0.02), make_seen(user, item, N_USERS, N_ITEMS)
+    popularity = make_popularity(seen, np.bincount(item, minlength=N_ITEMS)) if popular else None
+    epoch = make_domain_epoch(arm, optimizer, seen, user_E=user, item_E=item, batch_size=32, popularity=popularity)
+    return arm, optimizer, epoch
+
+
 @pytest.mark.parametrize("popular", [False, True])
 def test_epochs_learn_to_put_unseen_items_of_the_block_first(popular):
     user, item = blocks()
-    arm, optimizer = lightgcn(user, item), optax.adam(0.02)
-    seen = make_seen(user, item, N_USERS, N_ITEMS)
-    popularity = make_popularity(seen, np.bincount(item, minlength=N_ITEMS)) if popular else None
-    epoch = make_domain_epoch(arm, optimizer, seen, user_E=user, item_E=item, batch_size=32, popularity=popularity)
+    arm, optimizer, epoch = lightgcn_epoch(popular)
     state, losses = start(arm, optimizer), []
     for _ in range(25):
         state, metrics = epoch(state)
@@ -116,11 +124,7 @@ def test_epoch_takes_every_edge_once_and_ignores_the_padding():
 
 
 def test_the_same_key_gives_the_same_bits():
-    user, item = blocks()
-    arm, optimizer = lightgcn(user, item), optax.adamw(1e-2)
-    epoch = make_domain_epoch(
-        arm, optimizer, make_seen(user, item, N_USERS, N_ITEMS), user_E=user, item_E=item, batch_size=32
-    )
+    arm, optimizer, epoch = lightgcn_epoch(False)
     first, again, other = (
         epoch(start(arm, optimizer))[0],
         epoch(start(arm, optimizer))[0],
