@@ -103,7 +103,8 @@ def init_lm(key: Array, config: LMConfig) -> Params:
         [and bias], layers/post_attention_layernorm/scale, layers/mlp/{gate,up,down}_proj/kernel. All float32.
     """
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    params = _Decoder(config).init(key, tokens_BL, tokens_BL, jnp.ones((1, 1, 1), bool), None)["params"]
+    mask_BLL = jnp.ones((1, 1, 1), bool)
+    params = jax.jit(partial(_Decoder(config).init, id_rows_XM=None))(key, tokens_BL, tokens_BL, mask_BLL)["params"]
     if not config.tie_embeddings:
         params = dict(params, head=_normal(0.02)(jax.random.fold_in(key, 1), (config.vocab_size, config.width)))
     return params

@@ -1,0 +1,258 @@
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from bdlm_jax.lm.causal_lm import (
+    LMConfig,
+    continuation_log_likelihood,
+    gather_positions,
+    init_lm,
+    lm_hidden,
+    text_logits,
+)
+from bdlm_jax.types import InputError
+
+CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32)
+N_IDS = 7
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger than at the start, so that attention is far from uniform and a wrong mask shows.
+    return jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(0), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def id_rows_XM():
+    return jax.random.normal(jax.random.key(1), (N_IDS, CONFIG.width))
+
+
+hidden_of = jax.jit(lm_hidden, static_argnames="config")
+
+
+def _row(*segments, length):
+    """One packed row of the given token lists."""
+    tokens = np.concatenate([*segments, np.zeros(length)])[:length].astype(np.int32)
+    positions = np.concatenate([*(np.arange(len(s)) for s in segments), np.zeros(length)])[:length].astype(np.int32)
+    numbers = np.concatenate([*(np.full(len(s), n + 1) for n, s in enumerate(segments)), np.zeros(length)])[:length]
+    return tokens[None], positions[None], numbers.astype(np.int32)[None]
+
+
+def test_parameters_are_stacked_float32_under_llama_names(params):
+    assert params["embedding"].shape == (40, 24)
+    assert params["layers"]["self_attn"]["k_proj"]["kernel"].shape == (2, 24, 2 * 4)
+    assert params["layers"]["mlp"]["down_proj"]["kernel"].shape == (2, 32, 24)
+    assert params["final_norm"]["scale"].shape == (24,)
+    assert "head" not in params
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    kernels = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert not np.allclose(kernels[0], kernels[1]), "every layer is drawn on its own"
+
+
+@pytest.mark.parametrize(("tie", "bias"), [(True, True), (False, False)])
+def test_logits_equal_those_of_transformers(tie, bias):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = dataclasses.replace(
+        CONFIG, tie_embeddings=tie, attention_bias=bias, rope_theta=500.0, rope_scaling=("llama3", 4.0, 1.0, 2.0, 16)
+    )
+    torch.manual_seed(0)
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tie,
+            attention_bias=bias,
+            rope_parameters={"rope_type": "llama3", "factor": 4.0, "rope_theta": 500.0, **scaling},
+            initializer_range=0.3,
+        )
+    ).eval()
+    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    generator = np.random.default_rng(0)
+
+    def stacked(name, *, linear):
+        leaves = {}
+        weight = np.stack([state[f"model.layers.{n}.{name}.weight"] for n in range(2)])
+        leaves["kernel" if linear else "scale"] = weight.transpose(0, 2, 1) if linear else weight
+        if f"model.layers.0.{name}.bias" in state and name[-6:] != "o_proj":
+            drawn = generator.normal(size=weight.shape[:2]).astype(np.float32)
+            for n in range(2):
+                model.get_parameter(f"model.layers.{n}.{name}.bias").data = torch.tensor(drawn[n])
+            leaves["bias"] = drawn
+        return leaves
+
+    ours = {
+        "embedding": state["model.embed_tokens.weight"],
+        "final_norm": {"scale": state["model.norm.weight"]},
+        "layers": {
+            "input_layernorm": stacked("input_layernorm", linear=False),
+            "post_attention_layernorm": stacked("post_attention_layernorm", linear=False),
+            "self_attn": {f"{x}_proj": stacked(f"self_attn.{x}_proj", linear=True) for x in "qkvo"},
+            "mlp": {f"{x}_proj": stacked(f"mlp.{x}_proj", linear=True) for x in ("gate", "up", "down")},
+        },
+    }
+    if not tie:
+        ours["head"] = state["lm_head.weight"]
+    tokens_BL = generator.integers(0, 40, (3, 20))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens_BL)).logits.numpy()
+    hidden = hidden_of(ours, config, tokens_BL, np.arange(20)[None].repeat(3, 0), np.ones((3, 20), int), None)
+    assert np.abs(expected).max() > 1, "the oracle must say something"
+    np.testing.assert_allclose(text_logits(ours, config, hidden), expected, atol=1e-4)
+
+
+def test_id_tokens_read_their_rows(params, id_rows_XM):
+    tokens, positions, segments = _row([1, 40, 46, 3], length=4)
+    table = jnp.concatenate([params["embedding"], id_rows_XM])
+    whole = dict(params, embedding=table)
+    expected = hidden_of(whole, dataclasses.replace(CONFIG, vocab_size=47), tokens, positions, segments, None)
+    np.testing.assert_allclose(hidden_of(params, CONFIG, tokens, positions, segments, id_rows_XM), expected, atol=1e-6)
+
+
+def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params, id_rows_XM):
+    tokens, positions, segments = _row([1, 40, 46, 3], length=4)
+
+    def total(embedding, rows):
+        hidden = lm_hidden(dict(params, embedding=embedding), CONFIG, tokens, positions, segments, rows)
+        return (hidden * jnp.arange(24)).sum()
+
+    text, rows = jax.jit(jax.grad(total, (0, 1)))(params["embedding"], id_rows_XM)
+    assert set(np.flatnonzero(np.abs(text).sum(1))) == {1, 3}
+    assert set(np.flatnonzero(np.abs(rows).sum(1))) == {0, 6}
+
+
+def test_padding_changes_nothing(params, id_rows_XM):
+    short = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=4), id_rows_XM)
+    long = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=9), id_rows_XM)
+    np.testing.assert_allclose(long[:, :4], short, atol=1e-5)
+    assert np.isfinite(long).all()
+
+
+def test_packing_equals_separate_rows(params, id_rows_XM):
+    first, second = [1, 40, 5, 9], [1, 45, 7]
+    packed = hidden_of(params, CONFIG, *_row(first, second, length=9), id_rows_XM)
+    alone = [hidden_of(params, CONFIG, *_row(part, length=9), id_rows_XM)[:, : len(part)] for part in (first, second)]
+    np.testing.assert_allclose(packed[:, :7], np.concatenate(alone, axis=1), atol=1e-5)
+
+
+def test_no_position_sees_what_stands_behind_it(params, id_rows_XM):
+    tokens, positions, segments = _row([1, 40, 5, 9, 2, 11], length=6)
+    changed = tokens.copy()
+    changed[0, 3] = 20
+    before, after = (hidden_of(params, CONFIG, t, positions, segments, id_rows_XM) for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert (np.abs(before - after)[0, 3:].max(axis=1) > 1e-3).all()
+
+
+def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
+    row = _row([1, 40, 5, 9], [1, 3], length=8)
+    compiled = hidden_of(params, CONFIG, *row, id_rows_XM)
+    np.testing.assert_allclose(lm_hidden(params, CONFIG, *row, id_rows_XM), compiled, atol=1e-5)
+
+    def loss(params, config):
+        return (lm_hidden(params, config, *row, id_rows_XM) ** 3).sum()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = gradient(params, CONFIG), gradient(params, dataclasses.replace(CONFIG, remat=True))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
+
+
+def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
+    row = _row([1, 40, 5, 9], length=4)
+    unrolled = hidden_of(params, CONFIG, *row, id_rows_XM)
+    monkeypatch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", 0)
+    looped = jax.jit(lambda *arrays: lm_hidden(params, CONFIG, *arrays))(*row, id_rows_XM)
+    np.testing.assert_allclose(looped, unrolled, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32(id_rows_XM):
+    params = init_lm(jax.random.key(3), CONFIG)
+    row = _row([1, 40, 5, 9, 12], length=5)
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    low = hidden_of(params, config, *row, id_rows_XM)
+    assert low.dtype == jnp.bfloat16
+    assert text_logits(params, config, low).dtype == jnp.float32
+    np.testing.assert_allclose(low.astype(np.float32), hidden_of(params, CONFIG, *row, id_rows_XM), atol=0.1)
+
+
+def test_dropout_of_a_row_does_not_depend_on_the_other_rows(params, id_rows_XM):
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    row = [np.repeat(x, 4, axis=0) for x in _row([1, 40, 5, 9], length=4)]
+    key_B = jax.random.split(jax.random.key(5), 4)
+    whole = hidden_of(params, config, *row, id_rows_XM, dropout_key_B=key_B)
+    half = hidden_of(params, config, *(x[2:] for x in row), id_rows_XM, dropout_key_B=key_B[2:])
+    np.testing.assert_allclose(whole[2:], half, atol=1e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 1e-2, "two keys, two masks"
+    without = hidden_of(params, config, *row, id_rows_XM)
+    np.testing.assert_array_equal(without, hidden_of(params, CONFIG, *row, id_rows_XM))
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    from bdlm_jax.lm.causal_lm import _dropout
+
+    dropped = np.asarray(_dropout(jnp.ones((4, 100, 51)), jax.random.split(jax.random.key(0), 4), 0.2))
+    kept = dropped != 0
+    deviation = math.sqrt(0.2 * 0.8 / kept.size)
+    assert abs(kept.mean() - 0.8) < 5 * deviation
+    np.testing.assert_allclose(dropped[kept], 1 / 0.8, rtol=1e-4)
+    assert abs(np.corrcoef(kept[0].ravel(), kept[1].ravel())[0, 1]) < 5 / math.sqrt(kept[0].size)
+
+
+@pytest.mark.parametrize(("side", "tie"), [("left", False), ("right", True)])
+def test_continuation_log_likelihood_equals_the_full_forward_pass(side, tie):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie)
+    params = jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(4), config))
+    prefixes = [[1, 5, 9, 30], [1, 7]]
+    continuations = [[[3, 4, 2], [8], [6, 6]], [[2], [11, 12, 13], []]]
+    prefix, prefix_mask = np.zeros((2, 6), np.int32), np.zeros((2, 6), bool)
+    texts, mask = np.zeros((2, 3, 4), np.int32), np.zeros((2, 3, 4), bool)
+    expected = np.zeros((2, 3))
+    for b in range(2):
+        n = len(prefixes[b])
+        at = slice(0, n) if side == "right" else slice(6 - n, 6)
+        prefix[b, at], prefix_mask[b, at] = prefixes[b], True
+        for c in range(3):
+            text = continuations[b][c]
+            texts[b, c, : len(text)], mask[b, c, : len(text)] = text, True
+            row = _row(prefixes[b] + text, length=10)
+            log_p = log_softmax(text_logits(params, config, hidden_of(params, config, *row, None))[0], axis=-1)
+            expected[b, c] = sum(log_p[n - 1 + t, token] for t, token in enumerate(text))
+    score = jax.jit(continuation_log_likelihood, static_argnames="config")
+    np.testing.assert_allclose(score(params, config, prefix, prefix_mask, texts, mask), expected, atol=1e-4, rtol=1e-5)
+    assert expected[1, 2] == 0 and expected.min() < -3
+
+
+def test_gather_positions():
+    hidden = jnp.arange(2 * 3 * 2).reshape(2, 3, 2)
+    expected = [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
+    np.testing.assert_array_equal(gather_positions(hidden, jnp.array([[2, 0], [1, 1]])), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"n_heads": 5}, "multiple of n_heads"),
+        ({"n_kv_heads": 4}, "n_kv_heads"),
+        ({"head_width": 3}, "odd"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"n_layers": 0}, "at least 1"),
+        ({"rope_scaling": ("yarn", 4.0)}, "rope_scaling"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_sentence(change, word):
+    with pytest.raises(InputError, match=word):
+        dataclasses.replace(CONFIG, **change)

@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
+from bdlm_jax.types import InputError
+
+TEXTS = ["the red shoe", "the blue shoe, red laces", "a film (1999)", "<item> of the <user>: <iid_7>"] * 20
+SPECIALS = {0, 1, 2, 3, 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer):
+    return Vocabulary(tokenizer, 10, 20, user_capacity=12, item_capacity=25)
+
+
+def test_specials_stand_first_and_apart(vocabulary):
+    v = vocabulary
+    assert (v.pad, v.bos, v.eos, v.unnamed_user, v.unnamed_item) == (0, 1, 2, 3, 4)
+
+
+def test_id_tokens_stand_behind_the_rounded_text_vocabulary(vocabulary, tokenizer):
+    n_tokens = max(tokenizer.get_vocab().values()) + 1
+    assert vocabulary.n_text % 8 == 0 and 0 <= vocabulary.n_text - n_tokens < 8
+    assert vocabulary.user_token(3) == vocabulary.n_text + 3
+    assert vocabulary.item_token(5) == vocabulary.n_text + 12 + 5
+    assert vocabulary.n_rows == 12 + 25 and vocabulary.n_tokens == vocabulary.n_text + 37
+    np.testing.assert_array_equal(vocabulary.item_token(np.arange(2)), vocabulary.n_text + 12 + np.arange(2))
+
+
+def test_growing_within_capacity_moves_no_token(vocabulary, tokenizer):
+    grown = Vocabulary(tokenizer, 12, 25, user_capacity=12, item_capacity=25)
+    assert (grown.user_token(9), grown.item_token(19)) == (vocabulary.user_token(9), vocabulary.item_token(19))
+    assert grown.n_tokens == vocabulary.n_tokens
+
+
+def test_capacity_below_the_count_is_refused(tokenizer):
+    with pytest.raises(InputError, match="item_capacity 19"):
+        Vocabulary(tokenizer, 10, 20, item_capacity=19)
+
+
+def test_a_model_with_more_rows_than_tokens_keeps_them(tokenizer):
+    assert Vocabulary(tokenizer, 1, 1, min_text=1001).n_text == 1008
+
+
+@pytest.mark.parametrize("text", ["<pad>", "<iid_7>", "the <item> <user>", "<bos><eos>", " <pad> "])
+def test_text_that_looks_like_a_token_is_text(vocabulary, text):
+    [tokens] = vocabulary.encode_text([text])
+    assert not SPECIALS & set(tokens.tolist())
+    assert tokens.max() < vocabulary.n_text
+    assert vocabulary.decode(tokens) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_any_text_comes_back_and_yields_no_special_token(vocabulary, texts):
+    encoded = vocabulary.encode_text(texts)
+    assert [vocabulary.decode(tokens) for tokens in encoded] == texts
+    assert all(not SPECIALS & set(tokens.tolist()) for tokens in encoded)
+    assert all(tokens.dtype == np.int32 for tokens in encoded)
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(vocabulary, tokenizer):
+    before = tokenizer("a <item>", add_special_tokens=False)["input_ids"]
+    vocabulary.encode_text(["a <item>"])
+    assert tokenizer("a <item>", add_special_tokens=False)["input_ids"] == before
+    assert before[-1] == vocabulary.unnamed_item
+
+
+def test_decode_names_ids(vocabulary):
+    tokens = [vocabulary.bos, vocabulary.user_token(3), *vocabulary.encode_text(["red"])[0], vocabulary.item_token(19)]
+    assert vocabulary.decode(tokens) == "<bos><uid_3>red<iid_19>"
+    np.testing.assert_array_equal(vocabulary.items_of(tokens), [19])
+
+
+def test_saved_tokenizer_loads_equal(vocabulary, tokenizer, tmp_path):
+    save_tokenizer(tmp_path / "saved", tokenizer)
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    again = Vocabulary(loaded, 10, 20, user_capacity=12, item_capacity=25)
+    assert (again.pad, again.bos, again.eos, again.unnamed_user, again.unnamed_item) == (0, 1, 2, 3, 4)
+    np.testing.assert_array_equal(again.encode_text(["the <item>"])[0], vocabulary.encode_text(["the <item>"])[0])
+
+
+def _write_gpt2_files(folder, tokenizer, *, end):
+    # The BPE itself, as GPT-2 publishes it: without declared special tokens.
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)[len(SPECIALS) :]
+    vocab = {token: n for n, token in enumerate(tokens + (["<|endoftext|>"] if end else []))}
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return len(vocab)
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_two_gpt2_files_load_and_missing_specials_are_added(tmp_path, tokenizer, end):
+    count = _write_gpt2_files(tmp_path, tokenizer, end=end)
+    vocabulary = Vocabulary(load_tokenizer(tmp_path), 2, 3)
+    if end:
+        assert vocabulary.bos == vocabulary.eos == count - 1
+    added = {vocabulary.pad, vocabulary.unnamed_user, vocabulary.unnamed_item} | (
+        set() if end else {vocabulary.bos, vocabulary.eos}
+    )
+    assert added == set(range(count, count + (3 if end else 5)))
+    text = "the red shoe <|endoftext|> <pad>"
+    [tokens] = vocabulary.encode_text([text])
+    assert not (added | {vocabulary.eos}) & set(tokens.tolist())
+    assert vocabulary.decode(tokens) == text
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=str(tmp_path.name)):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+    with pytest.raises(InputError, match="261"):
+        train_tokenizer(TEXTS, 260)
