@@ -1,0 +1,252 @@
+"""Training throughput of the LM arm: our step against transformers' torch Llama trained on one answer per prompt.
+
+Both see the same random histories and have decoders of the same size. Ours packs <bos> <uid> <iid>… and predicts every
+item; theirs is the usual recipe of text prompts: the titles of the history, then the title of one answer, right-padded.
+Rounds alternate between them. `python benchmarks/lm_step.py --size 2m`
+"""
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import transformers
+
+from bdlm_jax.data.batches import pack
+from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
+from bdlm_jax.lm.pretrain import text_cross_entropy
+from bdlm_jax.lm.prompts import history_prompt
+from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
+
+# About as many decoder parameters as the name says (embeddings not counted).
+SIZES = {
+    "tiny": dict(width=16, n_layers=1, n_heads=2, n_kv_heads=2, mlp_width=32),
+    "2m": dict(width=192, n_layers=4, n_heads=6, n_kv_heads=6, mlp_width=576),
+    "30m": dict(width=512, n_layers=9, n_heads=8, n_kv_heads=8, mlp_width=1408),
+}
+_FIRST, _LAST = ("ba", "co", "du", "fe", "gi", "ka", "lo", "mu", "ne", "po"), ("dan", "ler", "mos", "nix", "rim", "tar")
+WORDS = [first + last for first in _FIRST for last in _LAST]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of each timed step of one contestant, and what a step holds (means over its batches)."""
+
+    seconds: list[float]
+    tokens: float
+    targets: float
+
+
+def make_histories(*, seed, n_users, n_items, n_history):
+    """Draws titles of 2-6 words, and histories of half to all of `n_history` items."""
+    generator = np.random.default_rng(seed)
+    titles = [" ".join(generator.choice(WORDS, generator.integers(2, 7))) for _ in range(n_items)]
+    sizes = generator.integers(n_history // 2, n_history + 1, n_users)
+    return titles, [generator.choice(n_items, size, replace=False) for size in sizes]
+
+
+def make_ours(vocabulary, encoded, histories, config, *, kind, length, batch_size):
+    """Returns (step number -> None, tokens per step, next-item targets per step) of our packed training step."""
+    prompts = [
+        history_prompt(vocabulary, items, kind=kind, titles=encoded, user=user, max_tokens=length)
+        for user, items in enumerate(histories)
+    ]
+    packed = pack(prompts, length, pad=vocabulary.pad)
+    params = {
+        "lm": init_lm(jax.random.key(0), config),
+        "rows": 0.02 * jax.random.normal(jax.random.key(1), (vocabulary.n_rows, config.width)),
+    }
+    optimizer = optax.adamw(1e-3)
+
+    def loss(params, batch):
+        hidden_BLM = lm_hidden(
+            params["lm"], config, batch["tokens"], batch["positions"], batch["segments"], params["rows"]
+        )
+        states = gather_positions(hidden_BLM, batch["item_index"])
+        items_IM = params["rows"][vocabulary.user_capacity :].astype(states.dtype)
+        logits = jnp.einsum("btm,im->bti", states, items_IM, preferred_element_type=jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["item_target"], 0))
+        has = batch["item_target"] >= 0
+        total = jnp.where(has, nll, 0).sum() / has.sum()
+        if kind == "ids_titles":
+            text, count = text_cross_entropy(
+                params["lm"], config, hidden_BLM, batch["text_index"], batch["text_target"]
+            )
+            total += 0.5 * text / count
+        return total
+
+    def update(params, state, batch):
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        change, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, change), state, value
+
+    update = jax.jit(update, donate_argnums=(0, 1))
+    state = [params, optimizer.init(params)]
+
+    def step(number):
+        batch = packed.batch(number, batch_size=batch_size, seed=0)
+        state[0], state[1], value = update(*state, batch)
+        value.block_until_ready()
+
+    share = batch_size / len(packed)
+    return step, (packed.segments > 0).sum() * share, (packed.item_target >= 0).sum() * share
+
+
+def make_theirs(vocabulary, encoded, histories, config, *, length, batch_size, device):
+    """Returns the same of a torch Llama on text prompts with one answer each; the loss is on the answer's tokens."""
+    import torch
+
+    llama = transformers.LlamaConfig(
+        vocab_size=vocabulary.n_text,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(llama).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    examples = []
+    for items in histories:
+        prompt = history_prompt(vocabulary, items, kind="text", titles=encoded, max_tokens=length)
+        answer = len(encoded[items[-1]]) + 1
+        labels = np.where(np.arange(len(prompt)) < len(prompt) - answer, -100, prompt.tokens)
+        examples.append((torch.from_numpy(prompt.tokens).long(), torch.from_numpy(labels).long()))
+    order = np.random.default_rng(0).permutation(len(examples))
+
+    def pad(tensors, value):
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    def step(number):
+        chosen = [examples[order[(number * batch_size + n) % len(order)]] for n in range(batch_size)]
+        tokens, labels = pad([x for x, _ in chosen], vocabulary.pad), pad([y for _, y in chosen], -100)
+        mask = pad([torch.ones_like(x) for x, _ in chosen], 0)
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    mean_length = float(np.mean([len(x) for x, _ in examples]))
+    return step, mean_length * batch_size, batch_size
+
+
+def time_alternating(contestants, *, n_rounds, n_steps):
+    """Times every contestant in every round, in an order that turns with the rounds; the first steps are not counted."""
+    seconds = {name: [] for name in contestants}
+    for step, *_ in contestants.values():
+        step(0)
+        step(1)
+    names = list(contestants)
+    for round_number in range(n_rounds):
+        turn = round_number % len(names)
+        for name in names[turn:] + names[:turn]:
+            for number in range(n_steps):
+                begin = time.perf_counter()
+                contestants[name][0](2 + round_number * n_steps + number)
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: Timing(seconds[name], *contestants[name][1:]) for name in names}
+
+
+def format_table(timings, *, baseline):
+    """Writes medians, spreads (quartiles) and ratios to the baseline as a Markdown table."""
+    lines = [
+        "| step | s per step, median [quartiles] | tokens/s | next-item targets/s | targets/s against the baseline |",
+        "|---|---|---|---|---|",
+    ]
+    rates = {name: t.targets / statistics.median(t.seconds) for name, t in timings.items()}
+    for name, t in timings.items():
+        low, middle, high = np.percentile(t.seconds, (25, 50, 75))
+        lines.append(
+            f"| {name} | {middle:.4f} [{low:.4f}, {high:.4f}] | {t.tokens / middle:,.0f} | {rates[name]:,.1f} "
+            f"| {rates[name] / rates[baseline]:.1f} × |"
+        )
+    return "\n".join(lines)
+
+
+def describe_machine(device):
+    """One line of versions, threads and devices."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if device == "cuda" else "none"
+    return (
+        f"Python {platform.python_version()}, jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {len(os.sched_getaffinity(0))} cores, torch threads "
+        f"{torch.get_num_threads()}, torch accelerator: {accelerator}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="2m")
+    parser.add_argument("--items", type=int, default=4000, help="catalogue size (3,706 in MovieLens-1M)")
+    parser.add_argument("--users", type=int, default=512)
+    parser.add_argument("--history", type=int, default=50, help="longest history")
+    parser.add_argument("--text-vocabulary", type=int, default=2000)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row, and longest text prompt")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, about, for every contestant")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our step; theirs is float32"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each contestant in a round")
+    args = parser.parse_args()
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    titles, histories = make_histories(seed=0, n_users=args.users, n_items=args.items, n_history=args.history)
+    vocabulary = Vocabulary(train_tokenizer(titles, args.text_vocabulary), args.users, args.items)
+    encoded = vocabulary.encode_text(titles)
+    config = LMConfig(vocab_size=vocabulary.n_text, dtype=args.dtype, **SIZES[args.size])
+    # Short rows for ids alone, whose prompts are short; the batch holds the same number of tokens.
+    id_length = min(args.length, 2 * (args.history + 2))
+    contestants = {
+        "ours, ids": make_ours(
+            vocabulary,
+            encoded,
+            histories,
+            config,
+            kind="ids",
+            length=id_length,
+            batch_size=max(1, args.tokens // id_length),
+        ),
+        "ours, ids and titles": make_ours(
+            vocabulary,
+            encoded,
+            histories,
+            config,
+            kind="ids_titles",
+            length=args.length,
+            batch_size=max(1, args.tokens // args.length),
+        ),
+        "transformers, one answer": make_theirs(
+            vocabulary,
+            encoded,
+            histories,
+            config,
+            length=args.length,
+            batch_size=max(1, args.tokens // args.length),
+            device=device,
+        ),
+    }
+    n_layers = init_lm(jax.random.key(0), config)["layers"]
+    n_decoder = sum(x.size for x in jax.tree.leaves(n_layers))
+    print(
+        f"{n_decoder:,} decoder parameters, V = {vocabulary.n_text}, {args.items} items, {args.tokens} tokens a batch"
+    )
+    print(describe_machine(device))
+    timings = time_alternating(contestants, n_rounds=args.rounds, n_steps=args.steps)
+    print(format_table(timings, baseline="transformers, one answer"))
+
+
+if __name__ == "__main__":
+    main()
