@@ -131,7 +131,9 @@ def make_theirs(vocabulary, encoded, histories, config, *, length, batch_size, d
         tokens, labels = pad([x for x, _ in chosen], vocabulary.pad), pad([y for _, y in chosen], -100)
         mask = pad([torch.ones_like(x) for x, _ in chosen], 0)
         optimizer.zero_grad(set_to_none=True)
-        model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -141,7 +143,7 @@ def make_theirs(vocabulary, encoded, histories, config, *, length, batch_size, d
 
 
 def time_alternating(contestants, *, n_rounds, n_steps):
-    """Times every contestant in every round, in an order that turns with the rounds; the first steps are not counted."""
+    """Times every contestant in every round, in an order that turns with the rounds; first steps are not counted."""
     seconds = {name: [] for name in contestants}
     for step, *_ in contestants.values():
         step(0)
@@ -179,7 +181,8 @@ def describe_machine(device):
 
     accelerator = torch.cuda.get_device_name() if device == "cuda" else "none"
     return (
-        f"Python {platform.python_version()}, jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
+        f"torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {len(os.sched_getaffinity(0))} cores, torch threads "
         f"{torch.get_num_threads()}, torch accelerator: {accelerator}"
     )
@@ -194,9 +197,7 @@ def main():
     parser.add_argument("--text-vocabulary", type=int, default=2000)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row, and longest text prompt")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, about, for every contestant")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our step; theirs is float32"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type of all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each contestant in a round")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bdlm_jax.types import Array, InputError
 
@@ -56,7 +56,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     A tokenizer's own beginning and end tokens are kept; padding is never shared with them.
 
     Args:
-        folder: holds tokenizer.json (with tokenizer_config.json), or vocab.json and merges.txt.
+        folder: holds tokenizer.json (and tokenizer_config.json, which names its specials), or vocab.json and
+            merges.txt.
 
     Returns:
         A fast tokenizer that has the five specials.
@@ -65,15 +66,13 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
         InputError: if the folder holds neither.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+    if (folder / "tokenizer.json").is_file():
+        try:  # not AutoTokenizer, which imports torch
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # tokenizers raises the bare class
             raise InputError(
                 f"{folder} holds no tokenizer that transformers can read ({error}): save it again."
             ) from error
-        if not tokenizer.is_fast:
-            raise InputError(f"{folder} holds a slow tokenizer: save it with a tokenizer.json.")
         return _with_specials(tokenizer)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -123,6 +125,15 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=str(tmp_path.name)):
         load_tokenizer(tmp_path)
+
+
+def test_loading_a_tokenizer_needs_no_torch(tokenizer, tmp_path):
+    save_tokenizer(tmp_path, tokenizer)
+    code = (
+        "import sys; from bdlm_jax.lm.vocabulary import load_tokenizer; "
+        "load_tokenizer(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
