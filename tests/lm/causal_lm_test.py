@@ -23,6 +23,14 @@ CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, 
 N_IDS = 7
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _looped_layers():
+    # A loop compiles one layer: the suite takes half the time. One test below proves that unrolling changes nothing.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def params():
     # Larger than at the start, so that attention is far from uniform and a wrong mask shows.
@@ -173,9 +181,9 @@ def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
 
 def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
     row = _row([1, 40, 5, 9], length=4)
-    unrolled = hidden_of(params, CONFIG, *row, id_rows_XM)
-    monkeypatch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", 0)
-    looped = jax.jit(lambda *arrays: lm_hidden(params, CONFIG, *arrays))(*row, id_rows_XM)
+    looped = hidden_of(params, CONFIG, *row, id_rows_XM)
+    monkeypatch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", CONFIG.n_layers)
+    unrolled = jax.jit(lambda *arrays: lm_hidden(params, CONFIG, *arrays))(*row, id_rows_XM)
     np.testing.assert_allclose(looped, unrolled, atol=1e-5)
 
 
