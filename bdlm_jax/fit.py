@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bdlm_jax.mutual import TrainState
@@ -111,7 +110,7 @@ def fit(
             phase = phases[number]
             arm = arms[phase.arm]
             view = _view(folder, number, arm, tree["params"], resumed=cursor["unit"] > 0)
-            view = jax.tree.map(jnp.asarray, view)
+            view, constants = arm.compiled.place_constants(view), arm.compiled.place_constants(arm.constants)
             mine = tree["arms"][phase.arm]
             state = arm.compiled.place_state(TrainState(tree["params"], mine["opt_state"], mine["step"], mine["key"]))
 
@@ -126,7 +125,7 @@ def fit(
             seen, before = [], _units_before(phases, number)
             while cursor["unit"] < phase.units:
                 batch = arm.batch(before + cursor["unit"])
-                state, metrics = arm.compiled.run(state, batch, view, arm.constants)
+                state, metrics = arm.compiled.run(state, batch, view, constants)
                 seen.append(metrics)
                 cursor["unit"] += 1
                 cursor["units"] += 1

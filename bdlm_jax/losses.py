@@ -18,11 +18,44 @@ def bpr_loss(positive_B: Array, negative_B: Array, weight_B: Array) -> tuple[Arr
     return jnp.sum(weight_B * jax.nn.softplus(negative_B - positive_B)), jnp.sum(weight_B)
 
 
-def cross_entropy_loss(logits: Array, target: Array) -> tuple[Array, Array]:
-    """Returns the summed cross-entropy of logits (..., C) at targets (...), -1 meaning "no target", and their count."""
-    where = target >= 0
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target, 0))
-    return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where).astype(jnp.float32)
+def catalogue_loss(
+    state_NM: Array, rows_IM: Array, bias_I: Array, target_N: Array, *, chunk_entries: int = 3_000_000
+) -> tuple[Array, Array]:
+    """Computes the summed cross-entropy of states against all item rows, never holding the whole (N, I) logits.
+
+    The states go through in chunks whose logits are computed again in the backward pass: less memory, and on a CPU
+    more than twice as fast, because a chunk stays in the cache.
+
+    Args:
+      state_NM: (N, M) states.
+      rows_IM: (I, M) output rows.
+      bias_I: (I,) added to the logits; a very negative number takes an item out.
+      target_N: (N,) item indices, -1 for no target.
+      chunk_entries: logits held at a time.
+
+    Returns:
+      (sum, count of targets).
+    """
+    n, n_items = state_NM.shape[0], rows_IM.shape[0]
+    size = max(1, min(n, chunk_entries // n_items))
+    n_chunks = -(-n // size)
+    size = -(-n // n_chunks)
+    pad = n_chunks * size - n
+    states = jnp.pad(state_NM, ((0, pad), (0, 0))).reshape(n_chunks, size, -1)
+    targets = jnp.pad(target_N, (0, pad), constant_values=-1).reshape(n_chunks, size)
+
+    @jax.checkpoint
+    def add(total, part):
+        state_SM, target_S = part
+        logits_SI = state_SM @ rows_IM.T + bias_I
+        highest_S1 = jax.lax.stop_gradient(logits_SI.max(axis=-1, keepdims=True))
+        total_S = jnp.log(jnp.sum(jnp.exp(logits_SI - highest_S1), axis=-1)) + highest_S1[:, 0]
+        own = jnp.maximum(target_S, 0)
+        own_S = jnp.sum(state_SM * rows_IM[own], axis=-1) + bias_I[own]
+        return total + jnp.sum(jnp.where(target_S >= 0, total_S - own_S, 0.0)), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), (states, targets))
+    return total, jnp.sum(target_N >= 0).astype(jnp.float32)
 
 
 def align_loss(

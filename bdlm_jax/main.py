@@ -1,8 +1,10 @@
 """python -m bdlm_jax.main --config experiments/X.py --workdir DIR [--config.key=value]: flags only."""
 
+import logging
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from bdlm_jax.types import InputError
@@ -22,6 +24,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
+    logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

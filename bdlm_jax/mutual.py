@@ -18,9 +18,10 @@ from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.causal_lm import gather_positions
 from bdlm_jax.lm.pretrain import text_cross_entropy
-from bdlm_jax.losses import align_loss, bpr_loss, cross_entropy_loss, kl_loss
+from bdlm_jax.losses import align_loss, bpr_loss, catalogue_loss, kl_loss
 from bdlm_jax.types import Array, Params
 
+TEXT_CHUNK = 1024  # text targets whose logits are held at a time
 NEVER = -1e9  # the logit of an item that cannot be the answer
 
 
@@ -95,11 +96,11 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
     )
     terms = {}
     if weights.item:
-        logits_BTI = gather_positions(hidden_BLM, batch["item_index"]) @ rows_IM.T
-        logits_BTI = jnp.where(constants["warm_I"], logits_BTI, NEVER)
-        terms["item"] = cross_entropy_loss(logits_BTI, batch["item_target"])
+        state_NM = _flat(gather_positions(hidden_BLM, batch["item_index"]))
+        bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
+        terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, batch["item_target"].reshape(-1))
     if weights.text:
-        terms["text"] = text_cross_entropy(lm, bridge.lm, hidden_BLM, batch["text_index"], batch["text_target"])
+        terms["text"] = text_cross_entropy(lm, bridge.lm, hidden_BLM, batch["text_index"], batch["text_target"], chunk=TEXT_CHUNK)
     if weights.align_item:
         z_ND = sharing.bridge_out(lm["bridge"], _flat(gather_positions(hidden_BLM, batch["card_index"])))
         item_N = batch["card_item"].reshape(-1)
@@ -230,7 +231,7 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
         n_users, n_items = (state.params["shared"][name].shape[0] for name in ("user", "item"))
         key, order_key, step_key = jax.random.split(state.key, 3)
         steps = -(-n_edges // batch_size)
-        order = jnp.pad(jax.random.permutation(order_key, n_edges), (0, steps * batch_size - n_edges), constant_values=-1)
+        order = jnp.pad(sampling.random_order(order_key, n_edges), (0, steps * batch_size - n_edges), constant_values=-1)
 
         def body(state, inputs):
             edge_B, key = inputs

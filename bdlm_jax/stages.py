@@ -220,7 +220,6 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
     for r in range(m.rounds):
         phases.append(Phase("domain", m.domain_epochs_a_round, f"round {r + 1}, domain"))
         phases.append(lm_phases[r + 1]._replace(name=f"round {r + 1}, LM"))
-    phases.append(Phase("domain", m.domain_epochs_a_round, f"round {m.rounds + 1}, domain"))
     phases = [phase for phase in phases if phase.units]
     reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=KNOWN["validation"])
     cards = lm_rows.card_rows(config, run.texts)
@@ -254,35 +253,50 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
     )
 
 
-def refresh_domain(run: Run, fitted: Fitted) -> Params:
-    """Lets the chosen domain arm learn from the chosen LM once more, whose states now know the validation item (ours).
+def distill_domain(run: Run, fitted: Fitted, *, part: str, epochs: int | None = None) -> Fitted:
+    """Lets the chosen domain arm learn from the chosen LM at length: the LM no longer has to follow (ours).
 
-    The number of epochs is fixed by the config, nothing is selected; only the text prior, the LM's scores and the
-    training interactions act. Without epochs the chosen params are returned as they are.
+    On "validation" the epochs are judged every `evaluate_every`. On "test" the same work is repeated for the number of
+    epochs chosen there, from the same start, against LM states that know the validation item, and nothing is selected.
+
+    Args:
+      run: the run.
+      fitted: of `train_bdlm`.
+      part: "validation" or "test".
+      epochs: how many on "test".
+
+    Returns:
+      Fitted of the arm "domain".
     """
     config, m = run.config, run.config.mutual
-    chosen = fitted.params["domain"]
-    if not m.refresh_epochs:
-        return chosen
-    test_arm, bridge = make_test_arm(run), make_bridge(run, reads=m.reads)
-    arm = make_arm(run, config.domain.model)
-    reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=KNOWN["test"])
+    trained_on, bridge = make_arm(run, config.domain.model), make_bridge(run, reads=m.reads)
+    arm = make_test_arm(run) if part == "test" else trained_on
+    reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=KNOWN[part])
     cards = lm_rows.card_rows(config, run.texts)
     lm_params = fitted.params["lm"]
-    view = lambda _: models.lm_view(  # noqa: E731
-        lm_params, _read(run, lm_params, arm, bridge, reading), _read(run, lm_params, arm, bridge, cards)
-    )
+
+    def view(_):
+        read = lambda rows: _read(run, lm_params, trained_on, bridge, rows)  # noqa: E731
+        return models.lm_view(lm_params, read(reading), read(cards))
+
+    if part == "test":
+        phases, validate, select = [Phase("domain", epochs, "refresh")], lambda *_: {"done": 1.0}, "done"
+    else:
+        every = min(config.domain.evaluate_every, m.distill_epochs)
+        done = range(0, m.distill_epochs, every)
+        phases = [Phase("domain", min(every, m.distill_epochs - d), f"distillation from epoch {d}") for d in done]
+        validate = lambda _, params: validation_metrics(run, models.domain_scorer(arm, params))  # noqa: E731
+        select = config.select
     weights = DomainWeights(regularisation=config.domain.regularisation, **m.domain.to_dict())
-    refreshed = run.fit(
-        "refresh",
-        phases=[Phase("domain", m.refresh_epochs, "refresh")],
-        arms={"domain": _domain_arm(run, test_arm, bridge, weights, rate=m.domain_learning_rate, view=view, parts=KNOWN["test"])},
-        params=lambda: chosen,
-        validate=lambda arm, params: {"done": 1.0},
-        select="done",
+    return run.fit(
+        "distill" if part == "validation" else "refresh",
+        phases=phases,
+        arms={"domain": _domain_arm(run, arm, bridge, weights, rate=m.distill_learning_rate, view=view, parts=KNOWN[part])},
+        params=lambda: fitted.params["domain"],
+        validate=validate,
+        select=select,
         judged=("domain",),
     )
-    return refreshed.params["domain"]
 
 
 def make_test_arm(run: Run) -> DomainArm:

@@ -6,6 +6,7 @@ it was, and the final numbers are the same to the bit however often the run was 
 
 import importlib.metadata
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import jax
 import ml_collections
-from absl import logging
 
 from bdlm_jax import __version__, evaluate, lm_rows, models, report, serving, stages
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
@@ -24,6 +24,7 @@ from bdlm_jax.runtime.progress import StopSignal, progress
 from bdlm_jax.stages import DOT_ARM, Run
 from bdlm_jax.types import InputError
 
+_LOG = logging.getLogger(__name__)
 MODELS = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")
 
 
@@ -52,7 +53,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         vocabulary = prepare_vocabulary(config, data, folder / "tokenizer")
         texts = lm_rows.encode_texts(config, data, vocabulary)
         run = Run(config, folder, data, texts, stop, jax.random.key(config.seed))
-        logging.info(
+        _LOG.info(
             "data: %d users, %d items, %d interactions (%s), sha256 %s…, %d text tokens, on %s",
             data.n_users, data.n_items, data.fingerprint["interactions"],
             ", ".join(f"{k} {v}" for k, v in data.fingerprint["parts"].items()),
@@ -101,20 +102,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
             arm = stages.make_arm(run, config.domain.model)
             reads, kind = config.mutual.reads, config.prompts.kind
             rows += _test(run, "bdlm_lm", lambda: _lm_test_scorer(run, fitted.params["lm"], kind, arm, reads))
-            refreshed = stages.refresh_domain(run, fitted)
-            rows += _test(run, "bdlm_domain", lambda: models.domain_scorer(stages.make_test_arm(run), refreshed))
-            if config.mutual.refresh_epochs:
-                rows += _test(
-                    run, "bdlm_domain_unrefreshed",
-                    lambda: models.domain_scorer(stages.make_test_arm(run), fitted.params["domain"]),
-                )  # fmt: skip
-            serving.write_serving(run, fitted.params["lm"], refreshed)
+            distilled = stages.distill_domain(run, fitted, part="validation")
+            epochs = (distilled.phase["domain"] + 1) * config.domain.evaluate_every
+            refreshed = stages.distill_domain(run, fitted, part="test", epochs=min(epochs, config.mutual.distill_epochs))
+            for name, params in (("bdlm_domain", refreshed), ("bdlm_domain_unrefreshed", distilled)):
+                scorer = lambda p=params: models.domain_scorer(stages.make_test_arm(run), p.params["domain"])  # noqa: E731
+                rows += _test(run, name, scorer)
+            serving.write_serving(run, fitted.params["lm"], refreshed.params["domain"])
 
         # Report.
         results = {"data": {**data.fingerprint, "name": _data_name(config)}, "rows": rows}
         write_json(folder / "results.json", results)
         report.write_report(folder, results)
-    logging.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
+    _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
     return results
 
 

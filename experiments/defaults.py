@@ -38,18 +38,18 @@ def get_config() -> ml_collections.ConfigDict:
     lm.dtype = "float32"
     lm.remat = False
     lm.tie_embeddings = True
-    lm.learning_rate = 1e-3
-    lm.learning_rate_shared = 1e-3
+    lm.learning_rate = 2e-3
+    lm.learning_rate_shared = 2e-3
     lm.weight_decay = 0.01
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
-    lm.batch_rows = 64
+    lm.batch_rows = 16
     lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them
 
     c.pretrain = pretrain = ml_collections.ConfigDict()
     pretrain.corpus = ""  # a text file (.txt, .gz, .xz), one document a line; empty takes the world's corpus
     pretrain.max_tokens = 2_000_000
-    pretrain.epochs = 5.0
+    pretrain.epochs = 10.0
     pretrain.learning_rate = 2e-3
     pretrain.replay_share = 0.1  # rows of the corpus in the LM's later training, as a share of its own rows
 
@@ -96,8 +96,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.rounds = 3
     mutual.lm_epochs = 8.0  # the first LM phase
     mutual.lm_epochs_a_round = 3.0
-    mutual.domain_epochs_a_round = 20
-    mutual.domain_learning_rate = 5e-3
+    mutual.domain_epochs_a_round = 5
+    mutual.domain_learning_rate = 1e-3
     mutual.kl_users = 256  # users a step in the domain arm's score-level term
     mutual.kl_items = 0  # items drawn a step in that term; 0: the whole catalogue
     mutual.lm = ml_collections.ConfigDict(
@@ -106,7 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.domain = ml_collections.ConfigDict(
         {"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0}
     )
-    mutual.refresh_epochs = 20  # domain epochs after selection, against LM states that know the validation item
+    mutual.distill_epochs = 60  # domain epochs against the chosen LM, judged on validation; repeated for test
+    mutual.distill_learning_rate = 5e-3
 
     c.select = "ndcg@10/cand100"  # the validation metric that chooses each arm's best round
 
