@@ -1,4 +1,4 @@
-"""The smallest whole run: every stage in seconds, for the end-to-end tests and the notebook's; its numbers mean nothing.
+"""The smallest whole run, every stage in seconds, for end-to-end tests and the notebook; its numbers mean nothing.
 
 python -m bdlm_jax.main --config experiments/tiny.py --workdir runs/tiny
 """
@@ -27,6 +27,7 @@ def get_config():
     c.prompts.max_title_tokens = 8
     c.shared.width = 16
     c.pretrain.epochs = 1.0
+    c.domain.n_layers = 2
     c.domain.epochs = 4
     c.domain.evaluate_every = 2
     c.domain.batch_size = 512
