@@ -19,14 +19,14 @@ from bdlm_jax.evaluate import (
 )
 from bdlm_jax.models import popularity_scorer
 
-U, I = 23, 17
+N_USERS, N_ITEMS = 23, 17
 GENERATOR = np.random.default_rng(1)
-SCORES_UI = GENERATOR.integers(0, 6, (U, I)).astype(np.float32)  # with ties
+SCORES_UI = GENERATOR.integers(0, 6, (N_USERS, N_ITEMS)).astype(np.float32)  # with ties
 SCORER = CatalogueScorer(lambda user_B: jnp.asarray(SCORES_UI)[user_B])
 
 
 def make_split():
-    pairs = [(u, i) for u in range(U) for i in GENERATOR.permutation(I)[: 3 + u % 7]]
+    pairs = [(u, i) for u in range(N_USERS) for i in GENERATOR.permutation(N_ITEMS)[: 3 + u % 7]]
     return leave_one_out(make_interactions([u for u, _ in pairs], [i for _, i in pairs], time=range(len(pairs))))
 
 
@@ -34,7 +34,7 @@ SPLIT = make_split()
 
 
 def brute_force(user_N, items_of):
-    """better, equal, others, one case at a time; items_of(n) are the candidates beside the target, which comes first."""
+    """better, equal, others, one case at a time; items_of(n) begins with the target."""
     rows = []
     for n, user in enumerate(user_N):
         target, *others = items_of(n)
@@ -53,7 +53,7 @@ def candidates():
     return made
 
 
-@pytest.mark.parametrize("chunk", [1, 5, U, 512])
+@pytest.mark.parametrize("chunk", [1, 5, N_USERS, 512])
 def test_candidates_equal_brute_force_whatever_the_chunk(candidates, chunk):
     counts = evaluate_candidates(SCORER, candidates, chunk=chunk)
     wanted = brute_force(candidates.user_N, lambda n: [i for i in candidates.items_NC[n] if i >= 0])
@@ -74,20 +74,20 @@ def test_catalogue_and_candidate_scorers_are_judged_alike(candidates):
 def test_full_equals_brute_force_whatever_the_chunk(chunk):
     user_N, item_N = SPLIT.cases(TEST)
     seen = SPLIT.histories(TRAIN, VALIDATION)
-    histories = [set(seen[1][seen[0][u] : seen[0][u + 1]].tolist()) for u in range(U)]
+    histories = [set(seen[1][seen[0][u] : seen[0][u + 1]].tolist()) for u in range(N_USERS)]
     counts = evaluate_full(SCORER, user_N, item_N, seen, chunk=chunk)
     wanted = brute_force(
-        user_N, lambda n: [item_N[n], *(i for i in range(I) if i != item_N[n] and i not in histories[user_N[n]])]
+        user_N, lambda n: [item_N[n], *(i for i in range(N_ITEMS) if i != item_N[n] and i not in histories[user_N[n]])]
     )
     np.testing.assert_array_equal([counts.better, counts.equal, counts.others], wanted)
 
 
 def test_a_broken_model_gets_nothing():
     user_N, item_N = SPLIT.cases(TEST)
-    broken = CatalogueScorer(lambda user_B: jnp.full((len(user_B), I), jnp.nan))
+    broken = CatalogueScorer(lambda user_B: jnp.full((len(user_B), N_ITEMS), jnp.nan))
     counts = evaluate_full(broken, user_N, item_N, SPLIT.histories(TRAIN, VALIDATION))
     np.testing.assert_array_equal(counts.better, counts.others)
-    constant = CatalogueScorer(lambda user_B: jnp.zeros((len(user_B), I)))
+    constant = CatalogueScorer(lambda user_B: jnp.zeros((len(user_B), N_ITEMS)))
     counts = evaluate_full(constant, user_N, item_N, SPLIT.histories(TRAIN, VALIDATION))
     np.testing.assert_array_equal(counts.equal, counts.others)
     assert mean_metric(counts, "hr@1") == 0 and mean_metric(counts, "auc") == 0.5
@@ -143,8 +143,8 @@ def test_counts_survive_the_disk(tmp_path, candidates):
 
 def test_result_rows_are_means_over_a_slice_of_the_targets(candidates):
     counts = evaluate_candidates(SCORER, candidates)
-    cold = np.arange(I) < 4
-    rows = result_rows("mf", {"cand15": counts}, {"all": np.ones(I, bool), "cold": cold})
+    cold = np.arange(N_ITEMS) < 4
+    rows = result_rows("mf", {"cand15": counts}, {"all": np.ones(N_ITEMS, bool), "cold": cold})
     row = next(r for r in rows if (r["slice"], r["metric"]) == ("cold", "mrr/cand15"))
     where = counts.target < 4
     assert row["users"] == where.sum() > 0 and row["model"] == "mf"

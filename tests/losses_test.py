@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 
 from bdlm_jax.losses import ALIGNMENTS, align_loss, bpr_loss, catalogue_loss, kl_loss
 
-N, I, M = 7, 5, 3
+N, N_ITEMS, M = 7, 5, 3
 
 
 def draw(number, *shape):
@@ -30,13 +30,14 @@ def full_catalogue_loss(state_NM, rows_IM, bias_I, target_N):
 
 
 # Logits at a time: all, two chunks of 4 rows for 7 states, one row, less than one row.
-@pytest.mark.parametrize("chunk_entries", [1000, 4 * I, I, 1])
+@pytest.mark.parametrize("chunk_entries", [1000, 4 * N_ITEMS, N_ITEMS, 1])
 def test_catalogue_loss_and_its_gradient_equal_the_full_softmax(chunk_entries):
-    arrays = draw(0, N, M), draw(1, I, M), draw(2, I)
+    arrays = draw(0, N, M), draw(1, N_ITEMS, M), draw(2, N_ITEMS)
     target = jnp.array([0, 4, -1, 2, 2, -1, 3])
     loss = lambda *a: catalogue_loss(*a, target, chunk_entries=chunk_entries)[0]  # noqa: E731
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
-    wanted, wanted_gradients = jax.value_and_grad(full_catalogue_loss, argnums=(0, 1, 2))(*arrays, target)
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+    oracle = jax.jit(jax.value_and_grad(full_catalogue_loss, argnums=(0, 1, 2)))
+    wanted, wanted_gradients = oracle(*arrays, target)
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
     for actual, expected in zip(gradients, wanted_gradients):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
@@ -44,7 +45,7 @@ def test_catalogue_loss_and_its_gradient_equal_the_full_softmax(chunk_entries):
 
 
 def test_a_barred_item_takes_no_share_and_gets_no_gradient():
-    state, rows, target = draw(0, N, M), draw(1, I, M), jnp.array([0, 1, 2, 3, 0, 1, 2])
+    state, rows, target = draw(0, N, M), draw(1, N_ITEMS, M), jnp.array([0, 1, 2, 3, 0, 1, 2])
     bias = jnp.array([0.0, 0.0, 0.0, 0.0, -1e9])
     loss = lambda rows: catalogue_loss(state, rows, bias, target)[0]  # noqa: E731
     without = catalogue_loss(state, rows[:4], bias[:4], target)[0]
@@ -96,14 +97,14 @@ def test_kl_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_kl_is_zero_with_zero_gradient_at_equal_scores(temperature):
-    scores, weight = draw(3, N, I), jnp.ones(N)
+    scores, weight = draw(3, N, N_ITEMS), jnp.ones(N)
     value, gradient = jax.value_and_grad(lambda s: kl_loss(s, scores + 7.0, weight, temperature=temperature)[0])(scores)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
 def test_kl_scales_with_the_square_of_the_temperature():
-    student, teacher, weight, t = draw(4, N, I), draw(5, N, I), jnp.ones(N), 4.0
+    student, teacher, weight, t = draw(4, N, N_ITEMS), draw(5, N, N_ITEMS), jnp.ones(N), 4.0
     hot = kl_loss(t * student, t * teacher, weight, temperature=t)[0]
     np.testing.assert_allclose(hot, t**2 * kl_loss(student, teacher, weight, temperature=1.0)[0], rtol=1e-5)
 
@@ -112,16 +113,16 @@ def test_kl_scales_with_the_square_of_the_temperature():
 def test_gradient_of_align_by_finite_differences(kind):
     teacher, weight = draw(7, N, M), jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 0.5, 1.0])
     loss = lambda student: align_loss(student, teacher, weight, kind=kind, temperature=0.5)[0]  # noqa: E731
-    check_grads(loss, (draw(6, N, M),), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    check_grads(jax.jit(loss), (draw(6, N, M),), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_gradients_of_the_other_losses_by_finite_differences():
     target, weight = jnp.array([0, 4, -1, 2, 2, -1, 3]), jnp.abs(draw(8, N))
-    check = lambda loss, *arrays: check_grads(loss, arrays, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)  # noqa: E731
+    check = lambda loss, *arrays: check_grads(jax.jit(loss), arrays, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)  # noqa: E731
     check(lambda p, n: bpr_loss(p, n, weight)[0], draw(0, N), draw(1, N))
     check(
-        lambda s, r: catalogue_loss(s, jnp.asarray(r), jnp.zeros(I), target, chunk_entries=10)[0],
+        lambda s, r: catalogue_loss(s, r, jnp.zeros(N_ITEMS), target, chunk_entries=10)[0],
         draw(0, N, M),
-        draw(1, I, M),
+        draw(1, N_ITEMS, M),
     )
-    check(lambda s: kl_loss(s, draw(1, N, I), weight, temperature=2.0)[0], draw(0, N, I))
+    check(lambda s: kl_loss(s, draw(1, N, N_ITEMS), weight, temperature=2.0)[0], draw(0, N, N_ITEMS))
