@@ -1,30 +1,60 @@
 """python -m bdlm_jax.main --config experiments/X.py --workdir DIR [--config.key=value]: flags only."""
 
 import logging
+import re
 import sys
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from bdlm_jax.types import InputError
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; an unfinished run in it is continued.")
 
 
-def main(argv):
-    from bdlm_jax import train
+def main(argv: list[str]) -> None:
+    from bdlm_jax import config_check, train  # here, so that a slip in the flags is answered at once
 
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     try:
-        train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        train.train_and_evaluate(config_check.name_config(_CONFIG.value, argv[0]), _WORKDIR.value)
+    except (config_check.InputError, FloatingPointError) as error:
+        _leave(error, code=1 if isinstance(error, FloatingPointError) else 2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them is told in one sentence, with exit code 2."""
+    given = {}
+    for word, after in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, value = word.lstrip("-").partition("=")
+        given[name] = value if equals else after
+    if {"help", "helpfull", "helpshort"}.isdisjoint(given):
+        if missing := [f"--{name}" for name in ("config", "workdir") if not given.get(name)]:
+            _leave(f"{missing[0]} is missing; give --config experiments/X.py --workdir DIR.")
+        file = Path(given["config"].split(":")[0])
+        if not file.is_file():
+            _leave(f"--config: {file} is no file; give an experiment file such as experiments/quickstart.py.")
+        sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # config_flags passes on whatever the config file or an override raises
+        wrong = re.search(r"'(\w+)\\?'", str(error)) if isinstance(error, (AttributeError, KeyError)) else None
+        flag = next((w for w in argv if wrong and re.match(rf"--?config\..*\b{wrong[1]}\b", w)), None)
+        meant = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"did you mean {meant[1]}?" if meant else "see experiments/defaults.py."
+        _leave(f"{flag.split('=')[0]} is no setting; {hint}" if flag else " ".join(str(error).split()))
+    if rest[1:]:
+        _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
+    return [given["config"]]
+
+
+def _leave(message, code: int = 2) -> None:
+    print(f"bdlm_jax: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
-    logging.getLogger("bdlm_jax").setLevel(logging.INFO)
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

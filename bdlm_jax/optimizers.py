@@ -1,5 +1,6 @@
 """Optimiser groups chosen by parameter path patterns: what trains, how fast, and what stays frozen."""
 
+import logging
 import re
 
 import jax
@@ -7,6 +8,7 @@ import optax
 
 from bdlm_jax.types import InputError, Params
 
+_LOG = logging.getLogger(__name__)
 FROZEN = "frozen"
 
 
@@ -34,7 +36,9 @@ def label_params(params: Params, rules: list[tuple[str, str]]) -> Params:
         for pattern, group in rules:
             if re.fullmatch(pattern, name):
                 return group
-        raise InputError(f"no optimiser rule matches the parameter {name!r}: add a pattern for it, or ('.*', 'frozen').")
+        raise InputError(
+            f"no optimiser rule matches the parameter {name!r}: add a pattern for it, or ('.*', 'frozen')."
+        )
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -57,7 +61,12 @@ def make_optimizer(*, rules: list[tuple[str, str]], groups: dict[str, dict], cli
     if clip_norm:
         trained = lambda tree: jax.tree.map(lambda label: label != FROZEN, label_params(tree, rules))  # noqa: E731
         optimizer = optax.chain(optax.masked(optax.clip_by_global_norm(clip_norm), trained), optimizer)
-    return optimizer
+
+    def init(params: Params):
+        _LOG.info("what trains, and what is frozen:\n%s", describe_groups(params, label_params(params, rules)))
+        return optimizer.init(params)
+
+    return optimizer._replace(init=init)
 
 
 def describe_groups(params: Params, labels: Params) -> str:

@@ -7,6 +7,7 @@ it was, and the final numbers are the same to the bit however often the run was 
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from bdlm_jax import __version__, evaluate, lm_rows, models, report, serving, stages
+from bdlm_jax import __version__, config_check, evaluate, lm_rows, models, report, serving, stages
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.fit import write_json
 from bdlm_jax.prepare import KNOWN, prepare_data, prepare_vocabulary
@@ -25,23 +26,23 @@ from bdlm_jax.stages import DOT_ARM, Run
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
-MODELS = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """Trains and evaluates every model of the config, and writes the run directory.
 
     Args:
-      config: a checked config (`config_check.check_config`).
+      config: of an experiment; it is checked before anything else.
       workdir: the run directory; an unfinished run in it is continued.
 
     Returns:
       What results.json holds.
 
     Raises:
-      InputError: the data or the workdir cannot be used.
+      InputError: the config, the data or the workdir cannot be used.
       fit.Stopped: after SIGTERM or SIGINT, when everything is saved.
     """
+    config_check.check_config(config)
     folder, began = Path(workdir), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     parallel.enable_compilation_cache(folder / "compiled")
@@ -103,8 +104,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
             reads, kind = config.mutual.reads, config.prompts.kind
             rows += _test(run, "bdlm_lm", lambda: _lm_test_scorer(run, fitted.params["lm"], kind, arm, reads))
             distilled = stages.distill_domain(run, fitted, part="validation")
-            epochs = (distilled.phase["domain"] + 1) * config.domain.evaluate_every
-            refreshed = stages.distill_domain(run, fitted, part="test", epochs=min(epochs, config.mutual.distill_epochs))
+            epochs = min((distilled.phase["domain"] + 1) * config.domain.evaluate_every, config.mutual.distill_epochs)
+            refreshed = stages.distill_domain(run, fitted, part="test", epochs=epochs)
             for name, params in (("bdlm_domain", refreshed), ("bdlm_domain_unrefreshed", distilled)):
                 scorer = lambda p=params: models.domain_scorer(stages.make_test_arm(run), p.params["domain"])  # noqa: E731
                 rows += _test(run, name, scorer)
@@ -156,10 +157,10 @@ def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in before.keys() | resolved.keys() if before.get(name) != resolved.get(name))
-        changed = [name for name in changed if name != "runtime"]
+        changed = [name for name in changed if name not in ("runtime", "name")]
         if changed:
             raise InputError(
-                f"{path} was written with another config.{changed[0]}; choose a new --workdir, or repeat the old settings."
+                f"{path} was written with another config.{changed[0]}; choose a new --workdir, or the old settings."
             )
     write_json(path, resolved)
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy", "rax")
@@ -169,6 +170,7 @@ def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
             "bdlm_jax": __version__,
             "python": sys.version.split()[0],
             "devices": parallel.device_summary(),
+            "cores": os.cpu_count(),
             "git": _revision(),
             **{name: importlib.metadata.version(name) for name in names},
         },
@@ -178,10 +180,8 @@ def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
 def _revision() -> str:
     here = Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10
-        )
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-

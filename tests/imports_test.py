@@ -16,13 +16,13 @@ FLOORS = [
     ["mutual", "evaluate"],
     ["fit", "lm_rows", "models", "prepare"],
     ["stages"],
-    ["report", "serving"],
+    ["config_check", "plots", "report", "serving"],
     ["train", "recommend"],
     ["main"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # ConfigDict stops at train and the rooms that it is made of (data, rows, stages): below, functions take scalars.
-READS_CONFIGS = {"lm_rows", "prepare", "stages", "train", "main"}
+READS_CONFIGS = {"config_check", "lm_rows", "prepare", "stages", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {"absl": "absl-py", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint"}
 

@@ -102,6 +102,11 @@ def enable_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def device_count() -> int:
+    """Returns how many devices `pmap` and `mesh` spread a batch over."""
+    return jax.device_count()
+
+
 def device_summary() -> str:
     """Names the devices and the JAX that a run uses, as in "2 x cpu (cpu), jax 0.10.2"."""
     first = jax.devices()[0]
