@@ -32,6 +32,7 @@ class Arm(NamedTuple):
     batch: unit number -> batch, so that any unit can be made again.
     view: params -> the other arm as constants, at the start of a phase.
     constants: what never changes, on the device.
+    finish: params -> params, once at the end of each of its phases.
     """
 
     compiled: parallel.Compiled
@@ -39,6 +40,7 @@ class Arm(NamedTuple):
     batch: Callable[[int], Any]
     view: Callable[[Params], Params]
     constants: Params
+    finish: Callable[[Params], Params] = lambda params: params
 
 
 class Phase(NamedTuple):
@@ -143,7 +145,7 @@ def fit(
                     raise Stopped(0)
             bar.close()
             host = arm.compiled.fetch_state(state)
-            tree["params"] = host.params
+            tree["params"] = jax.tree.map(np.asarray, arm.finish(host.params))
             tree["arms"][phase.arm] = {"opt_state": host.opt_state, "step": host.step, "key": host.key}
             del state
             for name in judged:

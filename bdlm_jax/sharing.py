@@ -91,3 +91,20 @@ def item_rows(bridge: Params, item_ID: Array) -> Array:
 def bridge_out(bridge: Params, state: Array) -> Array:
     """Maps the LM's top-layer states (..., M) to the sharing width (..., D): z = h·P_out + b."""
     return state @ bridge["out"] + bridge["out_bias"]
+
+
+def write_back(shared: Params, z_item_ID: Array, cold_I: Array) -> Params:
+    """Stores the LM's reading of an item's text as the shared row of every item without interactions.
+
+    For such an item align(e_i, sg z_i) is the domain arm's whole loss and e_i is its own row, so e_i = z_i is that
+    loss's exact minimum: the step is taken in closed form (ours).
+
+    Args:
+      shared: the shared tables.
+      z_item_ID: (I, D) item states of the LM through the bridge out.
+      cold_I: (I,) bool.
+
+    Returns:
+      The shared tables with those rows replaced.
+    """
+    return {**shared, "item": jnp.where(cold_I[:, None], z_item_ID, shared["item"])}

@@ -233,6 +233,13 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
         return validation_metrics(run, lm_scorer(run, params, arm, bridge, reading))
 
     trained_by = config.shared.trained_by
+    cold_I = ~_warm_items(run.data)
+
+    def write_back(params):
+        z_item_ID = sharing.bridge_out(params["lm"]["bridge"], _read(run, params, arm, bridge, cards)["item"])
+        return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, cold_I)}
+
+    writes = m.domain.align_item and trained_by != "none" and cold_I.any()
     lm_weights = LMWeights(**m.lm.to_dict())
     domain_weights = DomainWeights(regularisation=config.domain.regularisation, **m.domain.to_dict())
     params = lambda: _init_params(  # noqa: E731
@@ -242,6 +249,7 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
         "lm": _lm_arm(
             run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases),
             train_shared=trained_by in ("both", "lm"), view=lambda params: models.domain_view(arm, params),
+            finish=write_back if writes else lambda params: params,
         ),
         "domain": _domain_arm(
             run, arm, bridge, domain_weights, rate=m.domain_learning_rate,
@@ -374,7 +382,7 @@ def _warm_items(data: Data) -> np.ndarray:
     return data.split.degree(TRAIN) > 0
 
 
-def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, train_shared=True, view=lambda params: {}) -> Arm:
+def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, train_shared=True, view=lambda params: {}, finish=lambda p: p) -> Arm:
     config = run.config
     arm = arm or DOT_ARM
     c, vocabulary = config.lm, run.texts.vocabulary
@@ -406,7 +414,7 @@ def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, train_shared=True, vi
             unnamed_user=vocabulary.unnamed_user,
         )
 
-    return Arm(compiled=compiled, optimizer=optimizer, batch=batch, view=view, constants=constants)
+    return Arm(compiled=compiled, optimizer=optimizer, batch=batch, view=view, constants=constants, finish=finish)
 
 
 def _domain_arm(run, arm, bridge, weights, *, rate, view, train_shared=True, parts=(TRAIN,)) -> Arm:
