@@ -96,19 +96,8 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = (TRAIN,)) -> Doma
         return mf.mf_arm()
     if model == "ncf":
         return ncf.ncf_arm(width=run.config.shared.width)
-    history = padded_histories(data.split.histories(*parts), length=run.config.prompts.max_items)
+    history = sasrec.recent_history(*data.split.histories(*parts), length=run.config.prompts.max_items)
     return sasrec.sasrec_arm(history, width=run.config.shared.width)
-
-
-def padded_histories(histories, *, length: int) -> np.ndarray:
-    """Returns the last `length` items of every user as (U, length) int32, oldest first, -1 before the first."""
-    indptr, item = histories
-    history_UL = np.full((len(indptr) - 1, length), -1, np.int32)
-    for user in range(len(indptr) - 1):
-        last = item[indptr[user] : indptr[user + 1]][-length:]
-        if len(last):
-            history_UL[user, -len(last) :] = last
-    return history_UL
 
 
 def pretrain_lm(run: Run) -> Params | None:

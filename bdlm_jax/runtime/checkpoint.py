@@ -135,7 +135,8 @@ def save_safetensors(path: str | Path, tree: Any) -> None:
 
     Args:
         path: the file.
-        tree: nested dicts with string keys and arrays (NumPy or JAX, bfloat16 too).
+        tree: nested dicts with string keys and lists, of arrays (NumPy or JAX, bfloat16 too); a list's levels are
+            named 0, 1, ….
     """
     from safetensors.numpy import save_file
 
@@ -157,7 +158,7 @@ def load_safetensors(path: str | Path, *, prefix: str = "") -> dict[str, Any]:
         prefix: only the subtree below this name ("params/shared"); tensors outside it are not read.
 
     Returns:
-        Nested dicts of NumPy arrays.
+        Nested dicts of NumPy arrays; a level whose names are 0, 1, … is a list.
 
     Raises:
         InputError: the file is missing or is no safetensors file, or nothing stands below `prefix`.
@@ -178,17 +179,27 @@ def load_safetensors(path: str | Path, *, prefix: str = "") -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a safetensors file: {error}.") from error
     if prefix and not tree:
         raise InputError(f"{path} holds nothing below {prefix!r}; it was written by another configuration.")
-    return tree
+    return _lists(tree)
 
 
 def _flatten(tree: Any, prefix: str, flat: dict[str, np.ndarray]) -> None:
     for name, value in tree.items():
         if "/" in name:
             raise InputError(f"The name {name!r} holds a slash, which separates the levels; rename that entry.")
+        if isinstance(value, list | tuple):
+            value = {str(i): element for i, element in enumerate(value)}
         if isinstance(value, dict):
             _flatten(value, prefix + name + "/", flat)
         else:
             flat[prefix + name] = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
+
+
+def _lists(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    tree = {name: _lists(value) for name, value in tree.items()}
+    numbers = [str(i) for i in range(len(tree))]
+    return [tree[i] for i in numbers] if tree and set(tree) == set(numbers) else tree
 
 
 def _pack(path: str, leaf: Any) -> tuple[dict[str, Any], np.ndarray | None]:
