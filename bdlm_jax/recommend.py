@@ -1,0 +1,242 @@
+"""python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10.
+
+What a user does with a finished run: raw ids in, raw ids, titles and scores out. The functions are what the command
+line calls; with the domain arm neither needs JAX or the language model.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from bdlm_jax import serving
+from bdlm_jax.serving import Catalogue
+from bdlm_jax.types import InputError
+
+ARMS = ("domain", "lm")
+_SUGGESTIONS = 5
+
+
+def recommend(
+    *,
+    workdir: str | os.PathLike,
+    user: str | None = None,
+    history: str | Sequence[str] | None = None,
+    arm: str = "domain",
+    k: int = 10,
+) -> list[dict]:
+    """Recommends items to a known user, or to a new one by history; what the user has had is left out.
+
+    Args:
+        workdir: the directory of a finished run.
+        user: a raw user id, or
+        history: raw item ids or titles, oldest first; as one string, separated by ; or ,.
+        arm: "domain" or "lm".
+        k: how many.
+
+    Returns:
+        [{"rank", "item", "title", "score"}], best first; scores compare within one answer, not between arms.
+
+    Raises:
+        InputError: a name that is not known, or names more than one thing; no finished run in `workdir`.
+    """
+    if (user is None) == (history is None):
+        raise InputError("give either a user or a history, not both and not neither.")
+    if arm not in ARMS:
+        raise InputError(f"arm {arm!r} is not known: write one of {', '.join(ARMS)}.")
+    if k < 1:
+        raise InputError(f"k is {k}, but at least one item must be asked for.")
+    catalogue = serving.load_catalogue(workdir)
+    index = None if user is None else find_user(catalogue, user)
+    items = find_items(catalogue, history) if index is None else catalogue.history(index)
+    if arm == "domain":
+        scores_I = serving.domain_scores(serving.load_domain_arm(workdir), user=index, history=items)
+    else:
+        scores_I = serving.lm_scores(serving.load_lm_arm(workdir), items, user=index)
+    best = serving.top_items(scores_I, seen=items, k=k)
+    return [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
+
+
+def known_history(*, workdir: str | os.PathLike, user: str) -> list[dict]:
+    """Returns what a known user has had, oldest first, as [{"rank", "item", "title"}].
+
+    Raises:
+        InputError: see `recommend`.
+    """
+    catalogue = serving.load_catalogue(workdir)
+    return [_row(catalogue, n, item) for n, item in enumerate(catalogue.history(find_user(catalogue, user)), 1)]
+
+
+def same_titles(*, workdir: str | os.PathLike) -> list[list[str]]:
+    """Returns the groups of raw item ids that share one title to the letter: no text can tell them apart."""
+    catalogue, groups = serving.load_catalogue(workdir), {}
+    for raw, title in zip(catalogue.item_ids, catalogue.titles):
+        groups.setdefault(title, []).append(raw)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict]:
+    """Returns the users on whose list of the domain arm an item stands highest, among those who have not had it.
+
+    Args:
+        workdir: the directory of a finished run.
+        item: a raw item id or a title.
+        k: how many users.
+
+    Returns:
+        [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
+
+    Raises:
+        InputError: see `recommend`.
+    """
+    catalogue, arm = serving.load_catalogue(workdir), serving.load_domain_arm(workdir)
+    target, found = _find_item(catalogue, item), []
+    for user, raw in enumerate(catalogue.user_ids):
+        seen = catalogue.history(user)
+        if target not in seen:
+            scores_I = serving.domain_scores(arm, user=user)
+            better_I = scores_I > scores_I[target]
+            found.append({"user": raw, "rank": 1 + int(better_I.sum() - better_I[seen].sum())})
+    return sorted(found, key=lambda one: one["rank"])[:k]
+
+
+def find_user(catalogue: Catalogue, user: str) -> int:
+    """Returns the index of a raw user id.
+
+    Raises:
+        InputError: it is not known; the message names ids that look alike.
+    """
+    user = str(user).strip()
+    if user not in catalogue.user_index:
+        near = difflib.get_close_matches(user, catalogue.user_ids, _SUGGESTIONS) or catalogue.user_ids[:_SUGGESTIONS]
+        raise InputError(
+            f"user {user!r} is none of the {len(catalogue.user_ids)} of this run (known are {', '.join(near)}, …): "
+            "give a known id, or --history for a new user."
+        )
+    return catalogue.user_index[user]
+
+
+def find_items(catalogue: Catalogue, history: str | Sequence[str]) -> np.ndarray:
+    """Finds the items of a history given by raw ids and titles.
+
+    A string is cut at ; and , but a title may hold either: from the left, the longest run of pieces that is an id or a
+    title is taken, then the longest that is part of just one title. Case does not matter in titles.
+
+    Args:
+        catalogue: of `serving.load_catalogue`.
+        history: one string, or a sequence of single names.
+
+    Returns:
+        (n,) int64 item indices in the order given, each once.
+
+    Raises:
+        InputError: nothing given, or an entry that names no item or several.
+    """
+    if isinstance(history, str):
+        found = _find_all(catalogue, history)
+    else:
+        found = [_find_item(catalogue, str(entry)) for entry in history]
+    if not found:
+        raise InputError("the history is empty: name at least one item by id or title.")
+    return np.array(list(dict.fromkeys(found)), np.int64)
+
+
+def _find_all(catalogue: Catalogue, text: str) -> list[int]:
+    pieces = re.split("([;,])", text)  # names at even places, the separators between them
+    found, start = [], 0
+    while start < len(pieces):
+        runs = [(stop, "".join(pieces[start:stop]).strip()) for stop in range(len(pieces), start, -2)]
+        shortest = runs[-1][1]
+        if not shortest:
+            start += 2
+            continue
+        matches = ((stop, find(catalogue, name)) for find in (_exact, _part) for stop, name in runs)
+        stop, item = next(((stop, items[0]) for stop, items in matches if len(items) == 1), (0, -1))
+        if not stop:
+            _complain(catalogue, shortest)
+        found.append(item)
+        start = stop + 1
+    return found
+
+
+def _find_item(catalogue: Catalogue, name: str) -> int:
+    for find in (_exact, _part):
+        if len(items := find(catalogue, name.strip())) == 1:
+            return items[0]
+    _complain(catalogue, name.strip())
+
+
+def _exact(catalogue: Catalogue, name: str) -> list[int]:
+    if name in catalogue.item_index:
+        return [catalogue.item_index[name]]
+    return catalogue.title_index.get(name.casefold(), [])
+
+
+def _part(catalogue: Catalogue, name: str) -> list[int]:
+    if not name or _exact(catalogue, name):
+        return []
+    return [i for title, items in catalogue.title_index.items() if name.casefold() in title for i in items]
+
+
+def _complain(catalogue: Catalogue, name: str):
+    several = _exact(catalogue, name) or _part(catalogue, name)
+    if several:
+        shown = ", ".join(f"{catalogue.item_ids[i]} ({_line(catalogue.titles[i])})" for i in several[:_SUGGESTIONS])
+        raise InputError(f"{name!r} names {len(several)} items, such as {shown}: give the id of one.")
+    near = difflib.get_close_matches(name.casefold(), catalogue.title_index, _SUGGESTIONS, cutoff=0.5)
+    items = [catalogue.title_index[title][0] for title in near]
+    shown = "; ".join(f"{_line(catalogue.titles[i])} ({catalogue.item_ids[i]})" for i in items)
+    hint = f"did you mean {shown}?" if shown else "give an id or a title of the run's catalogue."
+    raise InputError(f"{name!r} is no item id and no part of a title: {hint}")
+
+
+def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:
+    return {"rank": rank, "item": catalogue.item_ids[item], "title": catalogue.titles[item], **more}
+
+
+def _line(text: str) -> str:
+    """A title on one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _table(rows: list[dict]) -> str:
+    width = max([4, *(len(row["item"]) for row in rows)])
+    lines = [f"rank  {'item':<{width}}  {'score':>9}  title"]
+    lines += [f"{row['rank']:>4}  {row['item']:<{width}}  {row['score']:>9.4f}  {_line(row['title'])}" for row in rows]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: those after the program's name; None: of this process.
+
+    Returns:
+        The exit code: 0, or 2 after a sentence on stderr.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bdlm_jax.recommend", description="Recommends from a finished run.")
+    parser.add_argument("--workdir", required=True, help="the run directory")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="a raw user id")
+    who.add_argument("--history", help="a new user: item ids or titles, oldest first, separated by ; or ,")
+    parser.add_argument("--arm", choices=ARMS, default="domain")
+    parser.add_argument("-k", type=int, default=10, help="how many items (default 10)")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    given = parser.parse_args(arguments)
+    try:
+        rows = recommend(workdir=given.workdir, user=given.user, history=given.history, arm=given.arm, k=given.k)
+    except InputError as error:
+        print(f"bdlm_jax: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(rows, indent=1) if given.format == "json" else _table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
