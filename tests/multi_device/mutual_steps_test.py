@@ -1,0 +1,71 @@
+"""The README's claim: jit, pmap and mesh train both arms to the same numbers."""
+
+import jax
+import numpy as np
+import pytest
+import small_bdlm
+
+from bdlm_jax import mutual, optimizers
+from bdlm_jax.losses import ALIGNMENTS
+from bdlm_jax.runtime.parallel import compile_step
+
+LM_OPTIMIZER = small_bdlm.make_optimizer(domain=optimizers.FROZEN)
+DOMAIN_OPTIMIZER = small_bdlm.make_optimizer(lm=optimizers.FROZEN)
+ARM = small_bdlm.make_arm()
+
+
+def train_lm(parallel, bridge, params, view):
+    step = small_bdlm.make_lm_step(ARM, bridge, optimizer=LM_OPTIMIZER)
+    compiled = compile_step(step, parallel=parallel)
+    rows = small_bdlm.make_rows()
+    batches = [rows.batch(number, batch_size=8, seed=0) for number in range(4)]
+    return run(compiled, params, LM_OPTIMIZER, batches, view, small_bdlm.lm_constants())
+
+
+def train_domain(parallel, bridge, params, view):
+    epoch = small_bdlm.make_domain_epoch(
+        ARM, bridge, optimizer=DOMAIN_OPTIMIZER, kl_items=6 if bridge.align == "cosine" else 0
+    )
+    compiled = compile_step(epoch, parallel=parallel)
+    batches = [mutual.make_slots(batch_size=16, kl_users=8)] * 2
+    return run(compiled, params, DOMAIN_OPTIMIZER, batches, view, small_bdlm.domain_constants())
+
+
+def run(compiled, params, optimizer, batches, view, constants):
+    state = compiled.place_state(small_bdlm.make_state(params, optimizer))
+    view, constants = compiled.place_constants(view), compiled.place_constants(constants)
+    seen = []
+    for batch in batches:
+        state, metrics = compiled.run(state, batch, view, constants)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return compiled.fetch_state(state), seen
+
+
+# "infonce" alone gathers over the devices; a case costs three compilations of four seconds.
+QUICK = [(train_lm, "infonce"), (train_domain, "cosine")]
+SLOW = [(train, align) for align in ALIGNMENTS for train in (train_lm, train_domain) if (train, align) not in QUICK]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize(("train", "align"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
+def test_three_ways_train_to_the_same_numbers(train, align):
+    bridge = small_bdlm.make_bridge(align=align, dropout=0.2)
+    params = small_bdlm.make_params(ARM, bridge)
+    view = small_bdlm.make_views(ARM, bridge, params)[0 if train is train_lm else 1]
+    wanted, wanted_metrics = train("jit", bridge, params, view)
+    assert {"align_user", "align_item", "kl"} < set(wanted_metrics[0])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), wanted.params["shared"], params["shared"])
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    for parallel in ("pmap", "mesh"):
+        state, metrics = train(parallel, bridge, params, view)
+        for mine, theirs in zip(metrics, wanted_metrics):
+            for name, value in theirs.items():
+                np.testing.assert_allclose(mine[name], value, rtol=1e-4, err_msg=f"{parallel} {name}")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), state.params, wanted.params)

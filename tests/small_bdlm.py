@@ -1,0 +1,117 @@
+"""A BDLM of a few hundred numbers for the tests of steps: 8 users, 8 items of which the last is cold, two LM heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdlm_jax import models, mutual, optimizers, sharing
+from bdlm_jax.data import batches
+from bdlm_jax.domain import graph, lightgcn, sampling
+from bdlm_jax.lm import causal_lm, prompts
+from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights, TrainState
+
+N_USERS, N_ITEMS, N_TEXT, D, M = 8, 8, 16, 4, 8
+COLD = 7
+HISTORIES = [[0, 1, 2], [1, 2, 3, 4], [5], [6, 0], [3, 1, 5, 6, 2], [4, 0, 6], [2, 5], [0, 3, 6, 1]]
+TITLES = [np.array([5 + i % 5, 10 + i % 6][: 1 + i % 2], np.int32) for i in range(N_ITEMS)]
+LM_ALL = LMWeights(item=1.0, text=0.3, align_user=0.2, align_item=0.4, kl=0.5)
+DOMAIN_ALL = DomainWeights(bpr=1.0, regularisation=1e-2, align_user=0.2, align_item=0.4, kl=0.5)
+
+
+def make_vocabulary() -> Vocabulary:
+    """Numbers the tokens without a tokenizer; capacities lie above the counts."""
+    made = Vocabulary(None, N_USERS, N_ITEMS, user_capacity=N_USERS + 2, item_capacity=N_ITEMS + 1)
+    made.__dict__.update(n_text=N_TEXT, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
+    return made
+
+
+def make_bridge(*, reads="propagated", align="mse", dropout=0.0, temperature=1.5) -> Bridge:
+    lm = causal_lm.LMConfig(
+        vocab_size=N_TEXT, width=M, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=12, dropout=dropout
+    )
+    return Bridge(lm, N_USERS + 2, N_ITEMS + 1, reads=reads, align=align, temperature=temperature)
+
+
+def make_edges():
+    return np.repeat(np.arange(N_USERS), [len(h) for h in HISTORIES]), np.concatenate(HISTORIES)
+
+
+def make_arm(layer_weights="learned"):
+    sizes = {"n_users": N_USERS, "n_items": N_ITEMS}
+    propagate = graph.make_propagate(graph.make_graph(*make_edges(), **sizes), **sizes, backend="dense")
+    return lightgcn.lightgcn_arm(propagate, n_layers=2, layer_weights=layer_weights)
+
+
+def make_params(arm, bridge):
+    keys = jax.random.split(jax.random.key(3), 4)
+    return {
+        "shared": sharing.init_shared(keys[0], n_users=N_USERS, n_items=N_ITEMS, width=D, std=0.5),
+        "domain": arm.init(keys[1]),
+        "lm": {
+            **causal_lm.init_lm(keys[2], bridge.lm),
+            "bridge": sharing.init_bridge(keys[3], width=D, lm_width=M, gain=1.0),
+        },
+    }
+
+
+def make_rows():
+    """One row a history, eight in all, then the items' cards, packed."""
+    vocabulary = make_vocabulary()
+    options = {"titles": TITLES, "max_tokens": 16, "read_user": True}
+    histories = [prompts.history_prompt(vocabulary, h, user=u, **options) for u, h in enumerate(HISTORIES)]
+    cards = [prompts.card_prompt(vocabulary, i, title) for i, title in enumerate(TITLES)]
+    return batches.pack([*histories, *cards], 16)
+
+
+def make_seen_mask():
+    seen_UI = np.zeros((N_USERS, N_ITEMS), bool)
+    seen_UI[make_edges()] = True
+    return jnp.asarray(seen_UI)
+
+
+def lm_constants():
+    return {"warm_I": jnp.arange(N_ITEMS) != COLD, "seen_UI": make_seen_mask()}
+
+
+def domain_constants():
+    user_E, item_E = make_edges()
+    degree = np.bincount(item_E, minlength=N_ITEMS)
+    return lm_constants() | {
+        "edge_user_E": jnp.asarray(user_E),
+        "edge_item_E": jnp.asarray(item_E),
+        "warm_item_W": jnp.arange(N_ITEMS - 1),
+        "text_weight_I": jnp.asarray(1.0 / (1.0 + degree), jnp.float32),
+        "seen": sampling.make_seen(user_E, item_E, N_USERS, N_ITEMS - 1),
+    }
+
+
+def make_views(arm, bridge, params):
+    """What each arm sees of the other: (for the LM, for the domain arm)."""
+    sizes = {"arm": arm, "bridge": bridge, "n_users": N_USERS, "n_items": N_ITEMS}
+    states = models.read_states(params, make_rows(), **sizes)
+    return models.domain_view(arm, params), models.lm_view(params, states, states)
+
+
+def make_optimizer(*, lm="lm", shared="shared", domain="domain", rate=0.01):
+    """Groups of one rate; pass optimizers.FROZEN for what must not move."""
+    rules = [("lm/.*", lm), ("shared/.*", shared), ("domain/.*", domain)]
+    groups = {name: {"learning_rate": rate} for name in {lm, shared, domain} - {optimizers.FROZEN}}
+    return optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
+
+
+def make_state(params, optimizer):
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jax.random.key(11))
+
+
+def make_lm_step(arm, bridge, *, weights=LM_ALL, optimizer=None):
+    return mutual.make_lm_step(
+        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(domain=optimizers.FROZEN)
+    )
+
+
+def make_domain_epoch(arm, bridge, *, weights=DOMAIN_ALL, optimizer=None, batch_size=16, kl_users=8, kl_items=0):
+    step = mutual.make_domain_step(
+        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(lm=optimizers.FROZEN)
+    )
+    return mutual.make_domain_epoch(step, batch_size=batch_size, kl_users=kl_users, kl_items=kl_items)
