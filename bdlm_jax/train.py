@@ -17,6 +17,7 @@ import jax
 import ml_collections
 
 from bdlm_jax import __version__, config_check, evaluate, lm_rows, models, report, serving, stages
+from bdlm_jax.data import synthetic
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.fit import write_json
 from bdlm_jax.prepare import KNOWN, prepare_data, prepare_vocabulary
@@ -113,6 +114,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
         # Report.
         results = {"data": {**data.fingerprint, "name": _data_name(config)}, "rows": rows}
+        if data.world is not None:
+            results["ceilings"] = synthetic.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
         report.write_report(folder, results)
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")

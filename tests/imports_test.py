@@ -16,7 +16,9 @@ FLOORS = [
     ["mutual", "evaluate"],
     ["fit", "lm_rows", "models", "prepare"],
     ["stages"],
-    ["config_check", "plots", "report", "serving"],
+    ["config_check", "finished", "plots", "serving"],
+    ["sections"],
+    ["report"],
     ["train", "recommend"],
     ["main"],
 ]
