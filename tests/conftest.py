@@ -18,9 +18,8 @@ def tiny_run(tmp_path_factory):
     from experiments import tiny
 
     config, workdir = tiny.get_config(), tmp_path_factory.mktemp("tiny") / "run"
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is nearly all of the time
     try:
         return config, workdir, train_and_evaluate(config, str(workdir))
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        jax.config.update("jax_disable_most_optimizations", False)
