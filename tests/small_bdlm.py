@@ -1,4 +1,6 @@
-"""A BDLM of a few hundred numbers for the tests of steps: 8 users, 8 items of which the last is cold, two LM heads."""
+"""A BDLM of a few hundred numbers for the tests of steps: 9 users, 10 items of which the last is cold, one layer."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,23 @@ from bdlm_jax.lm import causal_lm, prompts
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights, TrainState
 
-N_USERS, N_ITEMS, N_TEXT, D, M = 8, 8, 16, 4, 8
-COLD = 7
-HISTORIES = [[0, 1, 2], [1, 2, 3, 4], [5], [6, 0], [3, 1, 5, 6, 2], [4, 0, 6], [2, 5], [0, 3, 6, 1]]
+N_USERS, N_ITEMS, N_TEXT, D, M = 9, 10, 16, 4, 8
+COLD = 9
+HISTORIES = [[0, 1, 2], [1, 2, 3, 4], [5], [6, 0, 8], [3, 1, 5, 6, 2], [4, 0, 6], [2, 5], [7, 3, 6, 1], [8, 7]]
 TITLES = [np.array([5 + i % 5, 10 + i % 6][: 1 + i % 2], np.int32) for i in range(N_ITEMS)]
 LM_ALL = LMWeights(item=1.0, text=0.3, align_user=0.2, align_item=0.4, kl=0.5)
 DOMAIN_ALL = DomainWeights(bpr=1.0, regularisation=1e-2, align_user=0.2, align_item=0.4, kl=0.5)
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Compiling is nearly all of the time that these sizes take."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_vocabulary() -> Vocabulary:
@@ -56,7 +69,7 @@ def make_params(arm, bridge):
 
 
 def make_rows():
-    """One row a history, eight in all, then the items' cards, packed."""
+    """Every history with its titles and every item's card, several to a row of 16 tokens."""
     vocabulary = make_vocabulary()
     options = {"titles": TITLES, "max_tokens": 16, "read_user": True}
     histories = [prompts.history_prompt(vocabulary, h, user=u, **options) for u, h in enumerate(HISTORIES)]

@@ -48,10 +48,8 @@ SLOW = [(train, align) for align in ALIGNMENTS for train in (train_lm, train_dom
 
 @pytest.fixture(autouse=True, scope="module")
 def cheap_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with small_bdlm.quick_compilation():
+        yield
 
 
 @pytest.mark.parametrize(("train", "align"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
