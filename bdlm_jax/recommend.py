@@ -113,7 +113,7 @@ def find_user(catalogue: Catalogue, user: str) -> int:
     """
     user = str(user).strip()
     if user not in catalogue.user_index:
-        near = difflib.get_close_matches(user, catalogue.user_ids, _SUGGESTIONS) or catalogue.user_ids[:_SUGGESTIONS]
+        near = _near(user, catalogue.user_ids) or catalogue.user_ids[:_SUGGESTIONS]
         raise InputError(
             f"user {user!r} is none of the {len(catalogue.user_ids)} of this run (known are {', '.join(near)}, …): "
             "give a known id, or --history for a new user."
@@ -125,7 +125,7 @@ def find_items(catalogue: Catalogue, history: str | Sequence[str]) -> np.ndarray
     """Finds the items of a history given by raw ids and titles.
 
     A string is cut at ; and , but a title may hold either: from the left, the longest run of pieces that is an id or a
-    title is taken, then the longest that is part of just one title. Case does not matter in titles.
+    title is taken, else the longest that is part of a title. Case does not matter in titles.
 
     Args:
         catalogue: of `serving.load_catalogue`.
@@ -150,49 +150,46 @@ def _find_all(catalogue: Catalogue, text: str) -> list[int]:
     pieces = re.split("([;,])", text)  # names at even places, the separators between them
     found, start = [], 0
     while start < len(pieces):
-        runs = [(stop, "".join(pieces[start:stop]).strip()) for stop in range(len(pieces), start, -2)]
-        shortest = runs[-1][1]
-        if not shortest:
+        if not pieces[start].strip():
             start += 2
             continue
-        matches = ((stop, find(catalogue, name)) for find in (_exact, _part) for stop, name in runs)
-        stop, item = next(((stop, items[0]) for stop, items in matches if len(items) == 1), (0, -1))
-        if not stop:
-            _complain(catalogue, shortest)
-        found.append(item)
+        runs = {stop: "".join(pieces[start:stop]) for stop in range(len(pieces), start, -2)}
+        known = ((stop, name) for find in (_exact, _part) for stop, name in runs.items() if find(catalogue, name))
+        stop, name = next(known, (start + 1, pieces[start]))
+        found.append(_find_item(catalogue, name))
         start = stop + 1
     return found
 
 
 def _find_item(catalogue: Catalogue, name: str) -> int:
-    for find in (_exact, _part):
-        if len(items := find(catalogue, name.strip())) == 1:
-            return items[0]
-    _complain(catalogue, name.strip())
+    name = name.strip()
+    items = _exact(catalogue, name) or _part(catalogue, name)
+    if len(items) == 1:
+        return items[0]
+    if items:
+        shown = ", ".join(f"{catalogue.item_ids[i]} ({_line(catalogue.titles[i])})" for i in items[:_SUGGESTIONS])
+        raise InputError(f"{name!r} names {len(items)} items, such as {shown}: give the id of one.")
+    items = [catalogue.title_index[near][0] for near in _near(name.casefold(), catalogue.title_index)]
+    items += [catalogue.item_index[near] for near in _near(name, catalogue.item_index)]
+    shown = "; ".join(f"{_line(catalogue.titles[i])} ({catalogue.item_ids[i]})" for i in items[:_SUGGESTIONS])
+    hint = f"did you mean {shown}?" if shown else "give an id or a title of the run's catalogue."
+    raise InputError(f"{name!r} is no item id and no part of a title: {hint}")
 
 
 def _exact(catalogue: Catalogue, name: str) -> list[int]:
+    name = name.strip()
     if name in catalogue.item_index:
         return [catalogue.item_index[name]]
     return catalogue.title_index.get(name.casefold(), [])
 
 
 def _part(catalogue: Catalogue, name: str) -> list[int]:
-    if not name or _exact(catalogue, name):
-        return []
-    return [i for title, items in catalogue.title_index.items() if name.casefold() in title for i in items]
+    name = name.strip().casefold()
+    return [i for title, items in catalogue.title_index.items() if name and name in title for i in items]
 
 
-def _complain(catalogue: Catalogue, name: str):
-    several = _exact(catalogue, name) or _part(catalogue, name)
-    if several:
-        shown = ", ".join(f"{catalogue.item_ids[i]} ({_line(catalogue.titles[i])})" for i in several[:_SUGGESTIONS])
-        raise InputError(f"{name!r} names {len(several)} items, such as {shown}: give the id of one.")
-    near = difflib.get_close_matches(name.casefold(), catalogue.title_index, _SUGGESTIONS, cutoff=0.5)
-    items = [catalogue.title_index[title][0] for title in near]
-    shown = "; ".join(f"{_line(catalogue.titles[i])} ({catalogue.item_ids[i]})" for i in items)
-    hint = f"did you mean {shown}?" if shown else "give an id or a title of the run's catalogue."
-    raise InputError(f"{name!r} is no item id and no part of a title: {hint}")
+def _near(name: str, names) -> list[str]:
+    return difflib.get_close_matches(name, names, _SUGGESTIONS, cutoff=0.5)
 
 
 def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:

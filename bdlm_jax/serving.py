@@ -367,11 +367,13 @@ def _lm_tensors(run, params: Params) -> tuple[dict, dict]:
 
 
 def _sasrec_state(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
+    import jax
+
     from bdlm_jax.domain import sasrec
 
     rows_1L = sasrec.recent_history(np.array([0, len(history)]), history, length=arm.options["length"])
     made = sasrec.sasrec_arm(rows_1L, width=arm.options["width"])
-    return np.asarray(made.encode({"item": arm.item_ID}, arm.domain)[0][0])
+    return np.asarray(jax.jit(made.encode)({"item": arm.item_ID}, arm.domain)[0][0])
 
 
 def _last_state(arm: ServedLM, batch: dict, at: int) -> np.ndarray:
