@@ -1,0 +1,94 @@
+"""The command line as people type it, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "experiments/tiny.py"
+
+
+def run(*words, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bdlm_jax.main", *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, [line for line in done.stderr.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config.lm.widht=3"], "--config.lm.widht is no setting; did you mean width?"),
+        (["--config.lm.width=wide"], "--config.lm.width=wide"),
+        (["--wrokdir=x"], "workdir"),
+        (["--config.lm.n_kv_heads=3"], "config.lm.n_heads 2 is no multiple of lm.n_kv_heads 3"),
+        (["--config.data.kind=table", "--config.data.path=nowhere.csv"], "config.data.path: nowhere.csv is not there"),
+    ],
+)
+def test_a_slip_is_one_sentence_and_exit_code_2_before_any_work(tmp_path, words, told):
+    code, lines = run(f"--config={TINY}", f"--workdir={tmp_path / 'run'}", *words)
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("bdlm_jax: ")
+    assert told in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config", "experiments/nothing.py", "--workdir", "w"], "experiments/nothing.py is no file"),
+        (["--config", TINY], "--workdir is missing"),
+        (["--workdir", "w"], "--config is missing"),
+        (["--config", TINY, "--workdir", "w", "config.seed=1"], "config.seed=1 is not understood"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, words, told):
+    code, lines = run(*words)
+    assert (code, len(lines)) == (2, 1)
+    assert told in lines[0]
+
+
+def test_a_config_that_does_not_run_is_one_sentence(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "broken.py").write_text("def get_config():\n    return nothing\n")
+    code, lines = run("--config", tmp_path / "mine" / "broken.py", "--workdir", tmp_path / "run")
+    assert (code, len(lines)) == (2, 1)
+    assert "name 'nothing' is not defined" in lines[0]
+
+
+def test_it_runs_from_another_folder_and_says_what_trains(tmp_path):
+    code, lines = run(
+        "--config", ROOT / TINY, "--workdir", "run", "--config.models=('item_pop', 'mf')", cwd=tmp_path
+    )  # fmt: skip
+    text = "\n".join(lines)
+    assert code == 0, text
+    assert "150 users" in text
+    assert "shared/item" in text
+    assert "mf: BPR epochs" in text  # the progress bar
+    assert "orbax" not in text.lower()
+    assert {"config.json", "results.json", "results.md", "environment.json"} <= set(os.listdir(tmp_path / "run"))
+    assert '"name": "tiny"' in (tmp_path / "run" / "config.json").read_text()
+    assert "| item_pop |" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_1(tmp_path):
+    code, lines = run(
+        "--config", TINY, "--workdir", tmp_path / "run", "--config.models=('mf',)", "--config.mf.learning_rate=1e30"
+    )  # fmt: skip
+    assert code == 1
+    assert lines[-1].startswith("bdlm_jax: mf: ")
+    assert "not finite" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_main_is_flags_only():
+    assert len((ROOT / "bdlm_jax" / "main.py").read_text(encoding="utf-8").splitlines()) <= 60
