@@ -27,7 +27,6 @@ from bdlm_jax.runtime.metric_log import read_metrics
 from bdlm_jax.sections import group_lines
 from bdlm_jax.types import InputError
 
-
 # Of twins the AUC: a model without any means to tell them apart ties, which HR@1 counts as lost.
 SLICE_PANELS = {"twins": "auc/pair", "cold": "hr@1/cold20", "knowledge": "hr@1/knowledge20"}
 

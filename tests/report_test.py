@@ -96,7 +96,7 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
     spread = 1.96 * math.sqrt(100 / 99 * (10 * 1**2 + 20 * 0.5**2)) / 20
     assert margin[3:] == ["0.300", "0.200", "+50.0%", f"{0.5 - spread:+.1%} … {0.5 + spread:+.1%}", "higher"]
     twins = text.split("## Slice twins")[1].split("##")[0]
-    assert row_of(twins, "text_lm")[1:3] == ["0.000 ± 0.000", "0.500 ± 0.000"]
+    assert row_of(twins, "text_lm")[1:3] == ["0.000 ± 0.000", "**0.500** ± 0.000"]
     assert row_of(twins, "*oracle that sees text*")[1:3] == ["0.000", "0.500"]
     assert row_of(twins, "*chance*")[1:3] == ["0.500", "0.500"]
     assert "5a5a5a5a5a5a" in text
