@@ -225,6 +225,8 @@ def _check_evaluation(config) -> None:
             if name not in allowed:
                 why = " (text_lm scores given candidates only)" if name == "full" else ""
                 raise InputError(f"config.evaluate.{key} holds {name!r}{why}; it may hold {', '.join(allowed)}.")
+    if "text_lm" in config.models and "cand20" not in protocols:
+        raise InputError("config.models holds text_lm, which is selected on cand20; add cand20 to data.candidates.")
     metric, _, protocol = config.select.partition("/")
     if metric not in SELECTABLE or protocol not in protocols:
         raise InputError(

@@ -105,5 +105,15 @@ def test_batches_must_divide_over_the_devices():
     _check_devices(config, n_devices=3)
 
 
+def test_text_lm_needs_cand20():
+    config = defaults.get_config()
+    config.select, config.evaluate.protocols, config.evaluate.text_protocols = "hr@1/full", ("full",), ()
+    del config.data.candidates["cand20"]
+    with pytest.raises(InputError, match="add cand20 to data.candidates"):
+        check_config(config)
+    config.models = ("bdlm",)
+    check_config(config)
+
+
 def test_the_corpus_must_be_a_file(tmp_path):
     assert "is no file" in refused(pretrain__corpus=str(tmp_path))
