@@ -49,11 +49,6 @@ def init_bridge(key: Array, *, width: int, lm_width: int, gain: float = 1.0) -> 
     return {"into": into_DM, "out": into_DM.T / gain**2, "out_bias": jnp.zeros((width,))}
 
 
-def bridge_gain(item_ID: Array, *, row_std: float) -> Array:
-    """Returns the bridge's gain that gives the LM item rows of standard deviation `row_std` (ours: their scale matters)."""
-    return row_std / jnp.maximum(jnp.std(item_ID), 1e-6)
-
-
 def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[Array, Array]:
     """Returns the (user (U, D), item (I, D)) rows that the LM sees.
 

@@ -199,7 +199,7 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
             (own, 1),
             (titled, config.prompts.titled_share),
             (lm_rows.card_rows(config, run.texts), copies),
-            (lm_rows.card_rows(config, run.texts, named=True), copies),
+            (lm_rows.card_rows(config, run.texts, named=True), 1 if copies else 0),
             *_replay(run, share_of=own),
         ],
         seed=config.seed,
@@ -221,6 +221,9 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
             return validation_metrics(run, models.domain_scorer(arm, params))
         return validation_metrics(run, lm_scorer(run, params, arm, bridge, reading))
 
+    params = lambda: _init_params(  # noqa: E731
+        run, arm, "bdlm", reads=m.reads, pretrained=pretrained, domain_params=domain_params
+    )
     trained_by = config.shared.trained_by
     cold_I = ~_warm_items(run.data)
 
@@ -228,15 +231,14 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
         z_item_ID = sharing.bridge_out(params["lm"]["bridge"], _read(run, params, arm, bridge, cards)["item"])
         return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, cold_I)}
 
+    shared_at_start = params()
+    table_std = _table_std(run, shared_at_start["shared"], shared_at_start["domain"], arm, m.reads)
     writes = m.domain.align_item and trained_by != "none" and cold_I.any()
     lm_weights = LMWeights(**m.lm.to_dict())
     domain_weights = DomainWeights(regularisation=config.domain.regularisation, **m.domain.to_dict())
-    params = lambda: _init_params(  # noqa: E731
-        run, arm, "bdlm", reads=m.reads, pretrained=pretrained, domain_params=domain_params
-    )
     arms = {
         "lm": _lm_arm(
-            run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases),
+            run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases), table_std=table_std,
             train_shared=trained_by in ("both", "lm"), view=lambda params: models.domain_view(arm, params),
             finish=write_back if writes else lambda params: params,
         ),
@@ -360,27 +362,33 @@ def _init_params(run: Run, arm, stage: str, *, reads: str, pretrained=None, doma
         if run.config.shared.initial == "domain":
             shared = domain_params["shared"]
     lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], lm_config(run))
-    warm_I = jnp.asarray(_warm_items(run.data))
-    _, item_ID = sharing.read_tables(shared, domain, encode=arm.encode, reads=reads)
-    gain = float(sharing.bridge_gain(item_ID[warm_I], row_std=run.config.lm.row_std))
+    gain = run.config.lm.row_std / _table_std(run, shared, domain, arm, reads)
     bridge = sharing.init_bridge(keys[3], width=run.config.shared.width, lm_width=run.config.lm.width, gain=gain)
     return {"shared": shared, "domain": domain, "lm": {**{k: v for k, v in lm.items() if k != "bridge"}, "bridge": bridge}}
+
+
+def _table_std(run: Run, shared, domain, arm, reads: str) -> float:
+    """Standard deviation of the rows that the LM reads of items with interactions."""
+    _, item_ID = sharing.read_tables(shared, domain, encode=arm.encode, reads=reads)
+    return float(jnp.std(item_ID[jnp.asarray(_warm_items(run.data))]))
 
 
 def _warm_items(data: Data) -> np.ndarray:
     return data.split.degree(TRAIN) > 0
 
 
-def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, train_shared=True, view=lambda params: {}, finish=lambda p: p) -> Arm:
+def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, table_std=None, train_shared=True, view=lambda params: {}, finish=lambda p: p) -> Arm:
     config = run.config
-    arm = arm or DOT_ARM
+    arm, table_std = arm or DOT_ARM, table_std or config.shared.std
     c, vocabulary = config.lm, run.texts.vocabulary
     rules = [
         (r"shared/.*", "shared" if train_shared and weights.item else optimizers.FROZEN),
         (r"domain/.*", optimizers.FROZEN),
         (r"lm/.*", "lm"),
     ]
-    scale = c.learning_rate_shared / c.learning_rate
+    # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
+    # fast as one of an LM with its own table would.
+    scale = c.learning_rate_shared / c.learning_rate * table_std / c.row_std
     groups = {
         "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
         "shared": {"learning_rate": lambda step: scale * rate(step)},
@@ -397,7 +405,7 @@ def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, train_shared=True, vi
             number,
             batch_size=c.batch_rows,
             seed=config.seed,
-            max_text_targets=min(config.prompts.length, rows.text_index.shape[1]),
+            max_text_targets=c.max_text_targets,
             uid_dropout=config.prompts.user_dropout,
             user_tokens=vocabulary.user_tokens,
             unnamed_user=vocabulary.unnamed_user,

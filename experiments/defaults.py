@@ -34,34 +34,35 @@ def get_config() -> ml_collections.ConfigDict:
     lm.n_heads = 2
     lm.n_kv_heads = 2
     lm.mlp_width = 192
-    lm.dropout = 0.1
+    lm.dropout = 0.2
     lm.dtype = "float32"
     lm.remat = False
     lm.tie_embeddings = True
-    lm.learning_rate = 2e-3
-    lm.learning_rate_shared = 2e-3
+    lm.learning_rate = 3e-3
+    lm.learning_rate_shared = 3e-3
     lm.weight_decay = 0.01
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
     lm.batch_rows = 16
+    lm.max_text_targets = 128  # of a row, drawn anew for every step
     lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them
 
     c.pretrain = pretrain = ml_collections.ConfigDict()
     pretrain.corpus = ""  # a text file (.txt, .gz, .xz), one document a line; empty takes the world's corpus
     pretrain.max_tokens = 2_000_000
-    pretrain.epochs = 10.0
-    pretrain.learning_rate = 2e-3
+    pretrain.epochs = 20.0
+    pretrain.learning_rate = 3e-3
     pretrain.replay_share = 0.1  # rows of the corpus in the LM's later training, as a share of its own rows
 
     c.prompts = prompts = ml_collections.ConfigDict()
-    prompts.kind = "ids_titles"  # ids | ids_titles: what the histories of BDLM's LM look like, in training and use
-    prompts.titled_share = 0.0  # with kind "ids": further titled windows, as a share of the histories
+    prompts.kind = "ids"  # ids | ids_titles: what the histories of BDLM's LM look like, in training and use
+    prompts.titled_share = 0.25  # with kind "ids": further titled windows, as a share of the histories
     prompts.length = 128  # tokens in a row
     prompts.max_items = 100  # history items in a window
     prompts.max_title_tokens = 16
     prompts.user_token = "start"  # start | end | none
     prompts.user_dropout = 0.5
-    prompts.card_copies = 1  # text cards of every item in an epoch
+    prompts.card_copies = 8  # text cards of every item in an epoch
 
     c.shared = shared = ml_collections.ConfigDict()
     shared.width = 64
@@ -94,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.align = "mse"  # mse | cosine | infonce
     mutual.temperature = 1.0
     mutual.rounds = 3
-    mutual.lm_epochs = 8.0  # the first LM phase
+    mutual.lm_epochs = 11.0  # the first LM phase
     mutual.lm_epochs_a_round = 3.0
     mutual.domain_epochs_a_round = 5
     mutual.domain_learning_rate = 1e-3

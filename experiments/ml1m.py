@@ -1,21 +1,50 @@
-"""MovieLens-1M."""
+"""MovieLens-1M: leave-one-out, both arms against LightGCN, on two CPU cores.
+
+python -m bdlm_jax.main --config experiments/ml1m.py --workdir runs/ml1m --config.data.path=PATH_OF_ML_1M
+"""
 
 from experiments import defaults
 
 
 def get_config():
+    """Returns the config."""
     c = defaults.get_config()
     c.data.kind = "movielens"
     c.data.path = "../shared/data/ml-1m"
     c.data.item_fields = ("title", "genres")
     c.tokenizer.vocab_size = 4096
+    c.pretrain.corpus = "../shared/data/imdb-reviews/reviews.txt.xz"
+    c.pretrain.max_tokens = 2_000_000
+    c.pretrain.epochs = 1.0
+    c.pretrain.replay_share = 0.02
     c.lm.batch_rows = 64
     c.lm.dropout = 0.2
+    c.lm.learning_rate = 3e-3
+    c.lm.learning_rate_shared = 3e-3
+    c.lm.warmup_steps = 100
+    c.lm.max_text_targets = 16
     c.prompts.kind = "ids"
+    c.prompts.titled_share = 0.01
     c.prompts.length = 104
     c.prompts.max_items = 100
-    c.domain.batch_size = 131072
+    c.prompts.card_copies = 2
+    c.domain.batch_size = 131_072
     c.domain.learning_rate = 5e-2
-    c.domain.epochs = 26
+    c.domain.epochs = 40
     c.domain.evaluate_every = 2
+    c.mf.learning_rate = 2e-2
+    c.mf.epochs = 30
+    c.lm_alone.text_epochs = 0.3
+    c.mutual.reads = "layer0"
+    c.mutual.rounds = 3
+    c.mutual.lm_epochs = 4.0
+    c.mutual.lm_epochs_a_round = 2.0
+    c.mutual.domain_epochs_a_round = 3
+    c.mutual.domain_learning_rate = 5e-3
+    c.mutual.kl_users = 2048
+    c.mutual.distill_epochs = 60
+    c.mutual.distill_learning_rate = 2e-2
+    c.mutual.lm.text = 0.1
+    c.mutual.lm.align_user = 0.05
+    c.mutual.lm.kl = 0.05
     return c
