@@ -1,0 +1,88 @@
+"""Runs experiments/tiny.py again and again in one folder, each time killed at another place: for resume_test.py.
+
+Every attempt is a process of its own, forked before JAX starts its threads, so that the imports are paid once.
+Prints one line of JSON an attempt: where it was to die, and how it ended.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+
+import jax
+
+from bdlm_jax import evaluate, stages, train
+from bdlm_jax.data import candidates
+from bdlm_jax.runtime import checkpoint
+from experiments import tiny
+
+# Loaded lazily by the package; here, so that no attempt pays for them.
+import orbax.checkpoint  # noqa: F401  # isort: skip
+
+
+def die(signal_number=signal.SIGKILL):
+    os.kill(os.getpid(), signal_number)
+
+
+def dying_after(function, calls, signal_number=signal.SIGKILL):
+    """Sends this process the signal when the function is called for the calls-th time."""
+    left = [calls]
+
+    def called(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            die(signal_number)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def arrange(where, arm, calls, signal_number):
+    """Makes the attempt die in the calls-th unit of an arm in a stage, or in the calls-th call of a function."""
+    if where == "candidates":
+        candidates.save_candidates = dying_after(candidates.save_candidates, calls)
+    elif where == "evaluate":
+        evaluate.evaluate_full = dying_after(evaluate.evaluate_full, calls)
+    elif where == "results":
+        train.write_json = dying_after(train.write_json, calls)
+    fit = stages.fit
+
+    def fit_and_die(folder, *, stage, arms, checkpoint_seconds, **options):
+        doomed = stage == where
+        if doomed:
+            compiled = arms[arm].compiled
+            compiled = compiled._replace(run=dying_after(compiled.run, calls, signal_number))
+            arms = arms | {arm: arms[arm]._replace(compiled=compiled)}
+        # A stage that is to be killed saves after every unit; one that is to be stopped has to save by itself.
+        seconds = 0.0 if doomed and signal_number == signal.SIGKILL else 1e9
+        return fit(folder, stage=stage, arms=arms, checkpoint_seconds=seconds, **options)
+
+    stages.fit = fit_and_die
+
+
+def attempt(workdir, where, arm="", calls=1, signal_name="SIGKILL"):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            if where:
+                arrange(where, arm, calls, signal.Signals[signal_name])
+            train.train_and_evaluate(tiny.get_config(), workdir)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)  # as in the run that it is compared with
+    workdir = sys.argv[1]
+    for place in json.loads(sys.argv[2]):
+        code = attempt(workdir, *place)
+        saved = checkpoint.steps(os.path.join(workdir, place[0] if place else "", "checkpoints"))
+        print(json.dumps({"place": place, "code": code, "saved": saved}), flush=True)
