@@ -90,7 +90,7 @@ def _table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
         cells = [_oracle_cell(runs, sees, part, metric) for metric in metrics]
         if any(cells):
-            lines.append(f"| *oracle that sees {sees}* | " + " | ".join(cells) + " |")
+            lines.append(f"| *oracle that sees {sees.replace('_', ' ')}* | " + " | ".join(cells) + " |")
     levels = [chance_of(runs[0], part, metric) for metric in metrics]
     lines.append("| *chance* | " + " | ".join("" if v is None else _number(v) for v in levels) + " |")
     users = [str(runs[0].cells[model, part, metric][1]) for metric in metrics for model in models[-1:]]
