@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bdlm_jax import serving
+from bdlm_jax import scoring, serving
 from bdlm_jax.serving import Catalogue
 from bdlm_jax.types import InputError
 
@@ -55,10 +55,10 @@ def recommend(
     index = None if user is None else find_user(catalogue, user)
     items = find_items(catalogue, history) if index is None else catalogue.history(index)
     if arm == "domain":
-        scores_I = serving.domain_scores(serving.load_domain_arm(workdir), user=index, history=items)
+        scores_I = scoring.domain_scores(serving.load_domain_arm(workdir), user=index, history=items)
     else:
-        scores_I = serving.lm_scores(serving.load_lm_arm(workdir), items, user=index)
-    best = serving.top_items(scores_I, seen=items, k=k)
+        scores_I = scoring.lm_scores(serving.load_lm_arm(workdir), items, user=index)
+    best = scoring.top_items(scores_I, seen=items, k=k)
     return [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
 
 
@@ -99,7 +99,7 @@ def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict
     for user, raw in enumerate(catalogue.user_ids):
         seen = catalogue.history(user)
         if target not in seen:
-            scores_I = serving.domain_scores(arm, user=user)
+            scores_I = scoring.domain_scores(arm, user=user)
             better_I = scores_I > scores_I[target]
             found.append({"user": raw, "rank": 1 + int(better_I.sum() - better_I[seen].sum())})
     return sorted(found, key=lambda one: one["rank"])[:k]

@@ -17,7 +17,7 @@ FLOORS = [
     ["fit", "lm_rows", "models", "prepare"],
     ["stages"],
     ["config_check", "finished", "plots", "serving"],
-    ["sections"],
+    ["sections", "scoring"],
     ["report"],
     ["train", "recommend"],
     ["main"],

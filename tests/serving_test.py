@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from bdlm_jax import lm_rows, models, prepare, serving, stages
+from bdlm_jax import lm_rows, models, prepare, scoring, serving, stages
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
-from bdlm_jax.domain import ncf, sasrec
 from bdlm_jax.runtime.checkpoint import load_safetensors
 from bdlm_jax.types import InputError
 
@@ -42,11 +41,11 @@ def test_the_domain_arm_scores_as_the_evaluator_does(run):
     scorer = models.domain_scorer(stages.make_test_arm(run), params_of(run, "refresh", "domain"))
     expected_UI = np.asarray(scorer.score(np.arange(run.data.n_users)))
     served, catalogue = serving.load_domain_arm(run.folder), serving.load_catalogue(run.folder)
-    scores_UI = np.stack([serving.domain_scores(served, user=user) for user in range(run.data.n_users)])
+    scores_UI = np.stack([scoring.domain_scores(served, user=user) for user in range(run.data.n_users)])
     np.testing.assert_allclose(scores_UI, expected_UI, rtol=1e-4, atol=1e-6)
     best_U = np.argmax(np.where(seen_mask(run), -np.inf, expected_UI), axis=1)
     for user in range(run.data.n_users):
-        first = serving.top_items(scores_UI[user], seen=catalogue.history(user), k=1)[0]
+        first = scoring.top_items(scores_UI[user], seen=catalogue.history(user), k=1)[0]
         assert first == best_U[user] or np.isclose(expected_UI[user, first], expected_UI[user, best_U[user]])
 
 
@@ -57,16 +56,16 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     expected_UI = np.asarray(stages.lm_scorer(run, params, arm, bridge, reading).score(np.arange(run.data.n_users)))
     served, catalogue = serving.load_lm_arm(run.folder), serving.load_catalogue(run.folder)
     for user in (0, 7, run.data.n_users - 1):
-        scores_I = serving.lm_scores(served, catalogue.history(user), user=user)
+        scores_I = scoring.lm_scores(served, catalogue.history(user), user=user)
         np.testing.assert_allclose(scores_I, expected_UI[user], rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_user_of_the_lm_is_unnamed_and_moves_with_the_history(run):
     served = serving.load_lm_arm(run.folder)
-    new_I = serving.lm_scores(served, [3, 4])
+    new_I = scoring.lm_scores(served, [3, 4])
     assert np.isfinite(new_I).all()
-    assert not np.allclose(new_I, serving.lm_scores(served, [3, 4], user=0)), "<user> is not <uid_0>"
-    assert not np.allclose(new_I, serving.lm_scores(served, [4, 3])), "order counts"
+    assert not np.allclose(new_I, scoring.lm_scores(served, [3, 4], user=0)), "<user> is not <uid_0>"
+    assert not np.allclose(new_I, scoring.lm_scores(served, [4, 3])), "order counts"
 
 
 def test_the_catalogue_holds_every_interaction_and_raw_names(run):
@@ -123,42 +122,6 @@ def test_a_damaged_file_is_named(run, tmp_path, damaged):
         load(tmp_path)
 
 
-def served_domain(model, item_ID, degree_I, *, user_UD=None, domain=None, length=4):
-    item_ID = np.asarray(item_ID, np.float32)
-    options = {"width": item_ID.shape[1], "length": length}
-    user_UD = np.zeros((1, item_ID.shape[1]), np.float32) if user_UD is None else np.asarray(user_UD, np.float32)
-    return serving.ServedDomain(model, user_UD, item_ID, np.asarray(degree_I), domain or {}, options)
-
-
-def test_a_new_node_is_one_propagation_over_its_history():
-    arm = served_domain("lightgcn", [[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]], [3, 0, 8])
-    # Items 0 and 1, with degrees 3 + 1 and 0 + 1 once the new user has them, and 2 items in the history.
-    state = np.array([1.0 / np.sqrt(2 * 4), 2.0 / np.sqrt(2 * 1)])
-    expected_I = [state[0], 2 * state[1], 3 * state[0] + state[1]]
-    np.testing.assert_allclose(serving.domain_scores(arm, history=[0, 1]), expected_I, rtol=1e-6)
-    np.testing.assert_array_equal(serving.domain_scores(arm, history=np.zeros(0, np.int64)), np.zeros(3))
-
-
-def test_sasrec_reads_a_new_history():
-    length, width = 4, 4
-    domain = sasrec.init_sasrec(jax.random.key(0), width=width, length=length, n_layers=2)
-    item_ID = jax.random.normal(jax.random.key(1), (3, width))
-    states = jax.jit(sasrec.sasrec_states, static_argnames="n_heads")
-    state_D = states(domain, item_ID, np.array([[2, 0, 1, -1]]), n_heads=2)[0, 3]
-    served = served_domain("sasrec", item_ID, [1, 1, 1], domain=domain, length=length)
-    new_I = serving.domain_scores(served, history=[2, 0, 1])
-    np.testing.assert_allclose(new_I, item_ID @ state_D, rtol=1e-4, atol=1e-5)
-
-
-def test_ncf_scores_by_its_own_network():
-    arm = ncf.ncf_arm(width=4)
-    domain = arm.init(jax.random.key(0))
-    item_ID, user_UD = jax.random.normal(jax.random.key(1), (3, 4)), jax.random.normal(jax.random.key(2), (2, 4))
-    served = served_domain("ncf", item_ID, [1, 1, 1], user_UD=user_UD, domain=domain)
-    expected_UI = arm.score(domain, user_UD, item_ID)
-    np.testing.assert_allclose(serving.domain_scores(served, user=1), expected_UI[1], rtol=1e-5)
-
-
 def test_params_with_lists_come_back_from_serving(run, tmp_path):
     """NCF's layers are a list: written as the run writes them, they score the same after loading."""
     config = run.config.copy_and_resolve_references()
@@ -169,15 +132,7 @@ def test_params_with_lists_come_back_from_serving(run, tmp_path):
     serving.write_serving(changed, own | {"domain": {}}, params)
     served = serving.load_domain_arm(tmp_path)
     expected_UI = models.domain_scorer(stages.make_arm(changed, "ncf"), params).score(np.array([0, 1]))
-    np.testing.assert_allclose(serving.domain_scores(served, user=1), expected_UI[1], rtol=1e-4, atol=1e-6)
-
-
-def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
-    scores_I = np.array([0.5, 2.0, 0.5, 3.0, 0.5, -1.0], np.float32)
-    assert serving.top_items(scores_I, seen=[3], k=2).tolist() == [1, 0]
-    assert serving.top_items(scores_I, seen=[3], k=3).tolist() == [1, 0, 2]
-    assert serving.top_items(scores_I, seen=[0, 1, 2], k=10).tolist() == [3, 4, 5]
-    assert serving.top_items(scores_I, seen=range(6), k=1).tolist() == []
+    np.testing.assert_allclose(scoring.domain_scores(served, user=1), expected_UI[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_manifest_holds_what_the_lm_needs(run):
