@@ -73,10 +73,11 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         table = sources.load_source(config.data.kind, config.data.path, **config.data.options.to_dict())
         split = table if isinstance(table, Split) else _split(config, table)
     table = split.interactions
+    fingerprint = {**table.fingerprint(), "parts": split.counts()}
+    _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
     made = {
         part: {
-            name: _candidates(folder, split, part, name, n, config.seed)
-            for name, n in config.data.candidates.items()
+            name: _candidates(folder, split, part, name, n, config.seed) for name, n in config.data.candidates.items()
         }
         for part in PARTS
     }
@@ -87,12 +88,11 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
             made[part] |= synthetic.slice_candidates(world, number, config.seed)
     else:
         slices["cold"] = split.degree(TRAIN, VALIDATION) == 0
-    fingerprint = {
-        **table.fingerprint(),
-        "parts": split.counts(),
-        "candidates": {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()},
-    }
+    fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)
+    partial = folder / "fingerprint.json.partial"
+    partial.write_text(json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(folder / "fingerprint.json")
     return Data(
         split=split,
         slices=slices,
@@ -144,12 +144,9 @@ def _candidates(folder: Path, split: Split, part: str, name: str, n_negatives: i
 
 def _check_fingerprint(path: Path, fingerprint: dict) -> None:
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(fingerprint)):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if any(before.get(name) != value for name, value in json.loads(json.dumps(fingerprint)).items()):
             raise InputError(f"{path} was written for other data than the config gives now: choose a new --workdir.")
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _corpus(config, world) -> list[str]:
@@ -157,7 +154,9 @@ def _corpus(config, world) -> list[str]:
     if not path:
         return list(world.corpus) if world is not None else []
     if not Path(path).is_file():
-        raise InputError(f"config.pretrain.corpus: {path} is no file; give a text file (.txt, .gz, .xz), a document a line.")
+        raise InputError(
+            f"config.pretrain.corpus: {path} is no file; give a text file (.txt, .gz, .xz), a document a line."
+        )
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
     documents, words = [], 0
     with opener(path, "rt", encoding="utf-8") as lines:
