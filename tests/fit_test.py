@@ -33,12 +33,11 @@ def make_arm(name, calls, *, at_unit=None):
         return state._replace(params=params, step=state.step + 1), {"loss": value}
 
     same = lambda tree: tree  # noqa: E731
-    other = "b" if name == "a" else "a"
     return Arm(
         compiled=parallel.Compiled(run, same, same, same),
         optimizer=NoOptimizer(),
         batch=lambda number: np.int32(number),
-        view=lambda params: {"other": params[other]},
+        view=lambda params: {"other": params["a"] + params["b"]},
         constants={},
     )
 
@@ -75,8 +74,8 @@ def start(folder, calls, *, phases=PHASES, seconds=1e9, **options):
 def test_phases_views_and_cursors_by_hand(tmp_path):
     calls = []
     fitted = start(tmp_path, calls)
-    # a: 0 + 0 + 1 + 2 = 3 against b = 0; b: 0 + 1 + 2·0.1·3 = 1.6 against a = 3; a goes on with its batches 3 and 4.
-    wanted = [("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 0, 3), ("b", 1, 3), ("a", 3, 1.6), ("a", 4, 1.6)]
+    # The view is a + b. Against 0, a = 0 + 1 + 2 = 3; against 3, b = 0 + 1 + 2·0.1·3 = 1.6; a goes on with batches 3 and 4.
+    wanted = [("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 0, 3), ("b", 1, 3), ("a", 3, 4.6), ("a", 4, 4.6)]
     assert [(n, b, pytest.approx(v)) for n, b, v in calls] == wanted
     # The best of a is the one after the second phase, of b (values negated) the one after the first.
     assert fitted.phase == {"a": 1, "b": 0}
