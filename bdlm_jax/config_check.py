@@ -86,7 +86,7 @@ RULES = {
     "pretrain.learning_rate": _positive(), "pretrain.replay_share": _number(0),
     "prompts.kind": _word("ids", "ids_titles"), "prompts.titled_share": _number(0), "prompts.length": _whole(8),
     "prompts.max_items": _whole(1), "prompts.max_title_tokens": _whole(1), "prompts.user_token": _word(*USER_TOKENS),
-    "prompts.user_dropout": _number(0, 1.0001), "prompts.card_copies": _number(0),
+    "prompts.read_named": _FLAG, "prompts.user_dropout": _number(0, 1.0001), "prompts.card_copies": _number(0),
     "shared.width": _whole(1), "shared.std": _positive(), "shared.trained_by": _word("both", "lm", "domain", "none"),
     "shared.initial": _word("domain", "random"),
     "domain.model": _word("lightgcn", "mf", "ncf", "sasrec"), "domain.n_layers": _whole(0),

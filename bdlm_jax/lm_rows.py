@@ -51,12 +51,19 @@ def training_rows(config: ml_collections.ConfigDict, data, texts: Texts, *, kind
 
 
 def reading_rows(config: ml_collections.ConfigDict, data, texts: Texts, *, kind: str, parts: tuple[int, ...]) -> Packed:
-    """Packs one prompt a user, the last window of what is known, at whose end the user's state is read."""
+    """Packs one prompt a user, the last window of what is known, at whose end the user's state is read.
+
+    The prompt shows <user> in place of <uid> unless `prompts.read_named`: a row that was trained on the whole history
+    has seen every target, so an LM that trusts it learns to look up and not to foresee (ours).
+    """
     indptr, item = data.split.histories(*parts)
     made = [
-        _history_prompt(config, texts, user, item[indptr[user] : indptr[user + 1]], kind, read_user=True, first=True)
+        _history_prompt(
+            config, texts, user, item[indptr[user] : indptr[user + 1]], kind,
+            read_user=True, first=True, unnamed=not config.prompts.read_named,
+        )
         for user in range(data.n_users)
-    ]
+    ]  # fmt: skip
     return batches.pack(made, config.prompts.length, pad=texts.vocabulary.pad)
 
 
@@ -122,7 +129,7 @@ def title_continuations(texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     return _padded([np.concatenate([title, ends]) for title in texts.titles], texts.vocabulary.pad)
 
 
-def _history_prompt(config, texts, user, items, kind, *, read_user, first):
+def _history_prompt(config, texts, user, items, kind, *, read_user, first, unnamed=False):
     return prompts.history_prompt(
         texts.vocabulary,
         items,
@@ -130,6 +137,7 @@ def _history_prompt(config, texts, user, items, kind, *, read_user, first):
         titles=texts.titles,
         user=user,
         user_token=config.prompts.user_token,
+        unnamed=unnamed,
         context=texts.contexts[user] if texts.contexts and kind != "ids" else None,
         max_items=config.prompts.max_items,
         max_tokens=config.prompts.length,

@@ -105,9 +105,11 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
         z_ND = sharing.bridge_out(lm["bridge"], _flat(gather_positions(hidden_BLM, batch["card_index"])))
         item_N = batch["card_item"].reshape(-1)
         known_N = (item_N >= 0) & constants["warm_I"][jnp.maximum(item_N, 0)]
+        scale = _scale(view["item"])
         terms["align_item"] = align_loss(
-            z_ND, view["item"][jnp.maximum(item_N, 0)], known_N.astype(z_ND.dtype), kind=bridge.align, axis_name=axis_name
-        )
+            z_ND / scale, view["item"][jnp.maximum(item_N, 0)] / scale, known_N.astype(z_ND.dtype),
+            kind=bridge.align, axis_name=axis_name,
+        )  # fmt: skip
     if weights.align_user or weights.kl:
         state_NM = _flat(gather_positions(hidden_BLM, batch["user_index"]))
         user_N = batch["user"].reshape(-1)
@@ -115,7 +117,10 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
         e_ND = view["user"][user_N]
         if weights.align_user:
             z_ND = sharing.bridge_out(lm["bridge"], state_NM)
-            terms["align_user"] = align_loss(z_ND, e_ND, known_N, kind=bridge.align, axis_name=axis_name)
+            scale = _scale(view["user"])
+            terms["align_user"] = align_loss(
+                z_ND / scale, e_ND / scale, known_N, kind=bridge.align, axis_name=axis_name
+            )
         if weights.kl:
             allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
             teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
@@ -130,7 +135,7 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
     L_D = bpr·BPR + regularisation·½‖E⁰ of the batch‖²/B + align_user·align(e_u, sg z_u) + align_item·align(e_i, sg z_i)
     + kl·T²KL(LM's scores ‖ domain's scores), the last over the unseen items of the catalogue (or of a drawn part).
 
-    The representation term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote (ours).
+    Representations are compared in units of the domain table's standard deviation. The term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote (ours).
     """
     shared, domain = params["shared"], params["domain"]
     user_UD, item_ID = arm.encode(shared, domain)
@@ -147,14 +152,19 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
         terms["regularisation"] = 0.5 * jnp.sum(w * norms_B), jnp.sum(w)
     if weights.align_item:
         n = batch["align_item"]
+        scale = _scale(item_ID)
         terms["align_item"] = align_loss(
-            item_ID[n], view["z_item"][n], constants["text_weight_I"][n], kind=bridge.align, axis_name=axis_name
-        )
+            item_ID[n] / scale, view["z_item"][n] / scale, constants["text_weight_I"][n],
+            kind=bridge.align, axis_name=axis_name,
+        )  # fmt: skip
     if weights.align_user or weights.kl:
         n = batch["kl_user"]
         ones_N = jnp.ones(n.shape)
         if weights.align_user:
-            terms["align_user"] = align_loss(user_UD[n], view["z_user"][n], ones_N, kind=bridge.align, axis_name=axis_name)
+            scale = _scale(user_UD)
+            terms["align_user"] = align_loss(
+                user_UD[n] / scale, view["z_user"][n] / scale, ones_N, kind=bridge.align, axis_name=axis_name
+            )
         if weights.kl:
             allowed_NC = ~constants["seen_UI"][n]
             rows_CM, item_CD = view["rows_item"], item_ID
@@ -283,6 +293,11 @@ def _update(state: TrainState, losses, weights: dict, optimizer, axis_name):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _scale(table: Array) -> Array:
+    """The unit in which representations are compared, so that a weight means the same for every table (ours)."""
+    return jax.lax.stop_gradient(jnp.std(table)) + 1e-6
 
 
 def _flat(x: Array) -> Array:

@@ -33,20 +33,21 @@ def init_shared(key: Array, *, n_users: int, n_items: int, width: int, std: floa
     }
 
 
-def init_bridge(key: Array, *, width: int, lm_width: int, gain: float = 1.0) -> Params:
-    """Makes the learned maps between the sharing width D and the LM's width M.
+def init_bridge(key: Array, *, width: int, lm_width: int, gain: float = 1.0, out_std: float = 1.0) -> Params:
+    """Makes the learned maps between the sharing width D and the LM's width M, both orthogonal at first.
 
     Args:
       key: a JAX key.
       width: D.
       lm_width: M.
-      gain: scale of both maps; with gain 1 and D ≤ M the bridge in keeps a row's norm and the bridge out undoes it.
+      gain: what the bridge in multiplies a row's norm with (D ≤ M): the LM's rows have a scale of their own (ours).
+      out_std: standard deviation of what the bridge out makes of normalised LM states.
 
     Returns:
-      {"into": (D, M), "out": (M, D), "out_bias": (D,)} float32; `out` starts as the transpose of `into`.
+      {"into": (D, M), "out": (M, D), "out_bias": (D,)} float32.
     """
-    into_DM = jax.nn.initializers.orthogonal()(key, (width, lm_width)) * gain
-    return {"into": into_DM, "out": into_DM.T / gain**2, "out_bias": jnp.zeros((width,))}
+    into_DM = jax.nn.initializers.orthogonal()(key, (width, lm_width))
+    return {"into": into_DM * gain, "out": into_DM.T * out_std, "out_bias": jnp.zeros((width,))}
 
 
 def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[Array, Array]:

@@ -363,7 +363,10 @@ def _init_params(run: Run, arm, stage: str, *, reads: str, pretrained=None, doma
             shared = domain_params["shared"]
     lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], lm_config(run))
     gain = run.config.lm.row_std / _table_std(run, shared, domain, arm, reads)
-    bridge = sharing.init_bridge(keys[3], width=run.config.shared.width, lm_width=run.config.lm.width, gain=gain)
+    bridge = sharing.init_bridge(
+        keys[3], width=run.config.shared.width, lm_width=run.config.lm.width, gain=gain,
+        out_std=_table_std(run, shared, domain, arm, "propagated"),
+    )  # fmt: skip
     return {"shared": shared, "domain": domain, "lm": {**{k: v for k, v in lm.items() if k != "bridge"}, "bridge": bridge}}
 
 
@@ -389,6 +392,8 @@ def _lm_arm(run, rows, bridge, weights, *, arm=None, rate, table_std=None, train
     # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
     # fast as one of an LM with its own table would.
     scale = c.learning_rate_shared / c.learning_rate * table_std / c.row_std
+    if bridge.reads == "propagated":
+        scale *= config.domain.n_layers + 1  # a row answers to its own layer 0 by that share only
     groups = {
         "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
         "shared": {"learning_rate": lambda step: scale * rate(step)},

@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.max_items = 100  # history items in a window
     prompts.max_title_tokens = 16
     prompts.user_token = "start"  # start | end | none
-    prompts.user_dropout = 0.5
+    prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>
+    prompts.read_named = False  # show <uid> when states are read
     prompts.card_copies = 8  # text cards of every item in an epoch
 
     c.shared = shared = ml_collections.ConfigDict()
