@@ -74,7 +74,7 @@ def start(folder, calls, *, phases=PHASES, seconds=1e9, **options):
 def test_phases_views_and_cursors_by_hand(tmp_path):
     calls = []
     fitted = start(tmp_path, calls)
-    # The view is a + b. Against 0, a = 0 + 1 + 2 = 3; against 3, b = 0 + 1 + 2·0.1·3 = 1.6; a goes on with batches 3 and 4.
+    # The view is a + b. Against 0, a = 1 + 2; against 3, b = 0 + 1 + 2·0.1·3 = 1.6; a goes on with batches 3 and 4.
     wanted = [("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 0, 3), ("b", 1, 3), ("a", 3, 4.6), ("a", 4, 4.6)]
     assert [(n, b, pytest.approx(v)) for n, b, v in calls] == wanted
     # The best of a is the one after the second phase, of b (values negated) the one after the first.
