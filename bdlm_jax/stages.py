@@ -199,7 +199,7 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
             (own, 1),
             (titled, config.prompts.titled_share),
             (lm_rows.card_rows(config, run.texts), copies),
-            (lm_rows.card_rows(config, run.texts, named=True), 1 if copies else 0),
+            (lm_rows.card_rows(config, run.texts, named=True), copies / 8),
             *_replay(run, share_of=own),
         ],
         seed=config.seed,

@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.user_token = "start"  # start | end | none
     prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>
     prompts.read_named = False  # show <uid> when states are read
-    prompts.card_copies = 8  # text cards of every item in an epoch
+    prompts.card_copies = 8.0  # text cards of every item in an epoch
 
     c.shared = shared = ml_collections.ConfigDict()
     shared.width = 64
@@ -108,7 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.domain = ml_collections.ConfigDict(
         {"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0}
     )
-    mutual.distill_epochs = 60  # domain epochs against the chosen LM, judged on validation; repeated for test
+    mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
 
     c.select = "ndcg@10/cand100"  # the validation metric that chooses each arm's best round

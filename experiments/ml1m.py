@@ -27,7 +27,7 @@ def get_config():
     c.prompts.titled_share = 0.01
     c.prompts.length = 104
     c.prompts.max_items = 100
-    c.prompts.card_copies = 2
+    c.prompts.card_copies = 2.0
     c.domain.batch_size = 131_072
     c.domain.learning_rate = 5e-2
     c.domain.epochs = 40
