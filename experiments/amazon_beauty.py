@@ -1,0 +1,46 @@
+"""Amazon Beauty (5-core): leave-one-out, both arms against LightGCN, on two CPU cores.
+
+python -m bdlm_jax.main --config experiments/amazon_beauty.py --workdir runs/beauty --config.data.path=FOLDER
+"""
+
+from experiments import defaults
+
+
+def get_config():
+    """Returns the config."""
+    c = defaults.get_config()
+    c.data.kind = "table"
+    c.data.path = "../shared/data/amazon-beauty"
+    c.tokenizer.vocab_size = 4096
+    c.pretrain.corpus = "../shared/data/imdb-reviews/reviews.txt.xz"
+    c.pretrain.max_tokens = 1_000_000
+    c.pretrain.epochs = 1.0
+    c.pretrain.replay_share = 0.02
+    c.lm.batch_rows = 32
+    c.lm.dropout = 0.4
+    c.lm.warmup_steps = 100
+    c.lm.max_text_targets = 16
+    c.prompts.titled_share = 0.01
+    c.prompts.length = 104
+    c.prompts.max_items = 50
+    c.prompts.card_copies = 0.5
+    c.domain.batch_size = 16_384
+    c.domain.learning_rate = 5e-3
+    c.domain.epochs = 100
+    c.domain.evaluate_every = 10
+    c.mf.epochs = 60
+    c.lm_alone.text_epochs = 0.3
+    c.mutual.reads = "propagated"
+    c.mutual.rounds = 3
+    c.mutual.lm_epochs = 8.0
+    c.mutual.lm_epochs_a_round = 4.0
+    c.mutual.domain_epochs_a_round = 3
+    c.mutual.domain_learning_rate = 1e-3
+    c.mutual.kl_users = 1024
+    c.mutual.kl_items = 4096
+    c.mutual.distill_epochs = 100
+    c.mutual.lm.text = 0.1
+    c.mutual.lm.align_user = 0.05
+    c.mutual.lm.kl = 0.05
+    c.evaluate.text_protocols = ("cand20",)
+    return c
