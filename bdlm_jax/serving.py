@@ -256,11 +256,14 @@ def _domain_tensors(run, params: Params) -> tuple[dict, dict]:
 
 def _lm_tensors(run, params: Params) -> tuple[dict, dict]:
     """Decoder, id rows and tokens, and the facts that make prompts."""
+    import jax
+
     from bdlm_jax import mutual, stages
 
     c, vocabulary, config = run.config, run.texts.vocabulary, stages.lm_config(run)
     bridge = stages.make_bridge(run, reads=c.mutual.reads)
-    rows_XM, _ = mutual.id_rows(params, bridge=bridge, arm=stages.make_arm(run, c.domain.model))
+    id_rows = jax.jit(mutual.id_rows, static_argnames=("bridge", "arm"))
+    rows_XM, _ = id_rows(params, bridge=bridge, arm=stages.make_arm(run, c.domain.model))
     tensors = {
         "lm": {name: value for name, value in params["lm"].items() if name != "bridge"},
         "id_rows": np.asarray(rows_XM, np.float32),

@@ -44,7 +44,7 @@ def sasrec_arm(history_UL: Array, *, width: int, n_layers: int = 2, n_heads: int
         return init_sasrec(key, width=width, length=history.shape[1], n_layers=n_layers)
 
     def states(shared, domain, history_BL):
-        return sasrec_states(domain, shared["item"], history_BL, n_heads=n_heads)
+        return sasrec_states(domain, jnp.asarray(shared["item"]), history_BL, n_heads=n_heads)
 
     def encode(shared, domain):
         @jax.checkpoint
