@@ -50,7 +50,7 @@ def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.n
     Args:
         arm: of `serving.load_lm_arm`.
         history: (n,) item indices, oldest first.
-        user: index of a known user; None for a new one, whom <user> stands for.
+        user: index of a known user, whose <uid> and context are shown where the run reads them; None for a new one.
 
     Returns:
         (I,) float32 scores.

@@ -90,7 +90,7 @@ class ServedLM:
         vocabulary: numbers the tokens.
         titles: token array of every item.
         contexts: token array of every user, or None.
-        prompts: options of `history_prompt` ("kind", "user_token", "max_items", "max_tokens").
+        prompts: options of `history_prompt` ("kind", "user_token", "unnamed", …).
     """
 
     params: Params
@@ -282,6 +282,7 @@ def _lm_tensors(run, params: Params) -> tuple[dict, dict]:
         "prompts": {
             "kind": c.prompts.kind,
             "user_token": c.prompts.user_token,
+            "unnamed": not c.prompts.read_named,
             "max_items": c.prompts.max_items,
             "max_tokens": c.prompts.length,
         },

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -60,12 +61,15 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
         np.testing.assert_allclose(scores_I, expected_UI[user], rtol=1e-4, atol=1e-4)
 
 
-def test_a_new_user_of_the_lm_is_unnamed_and_moves_with_the_history(run):
-    served = serving.load_lm_arm(run.folder)
-    new_I = scoring.lm_scores(served, [3, 4])
+def test_a_user_is_named_only_where_the_run_reads_names(run):
+    served, history = serving.load_lm_arm(run.folder), [3, 4]
+    new_I = scoring.lm_scores(served, history)
     assert np.isfinite(new_I).all()
-    assert not np.allclose(new_I, scoring.lm_scores(served, [3, 4], user=0)), "<user> is not <uid_0>"
-    assert not np.allclose(new_I, scoring.lm_scores(served, [4, 3])), "order counts"
+    assert not np.allclose(new_I, scoring.lm_scores(served, history[::-1])), "order counts"
+    for named in (False, True):
+        reading = dataclasses.replace(served, prompts=served.prompts | {"unnamed": not named})
+        assert np.allclose(new_I, scoring.lm_scores(reading, history)), "nobody's name is shown for a new user"
+        assert np.allclose(new_I, scoring.lm_scores(reading, history, user=0)) != named
 
 
 def test_the_catalogue_holds_every_interaction_and_raw_names(run):
