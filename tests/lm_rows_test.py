@@ -88,7 +88,7 @@ def test_every_user_is_read_once_behind_the_whole_training_history(config):
     check_reads(packed, TRAIN)
 
 
-def check_reads(packed, *parts):
+def check_reads(packed, *parts, named=True):
     row, slot = np.nonzero(packed.user >= 0)
     assert sorted(packed.user[row, slot].tolist()) == list(range(N_USERS))
     for r, s in zip(row, slot):
@@ -97,13 +97,15 @@ def check_reads(packed, *parts):
         inside = np.flatnonzero(packed.segments[r] == segment)
         assert at == inside[-1]
         assert VOCABULARY.items_of(packed.tokens[r, inside]).tolist() == history(user, *parts)[-6:]
-        assert VOCABULARY.user_token(user) in packed.tokens[r, inside]
+        shown = VOCABULARY.user_token(user) if named else VOCABULARY.unnamed_user
+        assert packed.tokens[r, inside[1]] == shown
 
 
-@pytest.mark.parametrize("parts", [(TRAIN,), (TRAIN, VALIDATION)])
-def test_reading_rows_end_with_the_last_known_item(config, parts):
+@pytest.mark.parametrize(("parts", "named"), [((TRAIN,), True), ((TRAIN, VALIDATION), False)])
+def test_reading_rows_end_with_the_last_known_item(config, parts, named):
+    config.prompts.read_named = named
     packed = lm_rows.reading_rows(config, DATA, TEXTS, kind="ids", parts=parts)
-    check_reads(packed, *parts)
+    check_reads(packed, *parts, named=named)
     assert len(packed.prompt_row) == N_USERS
     for user, (tokens, _) in enumerate(prompts_of(packed)):
         assert VOCABULARY.items_of(tokens)[-1] == history(user, *parts)[-1]

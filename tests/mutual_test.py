@@ -36,8 +36,9 @@ def hidden_alone(params, prompt):
     return np.asarray(hidden[0, : len(prompt)], np.float64)
 
 
-def align_mse(z, e):
-    return np.mean((z - e) ** 2, axis=-1)
+def align_mse(z, e, table):
+    """In units of the deviation of the domain arm's whole table."""
+    return np.mean((z - e) ** 2, axis=-1) / np.std(table) ** 2
 
 
 def softened_kl(teacher, student, temperature):
@@ -66,7 +67,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
         for at in np.flatnonzero(prompt.text_targets >= 0):
             wanted["text"] -= log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]]
             counts["text"] += 1
-        wanted["align_user"] += align_mse(to_width(hidden[-1]), user_UD[user])
+        wanted["align_user"] += align_mse(to_width(hidden[-1]), user_UD[user], user_UD)
         open_I = WARM_I & ~np.isin(np.arange(N_ITEMS), history)
         teacher, student = user_UD[user] @ item_ID.T, hidden[-1] @ rows_IM.T
         wanted["kl"] += softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature)
@@ -79,7 +80,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
             wanted["text"] -= log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]]
             counts["text"] += 1
         if item != COLD:
-            wanted["align_item"] += align_mse(to_width(hidden[-1]), item_ID[item])
+            wanted["align_item"] += align_mse(to_width(hidden[-1]), item_ID[item], item_ID)
             counts["align_item"] += 1
 
     rows = small_bdlm.make_rows()
@@ -119,7 +120,7 @@ def test_every_term_of_the_domain_arm_equals_its_formula(params):
     shared = {name: np.asarray(table, np.float64) for name, table in params["shared"].items()}
     norms = sum(np.sum(t**2, 1) for t in (shared["user"][user], shared["item"][positive], shared["item"][negative]))
     degree_0 = sum(0 in history for history in HISTORIES)
-    near = align_mse(item_ID, np.asarray(view["z_item"]))
+    near = align_mse(item_ID, np.asarray(view["z_item"]), item_ID)
     kl = 0.0
     for u in (4, 2):
         open_C = np.array([i for i in (1, 7, 0, COLD, 4) if i not in HISTORIES[u]])
@@ -129,7 +130,7 @@ def test_every_term_of_the_domain_arm_equals_its_formula(params):
         "bpr": (np.log1p(np.exp(-margin)) @ weight, 3),
         "regularisation": (0.5 * norms @ weight, 3),
         "align_item": (near[COLD] / (1 + 0) + 2 * near[0] / (1 + degree_0), 1 + 2 / (1 + degree_0)),
-        "align_user": (align_mse(user_UD, np.asarray(view["z_user"]))[[4, 2]].sum(), 2),
+        "align_user": (align_mse(user_UD, np.asarray(view["z_user"]), user_UD)[[4, 2]].sum(), 2),
         "kl": (kl, 2),
     }
     assert set(terms) == set(wanted)

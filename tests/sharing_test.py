@@ -114,19 +114,20 @@ def test_a_step_moves_its_own_groups_and_nothing_else(which, groups, moves):
     assert after.step > state.step
 
 
-def test_the_bridge_out_undoes_the_bridge_in():
-    bridge = sharing.init_bridge(jax.random.key(0), width=D, lm_width=M, gain=3.0)
+def test_the_bridges_begin_orthogonal_with_scales_of_their_own():
+    bridge = sharing.init_bridge(jax.random.key(0), width=D, lm_width=M, gain=3.0, out_std=0.5)
     table_ID = jax.random.normal(jax.random.key(1), (N_ITEMS, D))
     rows_IM = sharing.item_rows(bridge, table_ID)
-    np.testing.assert_allclose(jnp.linalg.norm(rows_IM, axis=1), 3.0 * jnp.linalg.norm(table_ID, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(sharing.bridge_out(bridge, rows_IM), table_ID, atol=1e-5)
+    np.testing.assert_allclose(rows_IM @ rows_IM.T, 3.0**2 * table_ID @ table_ID.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sharing.bridge_out(bridge, rows_IM), 3.0 * 0.5 * table_ID, rtol=1e-4, atol=1e-4)
+    states = jax.random.normal(jax.random.key(2), (2000, M))
+    np.testing.assert_allclose(np.std(sharing.bridge_out(bridge, states)), 0.5, rtol=0.05)
 
 
-def test_the_gain_gives_the_rows_the_wanted_size():
-    table_ID = 0.07 * jax.random.normal(jax.random.key(1), (200, M))
-    gain = sharing.bridge_gain(table_ID, row_std=0.5)
-    bridge = sharing.init_bridge(jax.random.key(0), width=M, lm_width=M, gain=gain)
-    np.testing.assert_allclose(jnp.std(sharing.item_rows(bridge, table_ID)), 0.5, rtol=1e-2)
+def test_write_back_replaces_the_cold_rows_only():
+    shared = {"user": jnp.ones((2, 1)), "item": jnp.array([[1.0], [2.0], [3.0]])}
+    made = sharing.write_back(shared, jnp.array([[7.0], [8.0], [9.0]]), jnp.array([False, True, False]))
+    assert made["item"].tolist() == [[1], [8], [3]] and made["user"] is shared["user"]
 
 
 def test_id_rows_put_users_first_and_leave_spare_rows_zero():
