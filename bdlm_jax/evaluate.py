@@ -71,7 +71,13 @@ def evaluate_candidates(
 
 
 def evaluate_full(
-    scorer: CatalogueScorer, user_N: np.ndarray, target_N: np.ndarray, seen, *, chunk: int = 512, progress=lambda x, **_: x
+    scorer: CatalogueScorer,
+    user_N: np.ndarray,
+    target_N: np.ndarray,
+    seen,
+    *,
+    chunk: int = 512,
+    progress=lambda x, **_: x,
 ) -> Counts:
     """Counts who beats the target among the whole catalogue less what the user has seen.
 
@@ -79,7 +85,7 @@ def evaluate_full(
       scorer: the model.
       user_N: (N,) user of each case.
       target_N: (N,) its held-out item.
-      seen: (indptr (U+1,), item) of the histories known at that time; a target in them is a leak the caller must exclude.
+      seen: (indptr (U+1,), item) of the histories known at that time; a target among them is a leak.
       chunk: cases scored at once.
       progress: wraps the list of chunks.
 

@@ -150,7 +150,9 @@ def fit(
             del state
             for name in judged:
                 values = validate(name, tree["params"])
-                log.write(stage, cursor["units"], {f"validation/{name}/{k}": v for k, v in values.items()} | {"phase": number})
+                log.write(
+                    stage, cursor["units"], {f"validation/{name}/{k}": v for k, v in values.items()} | {"phase": number}
+                )
                 if values[select] > tree["best"][name]["value"]:
                     tree["best"][name] = {"value": float(values[select]), "phase": number}
                     checkpoint.save_safetensors(folder / f"best_{name}.safetensors", tree["params"])
@@ -176,7 +178,11 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
     tree = {
         "params": start,
         "arms": {
-            name: {"opt_state": arm.optimizer.init(start), "step": np.zeros((), np.int32), "key": jax.random.fold_in(key, i)}
+            name: {
+                "opt_state": arm.optimizer.init(start),
+                "step": np.zeros((), np.int32),
+                "key": jax.random.fold_in(key, i),
+            }
             for i, (name, arm) in enumerate(sorted(arms.items()))
         },
         "cursor": {"phase": 0, "unit": 0, "units": 0},

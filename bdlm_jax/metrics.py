@@ -62,7 +62,8 @@ def case_metric(name: str, better_N: np.ndarray, equal_N: np.ndarray, others_N: 
 def top_k_metrics(top_NK: np.ndarray, relevant: list[np.ndarray], *, k: int) -> dict[str, np.ndarray]:
     """Computes per-user recall, NDCG and hit rate of top-k lists against several relevant items each.
 
-    recall@k = hits/|relevant|; ndcg@k = Σ hit_r/log2(r + 1) / Σ_{r ≤ min(k, |relevant|)} 1/log2(r + 1); hr@k = [hits > 0].
+    recall@k = hits/|relevant|; hr@k = [hits > 0];
+    ndcg@k = Σ hit_r/log2(r + 1) / Σ_{r ≤ min(k, |relevant|)} 1/log2(r + 1).
 
     Args:
       top_NK: (N, K ≥ k) recommended item indices, best first.

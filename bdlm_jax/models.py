@@ -107,9 +107,7 @@ def text_scorer(
     title_IT, title_mask_IT = continuations
     _, same_I = np.unique(np.where(title_mask_IT, title_IT, -1), axis=0, return_inverse=True)
     same_I = same_I.reshape(-1)
-    likelihood = jax.jit(
-        lambda lm, *arrays: causal_lm.continuation_log_likelihood(lm, config, *arrays)
-    )
+    likelihood = jax.jit(lambda lm, *arrays: causal_lm.continuation_log_likelihood(lm, config, *arrays))
 
     def score(user_B: np.ndarray, items_BC: np.ndarray) -> np.ndarray:
         parts = []

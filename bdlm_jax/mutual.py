@@ -100,7 +100,9 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
         bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
         terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, batch["item_target"].reshape(-1))
     if weights.text:
-        terms["text"] = text_cross_entropy(lm, bridge.lm, hidden_BLM, batch["text_index"], batch["text_target"], chunk=TEXT_CHUNK)
+        terms["text"] = text_cross_entropy(
+            lm, bridge.lm, hidden_BLM, batch["text_index"], batch["text_target"], chunk=TEXT_CHUNK
+        )
     if weights.align_item:
         z_ND = sharing.bridge_out(lm["bridge"], _flat(gather_positions(hidden_BLM, batch["card_index"])))
         item_N = batch["card_item"].reshape(-1)
@@ -135,7 +137,8 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
     L_D = bpr·BPR + regularisation·½‖E⁰ of the batch‖²/B + align_user·align(e_u, sg z_u) + align_item·align(e_i, sg z_i)
     + kl·T²KL(LM's scores ‖ domain's scores), the last over the unseen items of the catalogue (or of a drawn part).
 
-    Representations are compared in units of the domain table's standard deviation. The term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote (ours).
+    Representations are compared in units of the domain table's standard deviation. The term on items weighs each by
+    1/(1 + degree): a prior from the text that interactions outvote (ours).
     """
     shared, domain = params["shared"], params["domain"]
     user_UD, item_ID = arm.encode(shared, domain)
@@ -143,9 +146,7 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
     if weights.bpr:
         u, i, j, w = batch["user"], batch["positive"], batch["negative"], batch["weight"]
         u_BD = arm.user_before(shared, domain, u, i) if arm.user_before else user_UD[u]
-        terms["bpr"] = bpr_loss(
-            arm.score_pairs(domain, u_BD, item_ID[i]), arm.score_pairs(domain, u_BD, item_ID[j]), w
-        )
+        terms["bpr"] = bpr_loss(arm.score_pairs(domain, u_BD, item_ID[i]), arm.score_pairs(domain, u_BD, item_ID[j]), w)
         norms_B = sum(
             jnp.sum(jnp.square(rows), axis=-1) for rows in (shared["user"][u], shared["item"][i], shared["item"][j])
         )
@@ -208,7 +209,7 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
 def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) of the domain arm on a drawn batch.
 
-    `view` is the LM arm as of the start of the phase: state_user (U, M), rows_item (I, M), z_user (U, D), z_item (I, D);
+    `view` is the LM arm at the start of the phase: state_user (U, M), rows_item (I, M), z_user (U, D), z_item (I, D);
     empty for an arm that trains alone.
     """
 
@@ -224,7 +225,7 @@ def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, opti
 
 
 def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_items: int = 0):
-    """Returns epoch(state, slots, view, constants, *, axis_name=None): one compiled pass over all edges, everything drawn on the device.
+    """Returns epoch(state, slots, view, constants, *, axis_name=None): one pass over all edges, drawn on the device.
 
     Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
     same numbers. `constants` holds edge_user_E, edge_item_E, seen (of the warm items), warm_item_W and warm_rank.
@@ -241,7 +242,9 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
         n_users, n_items = (state.params["shared"][name].shape[0] for name in ("user", "item"))
         key, order_key, step_key = jax.random.split(state.key, 3)
         steps = -(-n_edges // batch_size)
-        order = jnp.pad(sampling.random_order(order_key, n_edges), (0, steps * batch_size - n_edges), constant_values=-1)
+        order = jnp.pad(
+            sampling.random_order(order_key, n_edges), (0, steps * batch_size - n_edges), constant_values=-1
+        )
 
         def body(state, inputs):
             edge_B, key = inputs

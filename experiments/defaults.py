@@ -102,12 +102,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.domain_learning_rate = 1e-3
     mutual.kl_users = 256  # users a step in the domain arm's score-level term
     mutual.kl_items = 0  # items drawn a step in that term; 0: the whole catalogue
-    mutual.lm = ml_collections.ConfigDict(
-        {"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 1.0, "kl": 0.1}
-    )
-    mutual.domain = ml_collections.ConfigDict(
-        {"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0}
-    )
+    mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 1.0, "kl": 0.1})
+    mutual.domain = ml_collections.ConfigDict({"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0})
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
 

@@ -15,6 +15,7 @@ FLOORS = [
     ["sharing"],
     ["mutual", "evaluate"],
     ["fit", "lm_rows", "models", "prepare"],
+    ["arms"],
     ["stages"],
     ["config_check", "finished", "plots", "serving"],
     ["sections", "scoring"],
@@ -24,7 +25,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # ConfigDict stops at train and the rooms that it is made of (data, rows, stages): below, functions take scalars.
-READS_CONFIGS = {"config_check", "lm_rows", "prepare", "stages", "train", "main"}
+READS_CONFIGS = {"config_check", "arms", "lm_rows", "prepare", "stages", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {"absl": "absl-py", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint"}
 

@@ -12,7 +12,8 @@ import traceback
 
 import jax
 
-from bdlm_jax import evaluate, stages, train
+from bdlm_jax import arms as arms_room
+from bdlm_jax import evaluate, train
 from bdlm_jax.data import candidates
 from bdlm_jax.runtime import checkpoint
 from experiments import tiny
@@ -46,7 +47,7 @@ def arrange(where, arm, calls, signal_number):
         evaluate.evaluate_full = dying_after(evaluate.evaluate_full, calls)
     elif where == "results":
         train.write_json = dying_after(train.write_json, calls)
-    fit = stages.fit
+    fit = arms_room.fit
 
     def fit_and_die(folder, *, stage, arms, checkpoint_seconds, **options):
         doomed = stage == where
@@ -58,7 +59,7 @@ def arrange(where, arm, calls, signal_number):
         seconds = 0.0 if doomed and signal_number == signal.SIGKILL else 1e9
         return fit(folder, stage=stage, arms=arms, checkpoint_seconds=seconds, **options)
 
-    stages.fit = fit_and_die
+    arms_room.fit = fit_and_die
 
 
 def attempt(workdir, where, arm="", calls=1, signal_name="SIGKILL"):

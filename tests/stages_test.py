@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import small_bdlm
 
-from bdlm_jax import lm_rows, stages
+from bdlm_jax import arms, lm_rows, stages
 from bdlm_jax.data.splits import TRAIN, VALIDATION
 from bdlm_jax.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import LeakError
@@ -42,7 +42,7 @@ def shapes(tree):
 def test_the_switch_says_which_arm_trains_the_shared_tables(run, trained_by, wanted):
     run = run._replace(config=run.config.copy_and_resolve_references())
     run.config.shared.trained_by = trained_by
-    domain_params = stages._init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
+    domain_params = arms.init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
     made = stages.train_bdlm(run, None, domain_params)
     params = made["params"]()
     tables = {np.shape(table) for table in params["shared"].values()}
@@ -56,7 +56,7 @@ def test_the_switch_says_which_arm_trains_the_shared_tables(run, trained_by, wan
 def test_the_shared_tables_begin_with_the_domain_model_or_at_random(run, initial):
     run = run._replace(config=run.config.copy_and_resolve_references())
     run.config.shared.initial = initial
-    domain_params = stages._init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
+    domain_params = arms.init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
     params = stages.train_bdlm(run, None, domain_params)["params"]()
     for name, table in domain_params["shared"].items():
         assert np.array_equal(params["shared"][name], table) == (initial == "domain")
@@ -65,7 +65,7 @@ def test_the_shared_tables_begin_with_the_domain_model_or_at_random(run, initial
 @pytest.mark.parametrize("model", ["lightgcn", "mf", "ncf", "sasrec"])
 def test_every_domain_model_can_stand_in_the_bridge(run, model):
     arm = stages.make_arm(run, model)
-    params = stages._init_domain_params(run, arm, model)
+    params = arms.init_domain_params(run, arm, model)
     user_UD, item_ID = jax.eval_shape(arm.encode, params["shared"], params["domain"])
     assert user_UD.shape == (run.data.n_users, 16) and item_ID.shape == (run.data.n_items, 16)
 

@@ -1,0 +1,278 @@
+"""How a run's config becomes models and arms: the decoder's shape, the domain model over its graph, params, steps.
+
+`stages` says what is trained and in which order; this is what it is made of.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from bdlm_jax import evaluate, lm_rows, mutual, optimizers, sharing
+from bdlm_jax.data.splits import TRAIN, check_training_edges
+from bdlm_jax.domain import graph, lightgcn, mf, ncf, sampling, sasrec
+from bdlm_jax.domain.arm import DomainArm
+from bdlm_jax.fit import Arm, Fitted, fit
+from bdlm_jax.lm import causal_lm
+from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights
+from bdlm_jax.prepare import KNOWN, Data
+from bdlm_jax.runtime import parallel
+from bdlm_jax.types import Params
+
+
+class Run(NamedTuple):
+    """What the stages of one run share."""
+
+    config: ml_collections.ConfigDict
+    folder: Path
+    data: Data
+    texts: lm_rows.Texts
+    stop: Any
+    key: jax.Array
+
+    def stage_key(self, name: str) -> jax.Array:
+        """A key of its own for each stage, whatever stages run before it."""
+        return jax.random.fold_in(self.key, sum(ord(c) * 131**i for i, c in enumerate(name)) % (2**31))
+
+    def fit(self, stage: str, **arguments) -> Fitted:
+        runtime = self.config.runtime
+        return fit(
+            self.folder / stage,
+            stage=stage,
+            key=self.stage_key(stage),
+            stop=self.stop,
+            checkpoint_seconds=runtime.checkpoint_seconds,
+            tensorboard=None if runtime.tensorboard else False,
+            **arguments,
+        )
+
+
+DOT_ARM = mf.mf_arm()  # stands in where no domain model takes part
+
+
+def lm_config(run: Run) -> causal_lm.LMConfig:
+    """The decoder's shape from the config and the vocabulary."""
+    c = run.config.lm
+    return causal_lm.LMConfig(
+        vocab_size=run.texts.vocabulary.n_text,
+        width=c.width,
+        n_layers=c.n_layers,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads,
+        mlp_width=c.mlp_width,
+        tie_embeddings=c.tie_embeddings,
+        dtype=c.dtype,
+        remat=c.remat,
+        dropout=c.dropout,
+    )
+
+
+def make_bridge(run: Run, *, reads: str) -> Bridge:
+    """The static facts of how the arms meet."""
+    vocabulary, m = run.texts.vocabulary, run.config.mutual
+    return Bridge(
+        lm=lm_config(run),
+        user_capacity=vocabulary.user_capacity,
+        item_capacity=vocabulary.item_capacity,
+        reads=reads,
+        align=m.align,
+        temperature=m.temperature,
+    )
+
+
+def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = (TRAIN,)) -> DomainArm:
+    """Builds a domain model over the interactions of some parts (training: TRAIN alone, which is checked)."""
+    data, c = run.data, run.config.domain
+    user_E, item_E = data.split.edges(*parts)
+    check_training_edges(data.split, user_E, item_E, allowed=parts)
+    sizes = {"n_users": data.n_users, "n_items": data.n_items}
+    if model == "lightgcn":
+        made = graph.make_graph(user_E, item_E, **sizes)
+        propagate = graph.make_propagate(made, **sizes, backend=c.backend)
+        return lightgcn.lightgcn_arm(propagate, n_layers=c.n_layers, layer_weights=c.layer_weights)
+    if model == "mf":
+        return mf.mf_arm()
+    if model == "ncf":
+        return ncf.ncf_arm(width=run.config.shared.width)
+    history = sasrec.recent_history(*data.split.histories(*parts), length=run.config.prompts.max_items)
+    return sasrec.sasrec_arm(history, width=run.config.shared.width)
+
+
+def make_test_arm(run: Run) -> DomainArm:
+    """The domain model as it stands at test time: propagated over what may be known then."""
+    parts = KNOWN["test"] if run.config.domain.test_graph == "train+validation" else KNOWN["validation"]
+    return make_arm(run, run.config.domain.model, parts=parts)
+
+
+def init_domain_params(run: Run, arm: DomainArm, stage: str) -> Params:
+    """Draws {"shared", "domain"} for a domain model that trains alone."""
+    shared_key, domain_key = jax.random.split(run.stage_key(stage + "/init"))
+    shared = sharing.init_shared(shared_key, **_tables_shape(run), std=run.config.shared.std)
+    return {"shared": shared, "domain": arm.init(domain_key)}
+
+
+def init_params(run: Run, arm, stage: str, *, reads: str, pretrained=None, domain_params=None) -> Params:
+    """Makes the whole tree: tables and domain params from the trained domain model, the LM from pretraining."""
+    keys = jax.random.split(run.stage_key(stage + "/init"), 4)
+    shared = sharing.init_shared(keys[0], **_tables_shape(run), std=run.config.shared.std)
+    domain = arm.init(keys[1])
+    if domain_params is not None:
+        domain = domain_params.get("domain", domain)
+        if run.config.shared.initial == "domain":
+            shared = domain_params["shared"]
+    lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], lm_config(run))
+    gain = run.config.lm.row_std / table_std(run, shared, domain, arm, reads)
+    bridge = sharing.init_bridge(
+        keys[3], width=run.config.shared.width, lm_width=run.config.lm.width, gain=gain,
+        out_std=table_std(run, shared, domain, arm, "propagated"),
+    )  # fmt: skip
+    return {
+        "shared": shared,
+        "domain": domain,
+        "lm": {**{k: v for k, v in lm.items() if k != "bridge"}, "bridge": bridge},
+    }
+
+
+def table_std(run: Run, shared, domain, arm, reads: str) -> float:
+    """Standard deviation of the rows that the LM reads of items with interactions."""
+    _, item_ID = sharing.read_tables(shared, domain, encode=arm.encode, reads=reads)
+    return float(jnp.std(item_ID[jnp.asarray(warm_items(run.data))]))
+
+
+def _tables_shape(run: Run) -> dict:
+    return {"n_users": run.data.n_users, "n_items": run.data.n_items, "width": run.config.shared.width}
+
+
+def warm_items(data: Data) -> np.ndarray:
+    """(I,) bool: items with a training interaction."""
+    return data.split.degree(TRAIN) > 0
+
+
+def make_lm_arm(
+    run: Run,
+    rows,
+    bridge: Bridge,
+    weights: LMWeights,
+    *,
+    arm: DomainArm = DOT_ARM,
+    rate,
+    rows_std: float | None = None,
+    train_shared: bool = True,
+    view=lambda params: {},
+    finish=lambda params: params,
+) -> Arm:
+    """Builds the LM arm: its step, its batches, and which parameters move.
+
+    Args:
+      run: the run.
+      rows: packed training rows.
+      bridge: static facts of the model.
+      weights: loss weights.
+      arm: the domain arm, where the LM reads or hears it.
+      rate: the learning-rate schedule.
+      rows_std: standard deviation of the table's rows as the LM reads them at the start (default: a fresh table's).
+      train_shared: whether the LM's steps move the shared tables.
+      view: see `fit.Arm`.
+      finish: see `fit.Arm`.
+    """
+    config = run.config
+    rows_std = rows_std or config.shared.std
+    c, vocabulary = config.lm, run.texts.vocabulary
+    rules = [
+        (r"shared/.*", "shared" if train_shared and weights.item else optimizers.FROZEN),
+        (r"domain/.*", optimizers.FROZEN),
+        (r"lm/.*", "lm"),
+    ]
+    # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
+    # fast as one of an LM with its own table would.
+    scale = c.learning_rate_shared / c.learning_rate * rows_std / c.row_std
+    if bridge.reads == "propagated":
+        scale *= config.domain.n_layers + 1  # a row answers to its own layer 0 by that share only
+    groups = {
+        "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
+        "shared": {"learning_rate": lambda step: scale * rate(step)},
+    }
+    optimizer = optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
+    step = mutual.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+    compiled = parallel.compile_step(step, parallel=config.parallel)
+    constants = {"warm_I": jnp.asarray(warm_items(run.data))}
+    if weights.kl:
+        constants["seen_UI"] = _seen(run, (TRAIN,))
+
+    def batch(number):
+        return rows.batch(
+            number,
+            batch_size=c.batch_rows,
+            seed=config.seed,
+            max_text_targets=c.max_text_targets,
+            uid_dropout=config.prompts.user_dropout,
+            user_tokens=vocabulary.user_tokens,
+            unnamed_user=vocabulary.unnamed_user,
+        )
+
+    return Arm(compiled=compiled, optimizer=optimizer, batch=batch, view=view, constants=constants, finish=finish)
+
+
+def make_domain_arm(
+    run: Run,
+    arm: DomainArm,
+    bridge: Bridge | None,
+    weights: DomainWeights,
+    *,
+    rate: float,
+    view,
+    train_shared: bool = True,
+    parts: tuple[int, ...] = (TRAIN,),
+) -> Arm:
+    """Builds the domain arm: its compiled epoch over the training interactions, and which parameters move.
+
+    Args:
+      run: the run.
+      arm: the domain model.
+      bridge: static facts of the model, None for an arm that trains alone.
+      weights: loss weights.
+      rate: the learning rate.
+      view: see `fit.Arm`.
+      train_shared: whether its steps move the shared tables.
+      parts: whose items the score-level term leaves out as seen.
+    """
+    config, data = run.config, run.data
+    c, m = config.domain, config.mutual
+    user_E, item_E = data.split.edges(TRAIN)
+    warm_W = np.flatnonzero(warm_items(data))
+    rank_I = np.full(data.n_items, -1)
+    rank_I[warm_W] = np.arange(len(warm_W))
+    kl_users = min(m.kl_users, data.n_users) if weights.kl or weights.align_user else 0
+    constants = {
+        "edge_user_E": jnp.asarray(user_E),
+        "edge_item_E": jnp.asarray(item_E),
+        "warm_item_W": jnp.asarray(warm_W),
+        "warm_I": jnp.asarray(rank_I >= 0),
+        "text_weight_I": jnp.asarray(1.0 / (1.0 + data.split.degree(TRAIN)), jnp.float32),
+        # Negatives come from the items with interactions: a cold item is not everybody's negative.
+        "seen": sampling.make_seen(user_E, rank_I[item_E], data.n_users, len(warm_W)),
+    }
+    if weights.kl:
+        constants["seen_UI"] = _seen(run, parts)
+    rules = [
+        (r"shared/.*", "domain" if train_shared else optimizers.FROZEN),
+        (r"domain/.*", "domain"),
+        (r"lm/.*", optimizers.FROZEN),
+    ]
+    optimizer = optimizers.make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
+    step = mutual.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+    batch_size = min(c.batch_size, len(user_E))
+    epoch = mutual.make_domain_epoch(
+        step, batch_size=batch_size, kl_users=kl_users, kl_items=m.kl_items if weights.kl else 0
+    )
+    compiled = parallel.compile_step(epoch, parallel=config.parallel)
+    slots = mutual.make_slots(batch_size=batch_size, kl_users=kl_users)
+    return Arm(compiled=compiled, optimizer=optimizer, batch=lambda number: slots, view=view, constants=constants)
+
+
+def _seen(run: Run, parts) -> jax.Array:
+    everyone = np.arange(run.data.n_users)
+    return jnp.asarray(evaluate.seen_mask(run.data.split.histories(*parts), everyone, run.data.n_items))
