@@ -10,8 +10,6 @@ import signal
 import sys
 import traceback
 
-import jax
-
 from bdlm_jax import arms as arms_room
 from bdlm_jax import evaluate, train
 from bdlm_jax.data import candidates
@@ -81,7 +79,6 @@ def attempt(workdir, where, arm="", calls=1, signal_name="SIGKILL"):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)  # as in the run that it is compared with
     workdir = sys.argv[1]
     for place in json.loads(sys.argv[2]):
         code = attempt(workdir, *place)

@@ -14,12 +14,6 @@ BRIDGE = small_bdlm.make_bridge()
 SIZES = {"arm": ARM, "bridge": BRIDGE, "n_users": N_USERS, "n_items": N_ITEMS}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    with small_bdlm.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def params():
     return small_bdlm.make_params(ARM, BRIDGE)

@@ -17,12 +17,6 @@ HIDDEN = jax.jit(causal_lm.lm_hidden, static_argnums=1)
 WARM_I = np.arange(N_ITEMS) != COLD
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    with small_bdlm.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def params():
     return small_bdlm.make_params(ARM, BRIDGE)

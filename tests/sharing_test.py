@@ -12,12 +12,6 @@ from bdlm_jax.optimizers import FROZEN
 ARM = small_bdlm.make_arm()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    with small_bdlm.quick_compilation():
-        yield
-
-
 def lm_gradient(bridge, params, batch, weights=small_bdlm.LM_ALL):
     view, _ = small_bdlm.make_views(ARM, bridge, params)
 

@@ -1,7 +1,5 @@
 """A BDLM of a few hundred numbers for the tests of steps: 9 users, 10 items of which the last is cold, one layer."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +17,6 @@ HISTORIES = [[0, 1, 2], [1, 2, 3, 4], [5], [6, 0, 8], [3, 1, 5, 6, 2], [4, 0, 6]
 TITLES = [np.array([5 + i % 5, 10 + i % 6][: 1 + i % 2], np.int32) for i in range(N_ITEMS)]
 LM_ALL = LMWeights(item=1.0, text=0.3, align_user=0.2, align_item=0.4, kl=0.5)
 DOMAIN_ALL = DomainWeights(bpr=1.0, regularisation=1e-2, align_user=0.2, align_item=0.4, kl=0.5)
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Compiling is nearly all of the time that these sizes take."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_vocabulary() -> Vocabulary:

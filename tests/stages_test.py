@@ -1,19 +1,12 @@
 import jax
 import numpy as np
 import pytest
-import small_bdlm
 
 from bdlm_jax import arms, lm_rows, stages
 from bdlm_jax.data.splits import TRAIN, VALIDATION
 from bdlm_jax.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import LeakError
 from experiments import tiny
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    with small_bdlm.quick_compilation():
-        yield
 
 
 class Recorder(stages.Run):

@@ -46,12 +46,6 @@ QUICK = [(train_lm, "infonce"), (train_domain, "cosine")]
 SLOW = [(train, align) for align in ALIGNMENTS for train in (train_lm, train_domain) if (train, align) not in QUICK]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cheap_compilation():
-    with small_bdlm.quick_compilation():
-        yield
-
-
 @pytest.mark.parametrize(("train", "align"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_three_ways_train_to_the_same_numbers(train, align):
     bridge = small_bdlm.make_bridge(align=align, dropout=0.2)
