@@ -28,7 +28,7 @@ setup(
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.6",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pandas>=2.2",
         "rax>=0.4",

@@ -292,7 +292,7 @@ def _update(state: TrainState, losses, weights: dict, optimizer, axis_name):
     grads, shares = jax.grad(objective, has_aux=True)(state.params)
     grads, metrics = total(grads), total(shares)
     metrics["loss"] = sum(weights[name] * value for name, value in metrics.items())
-    metrics["gradient_norm"] = optax.global_norm(grads)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics

@@ -231,7 +231,14 @@ def distill_domain(run: Run, fitted: Fitted, *, part: str, epochs: int | None = 
         phases=phases,
         arms={
             "domain": make_domain_arm(
-                run, arm, bridge, weights, rate=m.distill_learning_rate, view=view, parts=KNOWN[part]
+                run,
+                arm,
+                bridge,
+                weights,
+                rate=m.distill_learning_rate,
+                view=view,
+                parts=KNOWN[part],
+                train_shared=config.shared.trained_by in ("both", "domain"),
             )
         },
         params=lambda: fitted.params["domain"],

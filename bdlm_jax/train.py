@@ -107,9 +107,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
             distilled = stages.distill_domain(run, fitted, part="validation")
             epochs = min((distilled.phase["domain"] + 1) * config.domain.evaluate_every, config.mutual.distill_epochs)
             refreshed = stages.distill_domain(run, fitted, part="test", epochs=epochs)
-            for name, params in (("bdlm_domain", refreshed), ("bdlm_domain_unrefreshed", distilled)):
-                scorer = lambda p=params: models.domain_scorer(stages.make_test_arm(run), p.params["domain"])  # noqa: E731
-                rows += _test(run, name, scorer)
+            at_test = stages.make_test_arm(run)
+            rows += _test(run, "bdlm_domain", lambda: models.domain_scorer(at_test, refreshed.params["domain"]))
+            rows += _test(run, "bdlm_domain_unrefreshed", lambda: models.domain_scorer(arm, distilled.params["domain"]))
             serving.write_serving(run, fitted.params["lm"], refreshed.params["domain"])
 
         # Report.

@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.user_token = "start"  # start | end | none
     prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>
     prompts.read_named = False  # show <uid> when states are read
-    prompts.card_copies = 8.0  # text cards of every item in an epoch
+    prompts.card_copies = 16.0  # text cards of every item in an epoch
 
     c.shared = shared = ml_collections.ConfigDict()
     shared.width = 64
@@ -97,12 +97,12 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.temperature = 1.0
     mutual.rounds = 3
     mutual.lm_epochs = 11.0  # the first LM phase
-    mutual.lm_epochs_a_round = 3.0
+    mutual.lm_epochs_a_round = 4.0
     mutual.domain_epochs_a_round = 5
     mutual.domain_learning_rate = 1e-3
     mutual.kl_users = 256  # users a step in the domain arm's score-level term
     mutual.kl_items = 0  # items drawn a step in that term; 0: the whole catalogue
-    mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 1.0, "kl": 0.1})
+    mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 2.0, "kl": 0.1})
     mutual.domain = ml_collections.ConfigDict({"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0})
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
