@@ -95,7 +95,7 @@ RULES = {
     "domain.epochs": _whole(1), "domain.evaluate_every": _whole(1),
     "domain.test_graph": _word("train", "train+validation"),
     "mf.learning_rate": _positive(), "mf.regularisation": _number(0), "mf.epochs": _whole(1),
-    "lm_alone.text_epochs": _positive(),
+    "lm_alone.ids_times": _positive(), "lm_alone.text_epochs": _positive(),
     "mutual.reads": _word("layer0", "propagated"), "mutual.align": _word("mse", "cosine", "infonce"),
     "mutual.temperature": _positive(), "mutual.rounds": _whole(0), "mutual.lm_epochs": _positive(),
     "mutual.lm_epochs_a_round": _number(0), "mutual.domain_epochs_a_round": _whole(0),

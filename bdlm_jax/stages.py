@@ -100,10 +100,10 @@ def train_text_lm(run: Run, pretrained: Params | None) -> Fitted:
 
 
 def train_ids_lm(run: Run, pretrained: Params | None) -> Fitted:
-    """Trains the ids-only LM: the same decoder, the same steps in all, its own random table of ids, no titles."""
+    """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM."""
     config = run.config
     rows = lm_rows.training_rows(config, run.data, run.texts, kind="ids")
-    phases = _lm_phases(rows, config, _lm_epochs(config), name="ids")
+    phases = _lm_phases(rows, config, [config.lm_alone.ids_times * e for e in _lm_epochs(config)], name="ids")
     bridge = make_bridge(run, reads="layer0")
     lm_arm = make_lm_arm(run, rows, bridge, LMWeights(item=1.0, text=0.0), rate=_rate(config, phases))
     reading = lm_rows.reading_rows(config, run.data, run.texts, kind="ids", parts=KNOWN["validation"])

@@ -30,6 +30,7 @@ def get_config():
     c.domain.evaluate_every = 10
     c.mf.epochs = 40
     c.lm_alone.text_epochs = 0.15
+    c.lm_alone.ids_times = 1.0
     c.mutual.reads = "propagated"
     c.mutual.rounds = 2
     c.mutual.lm_epochs = 8.0

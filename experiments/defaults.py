@@ -90,6 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.lm_alone = alone = ml_collections.ConfigDict()  # text_lm and ids_lm
     alone.text_epochs = 12.0
+    alone.ids_times = 2.0  # ids_lm's epochs, as a multiple of BDLM's: its rows are fewer, for it reads no titles
 
     c.mutual = mutual = ml_collections.ConfigDict()
     mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads

@@ -35,6 +35,7 @@ def get_config():
     c.mf.learning_rate = 2e-2
     c.mf.epochs = 30
     c.lm_alone.text_epochs = 0.3
+    c.lm_alone.ids_times = 1.0
     c.mutual.reads = "layer0"
     c.mutual.rounds = 3
     c.mutual.lm_epochs = 4.0
