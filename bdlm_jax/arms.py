@@ -13,7 +13,7 @@ import numpy as np
 
 from bdlm_jax import evaluate, lm_rows, mutual, optimizers, sharing
 from bdlm_jax.data.splits import TRAIN, check_training_edges
-from bdlm_jax.domain import graph, lightgcn, mf, ncf, sampling, sasrec
+from bdlm_jax.domain import graph, lightgcn, mf, ncf, sasrec
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.fit import Arm, Fitted, fit
 from bdlm_jax.lm import causal_lm
@@ -242,19 +242,10 @@ def make_domain_arm(
     config, data = run.config, run.data
     c, m = config.domain, config.mutual
     user_E, item_E = data.split.edges(TRAIN)
-    warm_W = np.flatnonzero(warm_items(data))
-    rank_I = np.full(data.n_items, -1)
-    rank_I[warm_W] = np.arange(len(warm_W))
     kl_users = min(m.kl_users, data.n_users) if weights.kl or weights.align_user else 0
-    constants = {
-        "edge_user_E": jnp.asarray(user_E),
-        "edge_item_E": jnp.asarray(item_E),
-        "warm_item_W": jnp.asarray(warm_W),
-        "warm_I": jnp.asarray(rank_I >= 0),
-        "text_weight_I": jnp.asarray(1.0 / (1.0 + data.split.degree(TRAIN)), jnp.float32),
-        # Negatives come from the items with interactions: a cold item is not everybody's negative.
-        "seen": sampling.make_seen(user_E, rank_I[item_E], data.n_users, len(warm_W)),
-    }
+    constants = mutual.make_epoch_constants(
+        user_E, item_E, n_users=data.n_users, n_items=data.n_items, popularity=c.popularity if c.popularity else None
+    )
     if weights.kl:
         constants["seen_UI"] = _seen(run, parts)
     rules = [

@@ -89,6 +89,7 @@ RULES = {
     "prompts.read_named": _FLAG, "prompts.user_dropout": _number(0, 1.0001), "prompts.card_copies": _number(0),
     "shared.width": _whole(1), "shared.std": _positive(), "shared.trained_by": _word("both", "lm", "domain", "none"),
     "shared.initial": _word("domain", "random"),
+    "domain.popularity": _number(0),
     "domain.model": _word("lightgcn", "mf", "ncf", "sasrec"), "domain.n_layers": _whole(0),
     "domain.layer_weights": _word("uniform", "learned"), "domain.backend": _word(*BACKENDS),
     "domain.learning_rate": _positive(), "domain.regularisation": _number(0), "domain.batch_size": _whole(1),

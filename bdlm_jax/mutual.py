@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bdlm_jax import sharing
@@ -19,7 +20,7 @@ from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.causal_lm import gather_positions
 from bdlm_jax.lm.pretrain import text_cross_entropy
 from bdlm_jax.losses import align_loss, bpr_loss, catalogue_loss, kl_loss
-from bdlm_jax.types import Array, Params
+from bdlm_jax.types import Array, InputError, Params
 
 TEXT_CHUNK = 1024  # text targets whose logits are held at a time
 NEVER = -1e9  # the logit of an item that cannot be the answer
@@ -228,7 +229,7 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
     """Returns epoch(state, slots, view, constants, *, axis_name=None): one pass over all edges, drawn on the device.
 
     Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
-    same numbers. `constants` holds edge_user_E, edge_item_E, seen (of the warm items), warm_item_W and warm_rank.
+    same numbers. `constants` comes from `make_epoch_constants`, with seen_UI (U, I) where the score-level term is on.
 
     Args:
       domain_step: from `make_domain_step`.
@@ -250,7 +251,12 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
             edge_B, key = inputs
             keys = jax.random.split(key, 4)
             user_B = constants["edge_user_E"][edge_B]
-            negative_B = constants["warm_item_W"][sampling.sample_negatives(keys[0], constants["seen"], user_B)]
+            drawn = (keys[0], constants["seen"])
+            if "popularity" in constants:
+                negative_B = sampling.sample_popular_negatives(*drawn, constants["popularity"], user_B)
+            else:
+                negative_B = sampling.sample_negatives(*drawn, user_B)
+            negative_B = constants["warm_item_W"][negative_B]
             pick = slots["bpr"]
             batch = {
                 "user": user_B[pick],
@@ -270,6 +276,45 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
         return state, jax.tree.map(jnp.mean, metrics)
 
     return epoch
+
+
+def make_epoch_constants(
+    user_E: Array, item_E: Array, *, n_users: int, n_items: int, popularity: float | None = None
+) -> dict:
+    """Puts the training interactions on the device, for `make_domain_epoch`.
+
+    Negatives come from the items with interactions: a cold item is not everybody's negative (ours).
+
+    Args:
+      user_E: (E,) users of the training interactions.
+      item_E: (E,) items.
+      n_users: U.
+      n_items: I.
+      popularity: draw a negative with probability ∝ degree^popularity; None draws uniformly.
+
+    Returns:
+      {"edge_user_E", "edge_item_E", "warm_item_W", "warm_I", "text_weight_I", "seen"[, "popularity"]}.
+
+    Raises:
+      InputError: no training interaction, or a user who has seen every item.
+    """
+    if not len(user_E):
+        raise InputError("there is no training interaction, so the domain arm has nothing to learn: check the split.")
+    degree_I = np.bincount(item_E, minlength=n_items)
+    warm_W = np.flatnonzero(degree_I)
+    rank_I = np.cumsum(degree_I > 0) - 1
+    seen = sampling.make_seen(user_E, rank_I[item_E], n_users, len(warm_W))
+    constants = {
+        "edge_user_E": jnp.asarray(user_E),
+        "edge_item_E": jnp.asarray(item_E),
+        "warm_item_W": jnp.asarray(warm_W),
+        "warm_I": jnp.asarray(degree_I > 0),
+        "text_weight_I": jnp.asarray(1.0 / (1.0 + degree_I), jnp.float32),
+        "seen": seen,
+    }
+    if popularity is not None:
+        constants["popularity"] = sampling.make_popularity(seen, degree_I[warm_W], alpha=popularity)
+    return constants
 
 
 def make_slots(*, batch_size: int, kl_users: int = 0) -> dict:

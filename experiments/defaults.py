@@ -80,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
     domain.regularisation = 1e-4
     domain.batch_size = 4096
     domain.epochs = 40
+    domain.popularity = 0.0  # negatives with probability ∝ degree^popularity; 0 is uniform
     domain.evaluate_every = 5
     domain.test_graph = "train+validation"  # train: the edges over which the trained arm propagates at test time
 
