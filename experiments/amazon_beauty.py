@@ -10,9 +10,9 @@ def get_config():
     """Returns the config."""
     c = defaults.get_config()
     c.data.kind = "table"
-    c.data.path = "../shared/data/amazon-beauty"
+    c.data.path = "data/amazon-beauty"
     c.tokenizer.vocab_size = 4096
-    c.pretrain.corpus = "../shared/data/imdb-reviews/reviews.txt.xz"
+    c.pretrain.corpus = ""  # general text, a document a line
     c.pretrain.max_tokens = 1_000_000
     c.pretrain.epochs = 1.0
     c.pretrain.replay_share = 0.02

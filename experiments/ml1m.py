@@ -10,10 +10,10 @@ def get_config():
     """Returns the config."""
     c = defaults.get_config()
     c.data.kind = "movielens"
-    c.data.path = "../shared/data/ml-1m"
+    c.data.path = "data/ml-1m"
     c.data.item_fields = ("title", "genres")
     c.tokenizer.vocab_size = 4096
-    c.pretrain.corpus = "../shared/data/imdb-reviews/reviews.txt.xz"
+    c.pretrain.corpus = ""  # general text, a document a line
     c.pretrain.max_tokens = 2_000_000
     c.pretrain.epochs = 1.0
     c.pretrain.replay_share = 0.02
