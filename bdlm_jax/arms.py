@@ -184,6 +184,7 @@ def make_lm_arm(
     rules = [
         (r"shared/.*", "shared" if train_shared and weights.item else optimizers.FROZEN),
         (r"domain/.*", optimizers.FROZEN),
+        (r"lm/bridge/.*", "bridge"),
         (r"lm/.*", "lm"),
     ]
     # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
@@ -193,6 +194,10 @@ def make_lm_arm(
         scale *= config.domain.n_layers + 1  # a row answers to its own layer 0 by that share only
     groups = {
         "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
+        "bridge": {
+            "learning_rate": lambda step: c.learning_rate_bridge / c.learning_rate * rate(step),
+            "weight_decay": c.weight_decay,
+        },
         "shared": {"learning_rate": lambda step: scale * rate(step)},
     }
     optimizer = optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)

@@ -79,6 +79,7 @@ RULES = {
     "lm.width": _whole(2), "lm.n_layers": _whole(1), "lm.n_heads": _whole(1), "lm.n_kv_heads": _whole(1),
     "lm.mlp_width": _whole(1), "lm.dropout": _number(0, 1), "lm.dtype": _word("float32", "bfloat16"), "lm.remat": _FLAG,
     "lm.tie_embeddings": _FLAG, "lm.learning_rate": _positive(), "lm.learning_rate_shared": _number(0),
+    "lm.learning_rate_bridge": _number(0),
     "lm.weight_decay": _number(0), "lm.clip_norm": _number(0), "lm.warmup_steps": _whole(0), "lm.batch_rows": _whole(1),
     "lm.max_text_targets": _whole(1),
     "lm.row_std": _positive(),

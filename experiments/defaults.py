@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     lm.remat = False
     lm.tie_embeddings = True
     lm.learning_rate = 3e-3
-    lm.learning_rate_shared = 3e-3
+    lm.learning_rate_shared = 3e-3  # of the shared tables, in the scale of the LM's own rows
+    lm.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what the bridge moves
     lm.weight_decay = 0.01
     lm.clip_norm = 1.0
     lm.warmup_steps = 50

@@ -21,6 +21,7 @@ def get_config():
     c.lm.dropout = 0.2
     c.lm.learning_rate = 3e-3
     c.lm.learning_rate_shared = 3e-3
+    c.lm.learning_rate_bridge = 2.5e-4
     c.lm.warmup_steps = 100
     c.lm.max_text_targets = 16
     c.prompts.kind = "ids"
@@ -28,6 +29,7 @@ def get_config():
     c.prompts.length = 104
     c.prompts.max_items = 100
     c.prompts.card_copies = 2.0
+    c.prompts.user_dropout = 1.0
     c.domain.batch_size = 131_072
     c.domain.learning_rate = 5e-2
     c.domain.epochs = 40
@@ -43,9 +45,10 @@ def get_config():
     c.mutual.domain_epochs_a_round = 3
     c.mutual.domain_learning_rate = 5e-3
     c.mutual.kl_users = 2048
-    c.mutual.distill_epochs = 60
-    c.mutual.distill_learning_rate = 2e-2
+    c.mutual.distill_epochs = 40
+    c.mutual.distill_learning_rate = 3e-2
     c.mutual.lm.text = 0.1
-    c.mutual.lm.align_user = 0.05
-    c.mutual.lm.kl = 0.05
+    c.mutual.lm.align_user = 0.01
+    c.mutual.lm.align_item = 0.5
+    c.mutual.lm.kl = 0.01
     return c
