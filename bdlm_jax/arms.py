@@ -160,6 +160,8 @@ def make_lm_arm(
     arm: DomainArm = DOT_ARM,
     rate,
     rows_std: float | None = None,
+    bridge_rate: float | None = None,
+    user_dropout: float | None = None,
     train_shared: bool = True,
     view=lambda params: {},
     finish=lambda params: params,
@@ -174,6 +176,8 @@ def make_lm_arm(
       arm: the domain arm, where the LM reads or hears it.
       rate: the learning-rate schedule.
       rows_std: standard deviation of the table's rows as the LM reads them at the start (default: a fresh table's).
+      bridge_rate: the bridge's learning rate at its peak (default: the LM's).
+      user_dropout: how often <user> stands in for <uid> (default: `prompts.user_dropout`).
       train_shared: whether the LM's steps move the shared tables.
       view: see `fit.Arm`.
       finish: see `fit.Arm`.
@@ -195,7 +199,7 @@ def make_lm_arm(
     groups = {
         "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
         "bridge": {
-            "learning_rate": lambda step: c.learning_rate_bridge / c.learning_rate * rate(step),
+            "learning_rate": lambda step: (bridge_rate or c.learning_rate) / c.learning_rate * rate(step),
             "weight_decay": c.weight_decay,
         },
         "shared": {"learning_rate": lambda step: scale * rate(step)},
@@ -213,7 +217,7 @@ def make_lm_arm(
             batch_size=c.batch_rows,
             seed=config.seed,
             max_text_targets=c.max_text_targets,
-            uid_dropout=config.prompts.user_dropout,
+            uid_dropout=config.prompts.user_dropout if user_dropout is None else user_dropout,
             user_tokens=vocabulary.user_tokens,
             unnamed_user=vocabulary.unnamed_user,
         )

@@ -172,6 +172,8 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
     arms = {
         "lm": make_lm_arm(
             run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases), rows_std=rows_std,
+            bridge_rate=m.learning_rate_bridge,
+            user_dropout=m.user_dropout,
             train_shared=trained_by in ("both", "lm"), view=lambda params: models.domain_view(arm, params),
             finish=write_back if writes else lambda params: params,
         ),

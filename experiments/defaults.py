@@ -40,7 +40,6 @@ def get_config() -> ml_collections.ConfigDict:
     lm.tie_embeddings = True
     lm.learning_rate = 3e-3
     lm.learning_rate_shared = 3e-3  # of the shared tables, in the scale of the LM's own rows
-    lm.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what the bridge moves
     lm.weight_decay = 0.01
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
@@ -96,6 +95,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.mutual = mutual = ml_collections.ConfigDict()
     mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads
+    mutual.user_dropout = 0.75  # as prompts.user_dropout, for BDLM, whose <uid> rows know the training targets
+    mutual.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what it moves
     mutual.align = "mse"  # mse | cosine | infonce
     mutual.temperature = 1.0
     mutual.rounds = 3

@@ -21,7 +21,6 @@ def get_config():
     c.lm.dropout = 0.2
     c.lm.learning_rate = 3e-3
     c.lm.learning_rate_shared = 3e-3
-    c.lm.learning_rate_bridge = 2.5e-4
     c.lm.warmup_steps = 100
     c.lm.max_text_targets = 16
     c.prompts.kind = "ids"
@@ -29,7 +28,6 @@ def get_config():
     c.prompts.length = 104
     c.prompts.max_items = 100
     c.prompts.card_copies = 2.0
-    c.prompts.user_dropout = 1.0
     c.domain.batch_size = 131_072
     c.domain.learning_rate = 5e-2
     c.domain.epochs = 40
@@ -39,6 +37,8 @@ def get_config():
     c.lm_alone.text_epochs = 0.3
     c.lm_alone.ids_times = 1.0
     c.mutual.reads = "layer0"
+    c.mutual.user_dropout = 1.0
+    c.mutual.learning_rate_bridge = 2.5e-4
     c.mutual.rounds = 3
     c.mutual.lm_epochs = 4.0
     c.mutual.lm_epochs_a_round = 2.0
