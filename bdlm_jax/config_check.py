@@ -98,7 +98,7 @@ RULES = {
     "mf.learning_rate": _positive(), "mf.regularisation": _number(0), "mf.epochs": _whole(1),
     "lm_alone.ids_times": _positive(), "lm_alone.text_epochs": _positive(),
     "mutual.reads": _word("layer0", "propagated"), "mutual.align": _word("mse", "cosine", "infonce"),
-    "mutual.user_dropout": _number(0, 1.0001), "mutual.learning_rate_bridge": _number(0),
+    "mutual.user_dropout": _number(0, 1.0001), "mutual.learning_rate_bridge": _positive(),
     "mutual.temperature": _positive(), "mutual.rounds": _whole(0), "mutual.lm_epochs": _number(0),
     "mutual.lm_epochs_a_round": _number(0), "mutual.domain_epochs_a_round": _whole(0),
     "mutual.domain_learning_rate": _positive(), "mutual.kl_users": _whole(1), "mutual.kl_items": _whole(0),
