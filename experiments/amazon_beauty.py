@@ -32,16 +32,19 @@ def get_config():
     c.lm_alone.text_epochs = 0.15
     c.lm_alone.ids_times = 1.0
     c.mutual.reads = "propagated"
-    c.mutual.rounds = 2
-    c.mutual.lm_epochs = 8.0
-    c.mutual.lm_epochs_a_round = 3.0
+    c.mutual.user_dropout = 1.0
+    c.mutual.learning_rate_bridge = 1e-3
+    c.mutual.rounds = 1
+    c.mutual.lm_epochs = 6.0
+    c.mutual.lm_epochs_a_round = 4.0
     c.mutual.domain_epochs_a_round = 3
     c.mutual.domain_learning_rate = 1e-3
     c.mutual.kl_users = 1024
     c.mutual.kl_items = 4096
-    c.mutual.distill_epochs = 60
+    c.mutual.distill_epochs = 30
     c.mutual.lm.text = 0.1
-    c.mutual.lm.align_user = 0.05
-    c.mutual.lm.kl = 0.05
+    c.mutual.lm.align_user = 0.01
+    c.mutual.lm.align_item = 0.5
+    c.mutual.lm.kl = 0.01
     c.evaluate.text_protocols = ("cand20",)
     return c
