@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises every run to install torch
+
 from transformers import PreTrainedTokenizerFast
 
 from bdlm_jax.types import Array, InputError
