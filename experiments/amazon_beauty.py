@@ -3,7 +3,7 @@
 python -m bdlm_jax.main --config experiments/amazon_beauty.py --workdir runs/beauty --config.data.path=FOLDER
 
 FOLDER holds interactions.csv.gz (user_id, item_id, order) and items.tsv.gz (item, asin, title). Seed 0, two CPU cores:
-LightGCN alone reached HR@1/cand100 .183 and NDCG@10/full .031 on test. The stages behind it have not been run to the end.
+LightGCN alone reached HR@1/cand100 .183, NDCG@10/full .031 on test. The stages behind it have not been run to the end.
 """
 
 from experiments import defaults
