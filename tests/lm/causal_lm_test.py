@@ -143,10 +143,15 @@ def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params,
     assert set(np.flatnonzero(np.abs(rows).sum(1))) == {0, 6}
 
 
+def assert_same_states(left, right):
+    """Equal but for rounding: two programs of other shapes sum in another order, so the unit is the largest state."""
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
 def test_padding_changes_nothing(params, id_rows_XM):
     short = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=4), id_rows_XM)
     long = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=9), id_rows_XM)
-    np.testing.assert_allclose(long[:, :4], short, atol=1e-5)
+    assert_same_states(long[:, :4], short)
     assert np.isfinite(long).all()
 
 
@@ -154,7 +159,7 @@ def test_packing_equals_separate_rows(params, id_rows_XM):
     first, second = [1, 40, 5, 9], [1, 45, 7]
     packed = hidden_of(params, CONFIG, *_row(first, second, length=9), id_rows_XM)
     alone = [hidden_of(params, CONFIG, *_row(part, length=9), id_rows_XM)[:, : len(part)] for part in (first, second)]
-    np.testing.assert_allclose(packed[:, :7], np.concatenate(alone, axis=1), atol=1e-5)
+    assert_same_states(packed[:, :7], np.concatenate(alone, axis=1))
 
 
 def test_no_position_sees_what_stands_behind_it(params, id_rows_XM):
@@ -169,7 +174,7 @@ def test_no_position_sees_what_stands_behind_it(params, id_rows_XM):
 def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
     row = _row([1, 40, 5, 9], [1, 3], length=8)
     compiled = hidden_of(params, CONFIG, *row, id_rows_XM)
-    np.testing.assert_allclose(lm_hidden(params, CONFIG, *row, id_rows_XM), compiled, atol=1e-5)
+    assert_same_states(lm_hidden(params, CONFIG, *row, id_rows_XM), compiled)
 
     def loss(params, config):
         return (lm_hidden(params, config, *row, id_rows_XM) ** 3).sum()
