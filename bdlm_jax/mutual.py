@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bdlm_jax import sharing
+from bdlm_jax import optimizers, sharing
 from bdlm_jax.domain import sampling
 from bdlm_jax.domain.arm import DomainArm
-from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.lm.causal_lm import gather_positions
 from bdlm_jax.lm.pretrain import text_cross_entropy
 from bdlm_jax.losses import align_loss, bpr_loss, catalogue_loss, kl_loss
@@ -90,7 +90,7 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
     + kl·T²KL(domain's scores ‖ LM's scores). Cold items take no part in the softmax of the next item: nothing is known
     of who wants them, so they must not be everybody's negatives (ours).
     """
-    lm = params["lm"]
+    lm = lora.merge(params["lm"])
     rows_XM, rows_IM = id_rows(params, bridge=bridge, arm=arm)
     hidden_BLM = causal_lm.lm_hidden(
         lm, bridge.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
@@ -179,7 +179,7 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
     return terms
 
 
-def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
+def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer, rules=None, accumulate: int = 1):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
     `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
@@ -190,37 +190,45 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer):
       bridge: static facts of the model.
       weights: the loss weights.
       optimizer: optax transformation over the whole params; freezes what the LM phase must not touch.
+      rules: the optimiser's rules, for a gradient of what trains alone; None takes it of every leaf.
+      accumulate: parts in which a batch goes through the decoder, one after the other, for the memory of one: sums and
+        counts run over all of them, so the step is that of the whole batch (but for infonce, whose negatives are the
+        part's own).
     """
 
     def lm_step(state: TrainState, batch, view, constants, *, axis_name=None):
         key, dropout_key = jax.random.split(state.key)
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(batch["row"]) if bridge.lm.dropout else None
 
-        def losses(params):
+        def losses(params, batch):
+            rows_B = batch["row"]
+            keys_B = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(rows_B) if bridge.lm.dropout else None
             return lm_losses(
                 params, batch, view, constants,
                 arm=arm, bridge=bridge, weights=weights, keys_B=keys_B, axis_name=axis_name,
             )  # fmt: skip
 
-        return _update(state._replace(key=key), losses, dataclasses.asdict(weights), optimizer, axis_name)
+        return _update(
+            state._replace(key=key), losses, batch, dataclasses.asdict(weights), optimizer, axis_name,
+            rules=rules, parts=accumulate,
+        )  # fmt: skip
 
     return lm_step
 
 
-def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer):
+def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer, rules=None):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) of the domain arm on a drawn batch.
 
     `view` is the LM arm at the start of the phase: state_user (U, M), rows_item (I, M), z_user (U, D), z_item (I, D);
-    empty for an arm that trains alone.
+    empty for an arm that trains alone. `rules` as in `make_lm_step`.
     """
 
     def domain_step(state: TrainState, batch, view, constants, *, axis_name=None):
-        def losses(params):
+        def losses(params, batch):
             return domain_losses(
                 params, batch, view, constants, arm=arm, bridge=bridge, weights=weights, axis_name=axis_name
             )
 
-        return _update(state, losses, dataclasses.asdict(weights), optimizer, axis_name)
+        return _update(state, losses, batch, dataclasses.asdict(weights), optimizer, axis_name, rules=rules)
 
     return domain_step
 
@@ -325,19 +333,39 @@ def make_slots(*, batch_size: int, kl_users: int = 0) -> dict:
     return slots
 
 
-def _update(state: TrainState, losses, weights: dict, optimizer, axis_name):
+def _update(state: TrainState, losses, batch, weights: dict, optimizer, axis_name, *, rules=None, parts: int = 1):
     total = (lambda x: jax.lax.psum(x, axis_name)) if axis_name else (lambda x: x)
+    trained, put = optimizers.split_trained(state.params, rules)
 
-    def objective(params):
-        terms = losses(params)
-        counts = {name: jnp.maximum(total(jax.lax.stop_gradient(count)), 1e-9) for name, (_, count) in terms.items()}
+    def count(terms):
+        return {name: jnp.maximum(total(jax.lax.stop_gradient(count)), 1e-9) for name, (_, count) in terms.items()}
+
+    def objective(trained, batch, counts=None):
+        terms = losses(put(trained, state.params), batch)
+        counts = count(terms) if counts is None else counts
         shares = {name: value / counts[name] for name, (value, _) in terms.items()}
         return sum(weights[name] * share for name, share in shares.items()), shares
 
-    grads, shares = jax.grad(objective, has_aux=True)(state.params)
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        grads, shares = gradient(trained, batch)
+    else:
+        # The counts of all parts come first: a part's share of the loss is its sum over the whole batch's count. No
+        # count depends on the decoder, so the compiler leaves its forward pass out of this.
+        batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        each = jax.lax.map(lambda part: {k: (0.0, n) for k, (_, n) in losses(state.params, part).items()}, batches)
+        counts = count(jax.tree.map(jnp.sum, each))
+
+        def add(so_far, part):
+            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), so_far, gradient(trained, part, counts)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained), dict.fromkeys(counts, jnp.zeros(()))
+        (grads, shares), _ = jax.lax.scan(add, zeros, batches)
     grads, metrics = total(grads), total(shares)
     metrics["loss"] = sum(weights[name] * value for name, value in metrics.items())
     metrics["gradient_norm"] = optax.tree.norm(grads)
+    if rules is not None:
+        grads = put(grads, jax.tree.map(jnp.zeros_like, state.params))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics

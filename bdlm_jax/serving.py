@@ -259,13 +259,14 @@ def _lm_tensors(run, params: Params) -> tuple[dict, dict]:
     import jax
 
     from bdlm_jax import mutual, stages
+    from bdlm_jax.lm import lora
 
     c, vocabulary, config = run.config, run.texts.vocabulary, stages.lm_config(run)
     bridge = stages.make_bridge(run, reads=c.mutual.reads)
     id_rows = jax.jit(mutual.id_rows, static_argnames=("bridge", "arm"))
     rows_XM, _ = id_rows(params, bridge=bridge, arm=stages.make_arm(run, c.domain.model))
     tensors = {
-        "lm": {name: value for name, value in params["lm"].items() if name != "bridge"},
+        "lm": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
         "id_rows": np.asarray(rows_XM, np.float32),
         "titles": _joined(run.texts.titles),
     }
