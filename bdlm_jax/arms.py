@@ -206,7 +206,7 @@ def make_lm_arm(
     }
     optimizer = optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = mutual.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
-    compiled = parallel.compile_step(step, parallel=config.parallel)
+    compiled = parallel.compile_step(step, parallel=config.parallel, mesh=config.mesh.to_dict())
     constants = {"warm_I": jnp.asarray(warm_items(run.data))}
     if weights.kl:
         constants["seen_UI"] = _seen(run, (TRAIN,))
@@ -268,7 +268,7 @@ def make_domain_arm(
     epoch = mutual.make_domain_epoch(
         step, batch_size=batch_size, kl_users=kl_users, kl_items=m.kl_items if weights.kl else 0
     )
-    compiled = parallel.compile_step(epoch, parallel=config.parallel)
+    compiled = parallel.compile_step(epoch, parallel=config.parallel, mesh=config.mesh.to_dict())
     slots = mutual.make_slots(batch_size=batch_size, kl_users=kl_users)
     return Arm(compiled=compiled, optimizer=optimizer, batch=lambda number: slots, view=view, constants=constants)
 

@@ -14,7 +14,7 @@ import ml_collections
 from bdlm_jax.data import amazon, movielens, sources, synthetic
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.lm.prompts import USER_TOKENS
-from bdlm_jax.runtime import parallel
+from bdlm_jax.runtime import mesh, parallel
 from bdlm_jax.types import InputError
 
 MODELS = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")
@@ -107,6 +107,7 @@ RULES = {
     **{f"mutual.domain.{name}": _number(0) for name in ("bpr", "align_user", "align_item", "kl")},
     "evaluate.protocols": _words(1), "evaluate.text_protocols": _words(0), "evaluate.chunk": _whole(1),
     "evaluate.text_history": _whole(1),
+    **{f"mesh.{axis}": _whole(-1) for axis in mesh.AXES},
     "runtime.checkpoint_seconds": _number(0), "runtime.tensorboard": _FLAG,
 }  # fmt: skip
 _FREE = ("data.options", "data.candidates")  # whose keys the config chooses
@@ -259,6 +260,9 @@ def _check_paths(config) -> None:
 def _check_devices(config, *, n_devices: int) -> None:
     if config.parallel == "jit":
         return
+    if config.parallel == "mesh":
+        sizes = mesh.mesh_sizes(config.mesh.to_dict(), n_devices)
+        n_devices = sizes["data"] * sizes["fsdp"]  # a batch is not split over tensor
     for key, size in (
         ("lm.batch_rows", config.lm.batch_rows),
         ("domain.batch_size", config.domain.batch_size),

@@ -8,6 +8,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.parallel = "jit"  # jit | pmap | mesh
+    c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of parallel "mesh"; -1: what is left
     c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # what is trained and reported
 
     c.data = data = ml_collections.ConfigDict()

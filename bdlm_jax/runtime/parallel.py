@@ -5,8 +5,7 @@ The three ways give the same numbers, because a step sums its losses, counts and
 """
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bdlm_jax.runtime import mesh as mesh_lib
+from bdlm_jax.runtime.mesh import BATCH_AXES
 from bdlm_jax.types import InputError
 
 AXIS = "data"
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 class Compiled(NamedTuple):
@@ -31,12 +31,18 @@ class Compiled(NamedTuple):
     place_state: host pytree -> placed pytree, always a copy, so that donation never eats the caller's arrays.
     fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys.
     place_constants: pytree -> the same on every device; constants placed once are not sent again by every `run`.
+    place_batch: batch -> the batch on its devices, for a caller that sends it before it is needed; `run` takes both.
+    abstract_state: pytree -> shapes with their shardings, to restore into; "mesh" only.
+    lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array; "mesh" only.
     """
 
     run: Callable[..., tuple[Any, Any]]
     place_state: Callable[[Any], Any]
     fetch_state: Callable[[Any], Any]
     place_constants: Callable[[Any], Any]
+    place_batch: Callable[[Any], Any]
+    abstract_state: Callable[[Any], Any] | None = None
+    lower: Callable[..., Any] | None = None
 
 
 def compile_step(
@@ -45,7 +51,8 @@ def compile_step(
     parallel: str,
     n_devices: int | None = None,
     donate: bool = True,
-    rules: Rules = (),
+    mesh: Mapping[str, int] | None = None,
+    rules: mesh_lib.Rules = mesh_lib.RULES,
 ) -> Compiled:
     """Compiles a pure step the way the config's one word says.
 
@@ -53,23 +60,23 @@ def compile_step(
         step: `step(state, batch, *constants, axis_name=None) -> (state, metrics)`; where `axis_name` is given it sums
             counts, metrics and gradients over that axis.
         parallel: "jit" (one device), "pmap" (the state replicated, the batch split by rows), "mesh" (jit with named
-            shardings: the batch split by rows, the state replicated but for `rules`).
+            shardings: the batch split by rows over data and fsdp, the state as `rules` say).
         n_devices: how many of the machine's devices; None: all ("jit" takes one).
         donate: the state's memory is reused for the new state.
-        rules: "mesh" only; `(pattern, axes)` pairs, the first whose regular expression is found in a leaf's path
-            ("params/shared/item") shards that leaf, `("data", None)` by rows, `(None, "data")` by columns.
+        mesh: "mesh" only; sizes of the axes, see `mesh.mesh_sizes`; None: all devices on "data".
+        rules: "mesh" only; see `mesh.state_layout`.
 
     Returns:
         A `Compiled`.
 
     Raises:
-        InputError: an unknown word, more devices than there are, rules without a mesh; later, from `run`, a batch that
-            does not divide by the devices, and from `place_state`, a rule that fits no leaf or not its shape.
+        InputError: an unknown word, more devices than there are, a mesh of another size; later, from `run`, a batch
+            that does not divide by the devices, and from `place_state`, a leaf that does not divide.
     """
     if parallel not in ("jit", "pmap", "mesh"):
         raise InputError(f"config.parallel is {parallel!r}; use 'jit', 'pmap' or 'mesh'.")
-    if rules and parallel != "mesh":
-        raise InputError(f"config.parallel is {parallel!r}, which shards no parameters; use 'mesh' or drop the rules.")
+    if parallel != "mesh" and jax.process_count() > 1:
+        raise InputError(f"config.parallel is {parallel!r}, which one process runs alone; use 'mesh' with several.")
     n_here = jax.device_count()
     wanted = 1 if parallel == "jit" else n_devices or n_here
     if not 1 <= wanted <= n_here or (parallel == "jit" and n_devices not in (None, 1)):
@@ -80,7 +87,10 @@ def compile_step(
         return _compile_jit(step, devices[0], donate)
     if parallel == "pmap":
         return _compile_pmap(step, devices, donate)
-    return _compile_mesh(step, devices, donate, tuple(rules))
+    sizes = mesh_lib.mesh_sizes(mesh or {"data": -1}, len(devices))
+    types = (AxisType.Auto,) * len(sizes)
+    made = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    return _compile_mesh(step, made, donate, tuple(rules))
 
 
 def all_sum(tree: Any, axis_name: str | None) -> Any:
@@ -119,12 +129,16 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     def place_state(state):
         return jax.device_put(jax.tree.map(_fresh, state), device)
 
-    return Compiled(compiled, place_state, _to_host, lambda constants: jax.device_put(constants, device))
+    def place(tree):
+        return jax.device_put(tree, device)
+
+    return Compiled(compiled, place_state, _to_host, place, place)
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
     n = len(devices)
-    replicated = NamedSharding(_mesh(devices), PartitionSpec())
+    one_axis = jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    replicated = NamedSharding(one_axis, PartitionSpec())
     # The axis' name is part of an array's layout: another one here, and the second step compiles again.
     replicate = jax.pmap(lambda _, tree: tree, axis_name=AXIS, in_axes=(0, None), devices=devices)
     compiled_by_count: dict[int, Callable] = {}
@@ -141,6 +155,10 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
             )
         return compiled_by_count[n_constants]
 
+    def place_batch(batch):
+        _check_batch(batch, n)
+        return batch
+
     def run(state, batch, *constants):
         _check_batch(batch, n)
         rows = jax.tree.map(lambda leaf: leaf.reshape((n, leaf.shape[0] // n) + leaf.shape[1:]), batch)
@@ -152,73 +170,117 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
     def fetch_state(state):
         return _to_host(jax.tree.map(lambda leaf: leaf[0], state))
 
-    return Compiled(run, place_state, fetch_state, lambda constants: jax.device_put(constants, replicated))
+    return Compiled(run, place_state, fetch_state, lambda constants: jax.device_put(constants, replicated), place_batch)
 
 
-def _compile_mesh(step: Callable, devices: list[jax.Device], donate: bool, rules: tuple) -> Compiled:
-    mesh = _mesh(devices)
-    replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rules) -> Compiled:
+    sizes = dict(mesh.shape)
+    replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    n_rows = sizes["data"] * sizes["fsdp"]
+    layouts: dict[Any, Any] = {}  # by the placed state's structure and shapes
+
+    def lay_out(state):
+        layout = mesh_lib.state_layout(state, sizes, rules)
+        seen = jax.tree.structure(state), tuple(leaf.padded for leaf in jax.tree.leaves(layout))
+        if layouts.setdefault(seen, layout) != layout:
+            raise ValueError("one compiled step was given two states of one padded shape; compile a step for each.")
+        return layout
+
+    def layout_of(placed):
+        return layouts.get((jax.tree.structure(placed), tuple(leaf.shape for leaf in jax.tree.leaves(placed))))
 
     def sharded_step(state, batch, *constants):
-        state, metrics = step(state, batch, *constants)
+        layout = layout_of(state) or lay_out(state)
+        state, metrics = step(_unpadded(state, layout), batch, *constants)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
-        state = jax.lax.with_sharding_constraint(state, _state_shardings(state, mesh, rules))
+        shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.spec), layout)
+        state = jax.lax.with_sharding_constraint(_padded(state, layout), shardings)
         return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: replicated, metrics))
 
     compiled = jax.jit(sharded_step, donate_argnums=(0,) if donate else ())
 
+    def place_batch(batch):
+        _check_batch(batch, n_rows)
+        return jax.tree.map(lambda leaf: _spread(leaf, by_rows), batch)
+
     def run(state, batch, *constants):
-        _check_batch(batch, len(devices))
-        return compiled(state, jax.device_put(batch, by_rows), *place_constants(constants))
+        return compiled(state, place_batch(batch), *place_constants(constants))
 
     def place_state(state):
-        fresh = jax.tree.map(_fresh, state)
-        _check_rules(fresh, mesh, rules)
-        return jax.device_put(fresh, _state_shardings(fresh, mesh, rules))
+        return jax.tree.map(
+            lambda leaf, layout: _spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=True),
+            state,
+            lay_out(state),
+        )
+
+    def fetch_state(state):
+        return _unpadded(_to_host(_gathered(state, replicated)), layout_of(state))
 
     def place_constants(constants):
-        return jax.device_put(constants, replicated)
+        return jax.tree.map(lambda leaf: _spread(leaf, replicated), constants)
 
-    return Compiled(run, place_state, _to_host, place_constants)
+    def abstract_state(state):
+        def abstract(leaf, layout):
+            sharding = NamedSharding(mesh, layout.spec)
+            return jax.ShapeDtypeStruct(layout.padded, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(abstract, state, lay_out(state))
+
+    def lower(state, batch, *constants):
+        _check_batch(batch, n_rows)
+        shaped = lambda tree, sharding: jax.tree.map(  # noqa: E731
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+        return compiled.lower(abstract_state(state), shaped(batch, by_rows), *shaped(constants, replicated))
+
+    return Compiled(run, place_state, fetch_state, place_constants, place_batch, abstract_state, lower)
 
 
-def _mesh(devices: list[jax.Device]) -> Mesh:
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def _state_shardings(state: Any, mesh: Mesh, rules: tuple) -> Any:
-    def sharding(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def _check_rules(state: Any, mesh: Mesh, rules: tuple) -> None:
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-    taken = set()
-    for pattern, axes in rules:
-        names = [name for name in shapes if re.search(pattern, name)]
-        if not names:
-            raise InputError(
-                f"The sharding rule {pattern!r} fits no parameter; paths look like {next(iter(shapes))!r}."
+def _spread(leaf: Any, sharding: NamedSharding, shape: tuple | None = None, *, copy: bool = False) -> jax.Array:
+    """Puts a leaf where the sharding says, each device's part by itself; `shape` adds rows of zeros."""
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = _spread(jax.random.key_data(leaf), sharding, copy=copy)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if len(leaf.sharding.device_set) > 1:  # it may be too large for any one place
+            pad = [(0, n - m) for n, m in zip(shape or leaf.shape, leaf.shape)]
+            return jax.jit(lambda x: jnp.pad(x, pad) if any(map(any, pad)) else jnp.copy(x), out_shardings=sharding)(
+                leaf
             )
-        for name in names:
-            if name in taken:
-                continue
-            taken.add(name)
-            shape = shapes[name]
-            if len(axes) > len(shape) or any(
-                axis is not None and size % mesh.shape.get(axis, size + 1) for axis, size in zip(axes, shape)
-            ):
-                raise InputError(
-                    f"The sharding rule {pattern!r} -> {tuple(axes)} does not fit {name} of shape {shape} on "
-                    f"{mesh.size} devices (axis {AXIS!r}): each sharded size must be a multiple of the devices."
-                )
+    host = np.asarray(leaf, dtype=jnp.result_type(leaf))
+    shape = host.shape if shape is None else shape
+
+    def part(index):
+        found = host[index]
+        rows = index[0].indices(shape[0]) if index else (0, 0, 1)
+        missing = rows[1] - rows[0] - len(found) if index else 0
+        # A copy: on the CPU the array may alias the NumPy buffer, and a later donation must not write into it.
+        return np.array(found) if not missing else np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1))
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _gathered(tree: Any, replicated: NamedSharding) -> Any:
+    """Brings what other processes hold here; what this process can read stays as it is."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.is_fully_addressable else jax.jit(lambda x: x, out_shardings=replicated)(leaf), tree
+    )
+
+
+def _padded(state: Any, layout: Any) -> Any:
+    return jax.tree.map(lambda leaf, to: _with_rows(leaf, to.padded), state, layout)
+
+
+def _with_rows(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return leaf if leaf.shape == shape else jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape)])
+
+
+def _unpadded(state: Any, layout: Any) -> Any:
+    if layout is None:
+        return state
+    return jax.tree.map(lambda leaf, to: leaf if to.shape == to.padded else leaf[: to.shape[0]], state, layout)
 
 
 def _check_batch(batch: Any, n_devices: int) -> None:

@@ -75,7 +75,7 @@ def test_a_second_step_does_not_compile_again():
         ({"parallel": "jit", "n_devices": 2}, "1 to 1"),
         ({"parallel": "pmap", "n_devices": 10**6}, "devices were asked for"),
         ({"parallel": "mesh", "n_devices": -1}, "devices were asked for"),
-        ({"parallel": "jit", "rules": (("a", ("data",)),)}, "shards no parameters"),
+        ({"parallel": "mesh", "mesh": {"fsdp": 1000}}, "fsdp 1000 x tensor 1, which needs 1000 devices, but there are"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(options, words):
