@@ -4,11 +4,7 @@
 the backward pass. Three backends give the same numbers; which is fastest depends on the device and the graph's size.
 """
 
-import functools
-import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +14,16 @@ import scipy.sparse
 
 from bdlm_jax.types import Array, InputError
 
-BACKENDS = ("auto", "segment", "dense", "host")
+BACKENDS = ("auto", "segment", "dense", "gather")
 
-# Measured on 2 cores at D = 64: the dense product costs about 1.3 ns an entry of R, the host's threads about 14 ns an
-# edge and half a millisecond a call. On an accelerator the dense product wins while R fits comfortably.
+# Measured on 2 cores at D = 64: the dense product costs about 1.3 ns an entry of R, the gathers about 14 ns an edge. On
+# an accelerator the dense product wins while R fits comfortably.
 ENTRIES_PER_EDGE_CPU = 12
 ENTRIES_PER_CALL_CPU = 2**18
 DENSE_ENTRIES_ACCELERATOR = 2**25
 
-# XLA copies a callback's unaligned operand of 100 KiB or more on its own thread pool, which on a machine of few cores
-# is the thread that waits for the callback: a deadlock. Smaller operands are copied in place, so we hand over pieces.
-PIECE_BYTES = 96 * 1024
+# Each width is compiled by itself, which costs time; fewer of them pad more.
+BLOCK_WIDTHS = (1, 2, 4, 8, 16)
 
 
 def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> jraph.GraphsTuple:
@@ -82,24 +77,22 @@ def make_propagate(
       graph: from `make_graph`.
       n_users: U.
       n_items: I.
-      backend: "segment" gathers and sums over edges (`jraph.segment_sum`); "dense" multiplies by R (U, I); "host" runs
-        scipy's CSR product in threads through `jax.pure_callback` (CPU only); "auto" takes the one measured as fastest.
+      backend: "segment" gathers and sums over edges (`jraph.segment_sum`); "dense" multiplies by R (U, I); "gather"
+        sums fixed-width blocks of neighbours; "auto" takes the one measured as fastest.
 
     Returns:
       propagate(user_UD, item_ID) -> (user_UD, item_ID), the two halves of Â·E, in the dtype of the input.
 
     Raises:
-      InputError: an unknown backend, "host" on an accelerator, or a graph of another size.
+      InputError: an unknown backend, or a graph of another size or with other weights.
     """
     if backend not in BACKENDS:
         raise InputError(f"propagation backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
     if int(graph.n_node[0]) != n_users + n_items:
         raise InputError(f"the graph has {int(graph.n_node[0])} nodes, not {n_users} users and {n_items} items.")
-    if backend == "host" and jax.default_backend() != "cpu":
-        raise InputError("propagation backend 'host' runs on the CPU only: choose 'auto', 'dense' or 'segment'.")
     if backend == "auto":
         backend = choose_backend(n_users=n_users, n_items=n_items, n_edges=int(graph.n_edge[0]) // 2)
-    make = {"segment": _segment_backend, "dense": _dense_backend, "host": _host_backend}[backend]
+    make = {"segment": _segment_backend, "dense": _dense_backend, "gather": _gather_backend}[backend]
     apply = make(graph, n_users, n_items)
 
     @jax.custom_vjp
@@ -113,10 +106,9 @@ def make_propagate(
 def choose_backend(*, n_users: int, n_items: int, n_edges: int) -> str:
     """Returns the backend that "auto" stands for on the present device; n_edges counts interactions once."""
     entries = n_users * n_items
-    # Several CPU devices (fake ones, mostly) would queue for the same host threads.
-    if jax.default_backend() != "cpu" or jax.local_device_count() > 1:
+    if jax.default_backend() != "cpu":
         return "dense" if entries <= DENSE_ENTRIES_ACCELERATOR else "segment"
-    return "dense" if entries <= ENTRIES_PER_EDGE_CPU * n_edges + ENTRIES_PER_CALL_CPU else "host"
+    return "dense" if entries <= ENTRIES_PER_EDGE_CPU * n_edges + ENTRIES_PER_CALL_CPU else "gather"
 
 
 def _segment_backend(graph, n_users, n_items):
@@ -148,39 +140,54 @@ def _dense_backend(graph, n_users, n_items):
     return apply
 
 
-def _host_backend(graph, n_users, n_items):
-    matrix_UI, loop_U, loop_I = _bipartite(graph, n_users, n_items)
-    matrix_IU = matrix_UI.T.tocsr()
-    alone_U, alone_I = np.flatnonzero(loop_U), np.flatnonzero(loop_I)
-    blocks = max(1, _cores() // 2)
-    to_user, to_item = _row_blocks(matrix_UI, blocks), _row_blocks(matrix_IU, blocks)
-    pool = _thread_pool()
+def _gather_backend(graph, n_users, n_items):
+    """Sums neighbours as a tree: a list is cut into blocks of a few fixed widths, then so is the list of their sums."""
+    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
+    scale_N = 1.0 / np.sqrt(np.bincount(receivers, minlength=n_users + n_items))
+    if not np.allclose(graph.edges, scale_N[senders] * scale_N[receivers], rtol=1e-5):
+        raise InputError("propagation backend 'gather' takes the weights of make_graph only: choose 'segment'.")
+    levels, last_N = _neighbour_blocks(senders, receivers, n_users + n_items)
+    levels, scale_N1 = jax.tree.map(jnp.asarray, levels), jnp.asarray(scale_N, jnp.float32)[:, None]
 
-    def join(results, rows, alone):
-        out = results[0] if len(results) == 1 else np.concatenate(results)
-        out[alone] += rows[alone]  # self-loops have weight 1
-        return out
-
-    # Nothing of JAX may run in here: the thread that would run it may be the one that waits for this function.
-    def multiply(user_pieces, item_pieces):
-        user = np.concatenate([np.asarray(piece) for piece in user_pieces]).reshape(n_users, -1)
-        item = np.concatenate([np.asarray(piece) for piece in item_pieces]).reshape(n_items, -1)
-        jobs = [pool.submit(block.__matmul__, item) for block in to_user]
-        jobs += [pool.submit(block.__matmul__, user) for block in to_item[:-1]]
-        last = to_item[-1] @ user
-        done = [job.result() for job in jobs] + [last]
-        return join(done[:blocks], user, alone_U), join(done[blocks:], item, alone_I)
-
-    def pieces(rows):
-        flat, step = rows.astype(jnp.float32).reshape(-1), PIECE_BYTES // 4
-        return [flat[start : start + step] for start in range(0, flat.shape[0], step)]
+    def rows_of(table, index):
+        return table.at[index].get(mode="promise_in_bounds")
 
     def apply(user_UD, item_ID):
-        shapes = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape, jnp.float32), (user_UD, item_ID))
-        out = jax.pure_callback(multiply, shapes, pieces(user_UD), pieces(item_ID), vmap_method="sequential")
-        return out[0].astype(user_UD.dtype), out[1].astype(item_ID.dtype)
+        scale = scale_N1.astype(jnp.promote_types(user_UD.dtype, jnp.float32))
+        table = scale * jnp.concatenate([user_UD, item_ID])
+        for blocks in levels:
+            # Sums of separate gathers, because XLA fuses these into one pass and a gather with a reduction it does not.
+            table = jnp.pad(table, ((0, 1), (0, 0)))
+            table = jnp.concatenate([sum(rows_of(table, index) for index in block_WE) for block_WE in blocks])
+        user = scale[:n_users] * rows_of(table, last_N[:n_users])
+        item = scale[n_users:] * rows_of(table, last_N[n_users:])
+        return user.astype(user_UD.dtype), item.astype(item_ID.dtype)
 
     return apply
+
+
+def _neighbour_blocks(senders, receivers, n_nodes):
+    """Cuts sorted neighbour lists into blocks, the list of blocks again, and so on until each node has one block.
+
+    Returns:
+      (levels, row of every node in the last level). A level is a list of index arrays (W, number of blocks of width W)
+      into the rows of the level before; the index behind its last row pads.
+    """
+    levels, n_rows, widest = [], n_nodes, BLOCK_WIDTHS[-1]
+    while True:
+        degree_N = np.bincount(receivers, minlength=n_nodes)
+        first_N = np.cumsum(degree_N) - degree_N
+        blocks_N = -(-degree_N // widest)
+        place = np.arange(receivers.size) - first_N[receivers]
+        block = (np.cumsum(blocks_N) - blocks_N)[receivers] + place // widest
+        padded = np.full((blocks_N.sum(), widest), n_rows, np.int32)
+        padded[block, place % widest] = senders
+        width = np.array(BLOCK_WIDTHS)[np.searchsorted(BLOCK_WIDTHS, np.bincount(block))]
+        levels.append([padded[width == w, :w].T for w in BLOCK_WIDTHS if (width == w).any()])
+        senders = np.argsort(np.argsort(width, kind="stable"), kind="stable").astype(np.int32)
+        receivers, n_rows = np.repeat(np.arange(n_nodes), blocks_N), len(padded)
+        if n_rows == n_nodes:
+            return levels, senders
 
 
 def _bipartite(graph, n_users, n_items):
@@ -194,21 +201,6 @@ def _bipartite(graph, n_users, n_items):
         (weights[into_user], (receivers[into_user], senders[into_user] - n_users)), shape=(n_users, n_items)
     )
     return matrix_UI, loop_N[:n_users], loop_N[n_users:]
-
-
-def _row_blocks(matrix, blocks):
-    bounds = np.searchsorted(matrix.indptr, np.linspace(0, matrix.nnz, blocks + 1))
-    bounds[0], bounds[-1] = 0, matrix.shape[0]
-    return [matrix[start:stop] for start, stop in itertools.pairwise(bounds)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def _thread_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_cores(), thread_name_prefix="propagate")
 
 
 def _checked(index, name, size):
