@@ -10,13 +10,13 @@ from scipy.special import log_softmax
 
 from bdlm_jax.lm.causal_lm import (
     LMConfig,
-    _dropout,
     continuation_log_likelihood,
     gather_positions,
     init_lm,
     lm_hidden,
     text_logits,
 )
+from bdlm_jax.lm.decoder import _dropout
 from bdlm_jax.types import InputError
 
 CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32)
@@ -27,7 +27,7 @@ N_IDS = 7
 def _looped_layers():
     # A loop compiles one layer: the suite takes half the time. One test below proves that unrolling changes nothing.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", 0)
+        patch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)
         yield
 
 
@@ -187,7 +187,7 @@ def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
 def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
     row = _row([1, 40, 5, 9], length=4)
     looped = hidden_of(params, CONFIG, *row, id_rows_XM)
-    monkeypatch.setattr("bdlm_jax.lm.causal_lm._UNROLLED_LAYERS", CONFIG.n_layers)
+    monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", CONFIG.n_layers)
     unrolled = jax.jit(lambda *arrays: lm_hidden(params, CONFIG, *arrays))(*row, id_rows_XM)
     np.testing.assert_allclose(looped, unrolled, atol=1e-5)
 
