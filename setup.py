@@ -44,11 +44,13 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],
         "test": [
+            "filelock>=3.16",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             # Its formatter changes with its minor version; .pre-commit-config.yaml names the same.
             "ruff~=0.17.0",
             "tensorboardX>=2.6",

@@ -1,5 +1,6 @@
-"""What the tests share: quick compilation, and one tiny run, trained once a session."""
+"""What the tests share: quick compilation, a process a core for the whole suite, and one tiny run a session."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,12 +13,42 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # experiments/ lies beside the package, not in it
 
+# A worker takes whole files in this order; what takes longest comes first, so that no core waits for another's last.
+LONGEST_FIRST = ("resume_test.py", "multi_device_test.py", "causal_lm_test.py", "colab_test.py")
+MOST_WORKERS = 4  # each holds JAX and its compiled programs: about a gigabyte
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Where `pytest` is called without paths, it runs in several processes; `-n 0` keeps it in one."""
+    whole = config.args_source is not config.ArgsSource.ARGS and not config.option.usepdb
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = min(_cores(), MOST_WORKERS) if _cores() > 1 else 0
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def tiny_run(tmp_path_factory, request):
     """(config, workdir, results) of experiments/tiny.py, trained once; copy the workdir before you change it."""
     from bdlm_jax.train import train_and_evaluate
     from experiments import tiny
 
-    config, workdir = tiny.get_config(), tmp_path_factory.mktemp("tiny") / "run"
-    return config, workdir, train_and_evaluate(config, str(workdir))
+    config, folder = tiny.get_config(), tmp_path_factory.getbasetemp()
+    if not hasattr(request.config, "workerinput"):
+        return config, folder / "tiny", train_and_evaluate(config, str(folder / "tiny"))
+
+    import filelock
+
+    workdir, results = folder.parent / "tiny", folder.parent / "tiny.json"
+    with filelock.FileLock(f"{workdir}.lock"):
+        if not results.exists():
+            results.write_text(json.dumps(train_and_evaluate(config, str(workdir))))
+    return config, workdir, json.loads(results.read_text())
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
