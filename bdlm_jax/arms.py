@@ -3,6 +3,7 @@
 `stages` says what is trained and in which order; this is what it is made of.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from bdlm_jax.data.splits import TRAIN, check_training_edges
 from bdlm_jax.domain import graph, lightgcn, mf, ncf, sasrec
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.fit import Arm, Fitted, fit
-from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights
 from bdlm_jax.prepare import KNOWN, Data
 from bdlm_jax.runtime import parallel
@@ -50,12 +51,15 @@ class Run(NamedTuple):
         )
 
 
+FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
 DOT_ARM = mf.mf_arm()  # stands in where no domain model takes part
 
 
 def lm_config(run: Run) -> causal_lm.LMConfig:
-    """The decoder's shape from the config and the vocabulary."""
+    """The decoder's shape from the config (its own words, or a config.json's) and the vocabulary."""
     c = run.config.lm
+    if c.path or c.config:
+        return dataclasses.replace(own_lm_config(run.config), vocab_size=run.texts.vocabulary.n_text)
     return causal_lm.LMConfig(
         vocab_size=run.texts.vocabulary.n_text,
         width=c.width,
@@ -68,6 +72,14 @@ def lm_config(run: Run) -> causal_lm.LMConfig:
         remat=c.remat,
         dropout=c.dropout,
     )
+
+
+def own_lm_config(config: ml_collections.ConfigDict) -> causal_lm.LMConfig:
+    """The decoder's shape as the config.json of `lm.path` or `lm.config` gives it, in its own number of text rows."""
+    from bdlm_jax.lm import families
+
+    c = config.lm
+    return families.lm_config_from_hf(c.path or c.config, dtype=c.dtype, remat=c.remat, dropout=c.dropout)
 
 
 def make_bridge(run: Run, *, reads: str) -> Bridge:
@@ -114,8 +126,23 @@ def init_domain_params(run: Run, arm: DomainArm, stage: str) -> Params:
     return {"shared": shared, "domain": arm.init(domain_key)}
 
 
-def init_params(run: Run, arm, stage: str, *, reads: str, pretrained=None, domain_params=None) -> Params:
-    """Makes the whole tree: tables and domain params from the trained domain model, the LM from pretraining."""
+def load_weights(run: Run) -> Params | None:
+    """Loads the decoder of `lm.path` in the vocabulary's number of rows; None where no path is given."""
+    c = run.config.lm
+    if not c.path:
+        return None
+    from bdlm_jax.lm import huggingface
+
+    return huggingface.load_lm(c.path, lm_config(run), dtype=c.param_dtype)
+
+
+def init_params(
+    run: Run, arm, stage: str, *, reads: str, pretrained=None, domain_params=None, trains: str | None = None
+) -> Params:
+    """Makes the whole tree: tables and domain params from the trained domain model, the LM from `pretrained`.
+
+    `trains` as in `make_lm_arm`: "lora" puts adapters beside a decoder that has none yet.
+    """
     keys = jax.random.split(run.stage_key(stage + "/init"), 4)
     shared = sharing.init_shared(keys[0], **_tables_shape(run), std=run.config.shared.std)
     domain = arm.init(keys[1])
@@ -123,10 +150,17 @@ def init_params(run: Run, arm, stage: str, *, reads: str, pretrained=None, domai
         domain = domain_params.get("domain", domain)
         if run.config.shared.initial == "domain":
             shared = domain_params["shared"]
-    lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], lm_config(run))
-    gain = run.config.lm.row_std / table_std(run, shared, domain, arm, reads)
+    c, shape = run.config.lm, lm_config(run)
+    lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], shape)
+    if c.param_dtype != "float32":
+        narrow = lambda tree: jax.tree.map(lambda leaf: leaf.astype(c.param_dtype), tree)  # noqa: E731
+        lm = {name: value if name in lora.NOT_DECODER else narrow(value) for name, value in lm.items()}
+    if (trains or c.trains) == "lora" and lora.LORA not in lm:
+        options = {"rank": c.lora_rank, "targets": c.lora_targets, "alpha": c.lora_alpha}
+        lm = {**lm, lora.LORA: lora.init_lora(jax.random.fold_in(keys[2], 1), lm, **options)}
+    gain = row_std(run, pretrained) / table_std(run, shared, domain, arm, reads)
     bridge = sharing.init_bridge(
-        keys[3], width=run.config.shared.width, lm_width=run.config.lm.width, gain=gain,
+        keys[3], width=run.config.shared.width, lm_width=shape.width, gain=gain,
         out_std=table_std(run, shared, domain, arm, "propagated"),
     )  # fmt: skip
     return {
@@ -140,6 +174,22 @@ def table_std(run: Run, shared, domain, arm, reads: str) -> float:
     """Standard deviation of the rows that the LM reads of items with interactions."""
     _, item_ID = sharing.read_tables(shared, domain, encode=arm.encode, reads=reads)
     return float(jnp.std(item_ID[jnp.asarray(warm_items(run.data))]))
+
+
+def row_std(run: Run, pretrained: Params | None) -> float:
+    """Standard deviation of the <iid> rows as the LM first reads them: `lm.row_std`, or with 0 the text rows' own size.
+
+    The bridge keeps the norm of a row up to its gain, so the mean norm of the text rows is what is matched; a row of D
+    entries of this standard deviation has it (ours).
+    """
+    if run.config.lm.row_std:
+        return run.config.lm.row_std
+    shape = lm_config(run)
+    norm = FRESH_STD * shape.width**0.5
+    if pretrained is not None:
+        norm = sharing.row_statistics(pretrained["embedding"][: len(run.texts.vocabulary.tokenizer)])["norm"]
+    scale = shape.width**0.5 if shape.scale_embedding else 1.0
+    return scale * norm / min(run.config.shared.width, shape.width) ** 0.5
 
 
 def _tables_shape(run: Run) -> dict:
@@ -160,6 +210,8 @@ def make_lm_arm(
     arm: DomainArm = DOT_ARM,
     rate,
     rows_std: float | None = None,
+    row_std: float | None = None,
+    trains: str | None = None,
     bridge_rate: float | None = None,
     user_dropout: float | None = None,
     train_shared: bool = True,
@@ -176,6 +228,8 @@ def make_lm_arm(
       arm: the domain arm, where the LM reads or hears it.
       rate: the learning-rate schedule.
       rows_std: standard deviation of the table's rows as the LM reads them at the start (default: a fresh table's).
+      row_std: standard deviation of the <iid> rows as the LM reads them (default: `lm.row_std`).
+      trains: "full", "lora" (adapters, bridge and tables) or "bridge" (bridge and tables); default `lm.trains`.
       bridge_rate: the bridge's learning rate at its peak (default: the LM's).
       user_dropout: how often <user> stands in for <uid> (default: `prompts.user_dropout`).
       train_shared: whether the LM's steps move the shared tables.
@@ -185,19 +239,23 @@ def make_lm_arm(
     config = run.config
     rows_std = rows_std or config.shared.std
     c, vocabulary = config.lm, run.texts.vocabulary
+    row_std, trains = row_std or c.row_std, trains or c.trains
     rules = [
         (r"shared/.*", "shared" if train_shared and weights.item else optimizers.FROZEN),
         (r"domain/.*", optimizers.FROZEN),
         (r"lm/bridge/.*", "bridge"),
-        (r"lm/.*", "lm"),
+        (r"lm/lora/alpha", optimizers.FROZEN),
+        (r"lm/lora/.*", "lm" if trains == "lora" else optimizers.FROZEN),
+        (r"lm/.*", "lm" if trains == "full" else optimizers.FROZEN),
     ]
     # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
     # fast as one of an LM with its own table would.
-    scale = c.learning_rate_shared / c.learning_rate * rows_std / c.row_std
+    scale = c.learning_rate_shared / c.learning_rate * rows_std / row_std
     if bridge.reads == "propagated":
         scale *= config.domain.n_layers + 1  # a row answers to its own layer 0 by that share only
+    master = c.master_weights if trains == "full" and c.param_dtype != "float32" else None
     groups = {
-        "lm": {"learning_rate": rate, "weight_decay": c.weight_decay},
+        "lm": {"learning_rate": rate, "weight_decay": c.weight_decay, "kind": c.optimizer, "master": master},
         "bridge": {
             "learning_rate": lambda step: (bridge_rate or c.learning_rate) / c.learning_rate * rate(step),
             "weight_decay": c.weight_decay,
@@ -205,7 +263,10 @@ def make_lm_arm(
         "shared": {"learning_rate": lambda step: scale * rate(step)},
     }
     optimizer = optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
-    step = mutual.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+    step = mutual.make_lm_step(
+        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer,
+        rules=None if trains == "full" else rules, accumulate=c.accumulate,
+    )  # fmt: skip
     compiled = parallel.compile_step(step, parallel=config.parallel, mesh=config.mesh.to_dict())
     constants = {"warm_I": jnp.asarray(warm_items(run.data))}
     if weights.kl:
@@ -263,7 +324,7 @@ def make_domain_arm(
         (r"lm/.*", optimizers.FROZEN),
     ]
     optimizer = optimizers.make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
-    step = mutual.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+    step = mutual.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, rules=rules)
     batch_size = min(c.batch_size, len(user_E))
     epoch = mutual.make_domain_epoch(
         step, batch_size=batch_size, kl_users=kl_users, kl_items=m.kl_items if weights.kl else 0

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from bdlm_jax import arms, optimizers
 from bdlm_jax.data import amazon, movielens, sources, synthetic
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.lm.prompts import USER_TOKENS
@@ -62,11 +63,20 @@ def _words(least: int, *choices: str) -> Rule:
     return Rule(holds, "a tuple of different words" + (" out of " + ", ".join(choices) if choices else ""))
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _is(value, *types) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
 _TEXT = Rule(lambda v: isinstance(v, str), "a text")
+_PATTERN = Rule(lambda v: isinstance(v, str) and _compiles(v), "a regular expression")
 _FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
 
 RULES = {
@@ -81,7 +91,11 @@ RULES = {
     "lm.tie_embeddings": _FLAG, "lm.learning_rate": _positive(), "lm.learning_rate_shared": _number(0),
     "lm.weight_decay": _number(0), "lm.clip_norm": _number(0), "lm.warmup_steps": _whole(0), "lm.batch_rows": _whole(1),
     "lm.max_text_targets": _whole(1),
-    "lm.row_std": _positive(),
+    "lm.row_std": _number(0),
+    "lm.path": _TEXT, "lm.config": _TEXT, "lm.trains": _word("full", "lora", "bridge"), "lm.lora_rank": _whole(1),
+    "lm.lora_alpha": _positive(), "lm.lora_targets": _PATTERN, "lm.optimizer": _word(*optimizers.OPTIMIZERS),
+    "lm.schedule": _word(*optimizers.SCHEDULES), "lm.accumulate": _whole(1),
+    "lm.param_dtype": _word("float32", "bfloat16"), "lm.master_weights": _FLAG,
     "pretrain.corpus": _TEXT, "pretrain.max_tokens": _whole(1), "pretrain.epochs": _number(0),
     "pretrain.learning_rate": _positive(), "pretrain.replay_share": _number(0),
     "prompts.kind": _word("ids", "ids_titles"), "prompts.titled_share": _number(0), "prompts.length": _whole(8),
@@ -186,15 +200,8 @@ def _check_data(config) -> None:
 
 
 def _check_models(config) -> None:
-    lm, prompts = config.lm, config.prompts
-    if lm.width % lm.n_heads:
-        raise InputError(f"config.lm.width {lm.width} is no multiple of lm.n_heads {lm.n_heads}; change one of them.")
-    if lm.n_heads % lm.n_kv_heads:
-        raise InputError(
-            f"config.lm.n_heads {lm.n_heads} is no multiple of lm.n_kv_heads {lm.n_kv_heads}; change one of them."
-        )
-    if (lm.width // lm.n_heads) % 2:
-        raise InputError(f"config.lm.width / lm.n_heads is {lm.width // lm.n_heads}; rotary positions need it even.")
+    prompts = config.prompts
+    _check_lm(config)
     needed = prompts.max_title_tokens * (2 if config.data.user_fields else 1) + 4
     if prompts.length < needed:
         raise InputError(
@@ -219,6 +226,36 @@ def _check_models(config) -> None:
         )
     if "bdlm" in config.models and not m.lm.item:
         raise InputError("config.mutual.lm.item is 0, so BDLM's LM would never learn to recommend; raise it.")
+
+
+def _check_lm(config) -> None:
+    lm = config.lm
+    if lm.path and lm.config:
+        raise InputError("config.lm.path and lm.config are both set; the weights of a path have their own config.json.")
+    if lm.accumulate > 1 and config.mutual.align == "infonce":
+        raise InputError("config.lm.accumulate needs mutual.align mse or cosine: infonce compares a whole batch.")
+    if lm.batch_rows % lm.accumulate:
+        raise InputError(
+            f"config.lm.batch_rows {lm.batch_rows} does not divide into lm.accumulate {lm.accumulate} parts."
+        )
+    if lm.trains == "bridge" and lm.path and config.pretrain.corpus:
+        raise InputError("config.lm.trains bridge freezes the decoder, so pretrain.corpus has nothing to train.")
+    if lm.path or lm.config:
+        shape = arms.own_lm_config(config)
+        if shape.positions == "learned" and config.prompts.length > shape.max_positions:
+            raise InputError(
+                f"config.prompts.length {config.prompts.length} is above the {shape.max_positions} positions of "
+                f"{lm.path or lm.config}; shorten it."
+            )
+        return
+    if lm.width % lm.n_heads:
+        raise InputError(f"config.lm.width {lm.width} is no multiple of lm.n_heads {lm.n_heads}; change one of them.")
+    if lm.n_heads % lm.n_kv_heads:
+        raise InputError(
+            f"config.lm.n_heads {lm.n_heads} is no multiple of lm.n_kv_heads {lm.n_kv_heads}; change one of them."
+        )
+    if (lm.width // lm.n_heads) % 2:
+        raise InputError(f"config.lm.width / lm.n_heads is {lm.width // lm.n_heads}; rotary positions need it even.")
 
 
 def _check_evaluation(config) -> None:

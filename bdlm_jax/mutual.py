@@ -80,7 +80,9 @@ def id_rows(params: Params, *, bridge: Bridge, arm: DomainArm) -> tuple[Array, A
     rows_XM = sharing.id_rows(
         maps, user_UD, item_ID, user_capacity=bridge.user_capacity, item_capacity=bridge.item_capacity
     )
-    return rows_XM, rows_XM[bridge.user_capacity : bridge.user_capacity + item_ID.shape[0]]
+    rows_IM = rows_XM[bridge.user_capacity : bridge.user_capacity + item_ID.shape[0]]
+    # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.
+    return rows_XM, rows_IM * bridge.lm.width**-0.5 if bridge.lm.scale_embedding else rows_IM
 
 
 def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B, axis_name):

@@ -150,14 +150,14 @@ def in_float32(inner: optax.GradientTransformation, *, keep_master: bool) -> opt
         if not keep_master:
             return updates, MasterState({}, inner_state)
         master = optax.apply_updates(weights, updates)
-        # What is left between the weights and their master: added and rounded, it makes the weights the master's rounding.
+        # What lies between the weights and their master: added and rounded, it makes them the master's rounding.
         return jax.tree.map(jnp.subtract, master, wide(params)), MasterState(master, inner_state)
 
     return optax.GradientTransformation(init, update)
 
 
 def describe_groups(params: Params, labels: Params) -> str:
-    """Prints parameters, group and count of what trains and what does not: a line a top-level subtree and group, a sum."""
+    """Prints parameters, group and count of what trains and what does not, a line a subtree and group, then the sum."""
     counts: dict[tuple[str, str], int] = {}
     named = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, leaf), group in zip(named, jax.tree.leaves(labels)):

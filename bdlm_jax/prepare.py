@@ -106,16 +106,26 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
 
 
 def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Path) -> vocabulary_lib.Vocabulary:
-    """Loads the run's tokenizer, or trains one on the item texts and the corpus and keeps it in `folder`."""
-    if config.tokenizer.path:
-        tokenizer = vocabulary_lib.load_tokenizer(config.tokenizer.path)
+    """Loads the run's tokenizer, or trains one on the item texts and the corpus and keeps it in `folder`.
+
+    A language model of `lm.path` comes with its own, whose special tokens and chat template stay as they are; the
+    vocabulary has at least as many text rows as the model.
+    """
+    own = config.lm.path
+    if config.tokenizer.path or own:
+        tokenizer = vocabulary_lib.load_tokenizer(config.tokenizer.path or own)
     elif (folder / "tokenizer.json").exists():
         tokenizer = vocabulary_lib.load_tokenizer(folder)
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary_lib.train_tokenizer(texts, config.tokenizer.vocab_size)
         vocabulary_lib.save_tokenizer(folder, tokenizer)
-    return vocabulary_lib.Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items)
+    rows = 0
+    if own:
+        from bdlm_jax.lm import families
+
+        rows = families.lm_config_from_hf(own, dtype="float32", remat=False, dropout=0.0).vocab_size
+    return vocabulary_lib.Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
 
 
 def _split(config, table) -> Split:

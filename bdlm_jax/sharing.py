@@ -40,14 +40,23 @@ def init_bridge(key: Array, *, width: int, lm_width: int, gain: float = 1.0, out
       key: a JAX key.
       width: D.
       lm_width: M.
-      gain: what the bridge in multiplies a row's norm with (D ≤ M): the LM's rows have a scale of their own (ours).
+      gain: what the bridge in multiplies a row's norm with (the norm of its part in M dimensions where D > M): the
+        LM's rows have a scale of their own (ours).
       out_std: standard deviation of what the bridge out makes of normalised LM states.
 
     Returns:
       {"into": (D, M), "out": (M, D), "out_bias": (D,)} float32.
     """
     into_DM = jax.nn.initializers.orthogonal()(key, (width, lm_width))
+    # With D > M a state of M dimensions is spread over D of them, and each would be smaller.
+    out_std *= max(1.0, width / lm_width) ** 0.5
     return {"into": into_DM * gain, "out": into_DM.T * out_std, "out_bias": jnp.zeros((width,))}
+
+
+def row_statistics(rows_RM: Array) -> dict[str, float]:
+    """Measures rows of an embedding: {"std": of all entries, "norm": mean Euclidean norm of a row}."""
+    rows_RM = jnp.asarray(rows_RM, jnp.float32)
+    return {"std": float(jnp.std(rows_RM)), "norm": float(jnp.mean(jnp.linalg.norm(rows_RM, axis=1)))}
 
 
 def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[Array, Array]:

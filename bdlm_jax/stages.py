@@ -4,20 +4,21 @@ A stage names its arms, its phases and its validation, and hands them to the one
 """
 
 import numpy as np
-import optax
 
-from bdlm_jax import evaluate, lm_rows, models, sharing
+from bdlm_jax import evaluate, lm_rows, models, optimizers, sharing
 from bdlm_jax.arms import (
     DOT_ARM,
     Run,
     init_domain_params,
     init_params,
     lm_config,
+    load_weights,
     make_arm,
     make_bridge,
     make_domain_arm,
     make_lm_arm,
     make_test_arm,
+    row_std,
     table_std,
     warm_items,
 )
@@ -30,21 +31,32 @@ from bdlm_jax.types import Params
 
 
 def pretrain_lm(run: Run) -> Params | None:
-    """Trains the decoder on the corpus; returns its params, or None where there is no corpus."""
+    """Trains the decoder on the corpus; returns its params, or None where there is nothing to begin from.
+
+    A decoder of `lm.path` comes as it is, unless `pretrain.corpus` is set: then it goes on from there (domain-adaptive
+    pretraining), with whatever `lm.trains` lets train.
+    """
     config = run.config
+    if config.lm.path and not config.pretrain.corpus:
+        return load_weights(run)
     rows = lm_rows.corpus_rows(config, run.data, run.texts)
     if rows is None or config.pretrain.epochs <= 0:
-        return None
+        return load_weights(run)
     steps = max(1, round(config.pretrain.epochs * rows.n_steps(config.lm.batch_rows)))
     bridge = make_bridge(run, reads="layer0")
     c = config.pretrain
-    rate = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, max(1, steps // 20), steps, c.learning_rate / 10)
-    lm_arm = make_lm_arm(run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=rate, train_shared=False)
+    rate = optimizers.make_schedule(config.lm.schedule, c.learning_rate, warmup=max(1, steps // 20), steps=steps)
+    trains = config.lm.trains if config.lm.path else "full"
+    lm_arm = make_lm_arm(
+        run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=rate, train_shared=False, trains=trains, row_std=1.0
+    )
     fitted = run.fit(
         "pretrain",
         phases=[Phase("lm", steps, "next token")],
         arms={"lm": lm_arm},
-        params=lambda: init_params(run, DOT_ARM, "pretrain", reads="layer0"),
+        params=lambda: init_params(
+            run, DOT_ARM, "pretrain", reads="layer0", pretrained=load_weights(run), trains=trains
+        ),
         validate=lambda arm, params: {"done": 1.0},
         select="done",
         judged=("lm",),
@@ -82,10 +94,12 @@ def train_text_lm(run: Run, pretrained: Params | None) -> Fitted:
         ],
         seed=config.seed,
     )
-    phases = _lm_phases(rows, config, [config.lm_alone.text_epochs], name="titles")
+    # A frozen decoder has nothing to learn from text alone: it is judged as it came.
+    epochs = 0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs
+    phases = _lm_phases(rows, config, [epochs], name="titles")
     bridge = make_bridge(run, reads="layer0")
     lm_arm = make_lm_arm(
-        run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=_rate(config, phases), train_shared=False
+        run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=_rate(config, phases), train_shared=False, row_std=1.0
     )
     scorer = lambda params: text_lm_scorer(run, params, "validation")  # noqa: E731
     return run.fit(
@@ -105,7 +119,9 @@ def train_ids_lm(run: Run, pretrained: Params | None) -> Fitted:
     rows = lm_rows.training_rows(config, run.data, run.texts, kind="ids")
     phases = _lm_phases(rows, config, [config.lm_alone.ids_times * e for e in _lm_epochs(config)], name="ids")
     bridge = make_bridge(run, reads="layer0")
-    lm_arm = make_lm_arm(run, rows, bridge, LMWeights(item=1.0, text=0.0), rate=_rate(config, phases))
+    lm_arm = make_lm_arm(
+        run, rows, bridge, LMWeights(item=1.0, text=0.0), rate=_rate(config, phases), row_std=row_std(run, pretrained)
+    )
     reading = lm_rows.reading_rows(config, run.data, run.texts, kind="ids", parts=KNOWN["validation"])
     return run.fit(
         "ids_lm",
@@ -172,7 +188,7 @@ def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fi
     arms = {
         "lm": make_lm_arm(
             run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases), rows_std=rows_std,
-            bridge_rate=m.learning_rate_bridge,
+            bridge_rate=m.learning_rate_bridge, row_std=row_std(run, pretrained),
             user_dropout=m.user_dropout,
             train_shared=trained_by in ("both", "lm"), view=lambda params: models.domain_view(arm, params),
             finish=write_back if writes else lambda params: params,
@@ -302,8 +318,6 @@ def _lm_phases(rows, config, epochs: list[float], *, name: str) -> list[Phase]:
 
 
 def _rate(config, phases):
-    """The LM's learning rate over all its phases: a warm-up, then a cosine down to a tenth."""
-    steps, c = sum(phase.units for phase in phases), config.lm
-    return optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, min(c.warmup_steps, steps // 2), steps, c.learning_rate / 10
-    )
+    """The LM's learning rate over all its phases, as `lm.schedule` says."""
+    steps, c = max(1, sum(phase.units for phase in phases)), config.lm
+    return optimizers.make_schedule(c.schedule, c.learning_rate, warmup=min(c.warmup_steps, steps // 2), steps=steps)

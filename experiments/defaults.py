@@ -30,6 +30,12 @@ def get_config() -> ml_collections.ConfigDict:
     tokenizer.vocab_size = 1024
 
     c.lm = lm = ml_collections.ConfigDict()
+    lm.path = ""  # a Hugging Face directory or hub id, whose weights and shape replace the sizes below
+    lm.config = ""  # a Hugging Face config.json: that shape, trained from scratch
+    lm.trains = "full"  # full | lora | bridge (the decoder frozen); the bridge and the shared tables train in all
+    lm.lora_rank = 8
+    lm.lora_alpha = 16.0
+    lm.lora_targets = r".*_proj/kernel"  # whole paths in the decoder's tree
     lm.width = 64
     lm.n_layers = 2
     lm.n_heads = 2
@@ -46,7 +52,12 @@ def get_config() -> ml_collections.ConfigDict:
     lm.warmup_steps = 50
     lm.batch_rows = 16
     lm.max_text_targets = 128  # of a row, drawn anew for every step
-    lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them
+    lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them; 0: as large as its text rows
+    lm.optimizer = "adamw"  # adamw | adafactor: of the decoder; bridge and tables have adamw
+    lm.schedule = "cosine"  # cosine | linear | constant, after the warm-up
+    lm.accumulate = 1  # parts in which a batch goes through the decoder, for the memory of one
+    lm.param_dtype = "float32"  # float32 | bfloat16: the decoder's weights
+    lm.master_weights = True  # with bfloat16: a float32 copy in the optimiser's state takes the steps
 
     c.pretrain = pretrain = ml_collections.ConfigDict()
     pretrain.corpus = ""  # a text file (.txt, .gz, .xz), one document a line; empty takes the world's corpus

@@ -65,4 +65,5 @@ def test_description_counts_what_trains():
         ["lm/bridge", "bridge", "2"],
         ["lm/norm", "lm", "4"],
         ["shared/item", FROZEN, "6"],
+        ["6", "of", "12", "parameters", "train", "(50.00%)"],
     ]

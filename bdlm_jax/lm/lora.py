@@ -16,7 +16,7 @@ NOT_DECODER = ("bridge", LORA)
 
 
 def init_lora(key: Array, params: Params, *, rank: int, targets: str, alpha: float) -> Params:
-    """Draws adapters for every decoder leaf whose path matches: A uniform in ±1/√in, B zero, so that nothing changes yet.
+    """Draws adapters for every decoder leaf whose path matches: A uniform in ±1/√in, B zero: nothing changes yet.
 
     Args:
       key: a JAX key.
@@ -38,7 +38,7 @@ def init_lora(key: Array, params: Params, *, rank: int, targets: str, alpha: flo
         paths.append("/".join(names))
         if names[0] in NOT_DECODER or not re.fullmatch(targets, paths[-1]):
             continue
-        if leaf.ndim < 2 or "layers" in names and leaf.ndim < 3:
+        if leaf.ndim < 2 + ("layers" in names):
             raise InputError(
                 f"config.lm.lora_targets matches {paths[-1]} of shape {leaf.shape}, which is no matrix; "
                 "end the pattern in /kernel, say."
@@ -54,7 +54,7 @@ def init_lora(key: Array, params: Params, *, rank: int, targets: str, alpha: flo
 
 
 def merge(lm: Params) -> Params:
-    """Returns the tree that the decoder reads: W + alpha/rank · A·B where there are adapters, and no adapters beside it.
+    """Returns the tree that the decoder reads: W + alpha/rank · A·B, and no adapters beside it.
 
     A pure function of the tree, so the base leaves are never overwritten: the way back is the tree itself, to the bit.
 
