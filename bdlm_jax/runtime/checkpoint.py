@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdlm_jax.runtime import distributed
 from bdlm_jax.types import InputError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
@@ -22,6 +23,9 @@ _PARTIAL, _REPLACED = ".partial", ".replaced"
 
 def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -> Path:
     """Writes one checkpoint; when it returns the checkpoint is on disk, and before that the last one still stands.
+
+    An array that lies on several devices is written from where its parts are, never gathered. What is written does not
+    depend on how it lay: any other topology restores it.
 
     Args:
         folder: holds the checkpoints of one series; made where it is missing.
@@ -35,34 +39,41 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
     Raises:
         InputError: a leaf of another type.
     """
-    # Imported here: orbax takes a second to import, and a serving process only reads safetensors.
-    import orbax.checkpoint as ocp
-
     final = Path(folder).absolute() / f"{step:08d}"
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    spread = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for _, leaf in leaves)
+    if not (spread or distributed.is_first()):
+        return final  # every process holds the whole tree: the first writes it
     partial = final.with_name(final.name + _PARTIAL)
-    _finish_replacement(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    leaves, arrays = [], {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+    if distributed.is_first():
+        _finish_replacement(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    if spread:
+        distributed.wait_for_all(f"{partial.name} made")
+    entries, arrays = [], {}
+    for i, (path, leaf) in enumerate(leaves):
         entry, array = _pack(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        leaves.append(entry)
+        entries.append(entry)
         if array is not None:
             arrays[f"{i:05d}"] = array
     if arrays:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer(together=spread) as checkpointer:
             checkpointer.save(partial / "arrays", arrays)
-    (partial / "tree.json").write_text(json.dumps({"format": 1, "leaves": leaves}), encoding="utf-8")
-    _flush_to_disk(partial)
-    replaced = final.with_name(final.name + _REPLACED)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    _flush_to_disk(final.parent, recursive=False)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if keep is not None:
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(final.with_name(f"{old:08d}"))
+    if distributed.is_first():
+        (partial / "tree.json").write_text(json.dumps({"format": 1, "leaves": entries}), encoding="utf-8")
+        _flush_to_disk(partial)
+        replaced = final.with_name(final.name + _REPLACED)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        _flush_to_disk(final.parent, recursive=False)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if keep is not None:
+            for old in steps(folder)[:-keep]:
+                shutil.rmtree(final.with_name(f"{old:08d}"))
+    if spread:
+        distributed.wait_for_all(f"{final.name} written")
     return final
 
 
@@ -88,7 +99,8 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
     Args:
         checkpoint: a folder that `save` or `latest` returned.
         like: pytree of the saved structure; a `jax.Array` leaf comes back as one on the same devices, a NumPy array
-            as NumPy, a `jax.ShapeDtypeStruct` as an array on the default device, a Python number or string as itself.
+            as NumPy, a `jax.ShapeDtypeStruct` as an array with its sharding or on the default device, a Python number
+            or string as itself. With a sharding over several devices, each device reads its own part.
 
     Returns:
         The pytree.
@@ -96,8 +108,6 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
     Raises:
         InputError: no such checkpoint, or a leaf whose path, shape or dtype is not that of `like`.
     """
-    import orbax.checkpoint as ocp
-
     checkpoint = Path(checkpoint).absolute()
     if not (checkpoint / "tree.json").is_file():
         raise InputError(f"{checkpoint} holds no checkpoint; give a folder that `latest` names.")
@@ -116,12 +126,16 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
         )
     arrays = {}
     if (checkpoint / "arrays").exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            template = {
-                f"{i:05d}": np.empty(entry["shape"], np.dtype(entry["dtype"]))
-                for i, entry in enumerate(entries)
-                if "dtype" in entry
-            }
+        template = {}
+        for i, (entry, (_, leaf)) in enumerate(zip(entries, wanted)):
+            if "dtype" not in entry:
+                continue
+            if _is_spread(leaf):
+                _check_same(checkpoint, entry, entry["dtype"], entry["shape"], leaf)
+                template[f"{i:05d}"] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            else:
+                template[f"{i:05d}"] = np.empty(entry["shape"], np.dtype(entry["dtype"]))
+        with _checkpointer(together=any(_is_spread(leaf) for _, leaf in wanted)) as checkpointer:
             arrays = checkpointer.restore(checkpoint / "arrays", template)
     leaves = [
         _unpack(checkpoint, entry, arrays.get(f"{i:05d}"), leaf)
@@ -211,7 +225,7 @@ def _pack(path: str, leaf: Any) -> tuple[dict[str, Any], np.ndarray | None]:
         leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or leaf.dtype == object:
         raise InputError(f"{path} is a {type(leaf).__name__}, which no checkpoint can hold; use an array or a number.")
-    array = np.asarray(leaf)
+    array = leaf if _is_spread(leaf) else np.asarray(leaf)
     entry = {"path": path, **kind, "shape": list(array.shape)}
     # Orbax refuses arrays without elements; their shape says everything.
     return entry | ({"dtype": array.dtype.name} if array.size else {"empty": array.dtype.name}), (
@@ -226,22 +240,50 @@ def _unpack(checkpoint: Path, entry: dict[str, Any], array: np.ndarray | None, l
         return entry["value"]
     if array is None:
         array = np.empty(entry["shape"], np.dtype(entry["empty"]))
+    if _is_spread(like) and array.size:
+        return array
     array = np.asarray(array)
     if entry["kind"] == "key":
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
         found, wanted = f"{key.dtype} {key.shape}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
         if found != wanted:
             raise _mismatch(checkpoint, entry, found, wanted)
-        return jax.device_put(key, like.sharding) if isinstance(like, jax.Array) else key
-    found, wanted = f"{array.dtype} {array.shape}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
-    if found != wanted:
-        raise _mismatch(checkpoint, entry, found, wanted)
+        return key if getattr(like, "sharding", None) is None else jax.device_put(key, like.sharding)
+    _check_same(checkpoint, entry, array.dtype, array.shape, like)
     if isinstance(like, np.generic):
         return array[()]
     if isinstance(like, np.ndarray):
         return array
     # A copy: on the CPU device_put may alias the NumPy buffer, and a later donation must not write into it.
-    return jax.device_put(jnp.array(array), like.sharding) if isinstance(like, jax.Array) else jnp.array(array)
+    return (
+        jnp.array(array) if getattr(like, "sharding", None) is None else jax.device_put(jnp.array(array), like.sharding)
+    )
+
+
+def _is_spread(leaf: Any) -> bool:
+    """Whether a leaf lies, or is to lie, on several devices. Keys are small and go through the host."""
+    sharding = getattr(leaf, "sharding", None)
+    is_key = sharding is not None and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return sharding is not None and not is_key and len(sharding.device_set) > 1
+
+
+def _checkpointer(*, together: bool) -> Any:
+    # Imported here: orbax takes a second to import, and a serving process only reads safetensors.
+    import orbax.checkpoint as ocp
+
+    if together or jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process{mine}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _check_same(checkpoint: Path, entry: dict[str, Any], dtype: Any, shape: Any, like: Any) -> None:
+    found, wanted = f"{dtype} {tuple(shape)}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
+    if found != wanted:
+        raise _mismatch(checkpoint, entry, found, wanted)
 
 
 def _mismatch(checkpoint: Path, entry: dict[str, Any], found: str, wanted: str) -> InputError:

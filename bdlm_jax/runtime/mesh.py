@@ -49,7 +49,7 @@ class Layout:
 
     def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the part that one device holds."""
-        parts = [_n_parts(axes, sizes) for axes in self.spec] + [1] * (len(self.padded) - len(self.spec))
+        parts = [n_parts(axes, sizes) for axes in self.spec] + [1] * (len(self.padded) - len(self.spec))
         return tuple(size // n for size, n in zip(self.padded, parts))
 
 
@@ -117,6 +117,11 @@ def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> 
     return jax.tree_util.tree_map_with_path(layout, state)
 
 
+def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
+    """Returns into how many parts a dimension with this entry of a spec is cut."""
+    return math.prod(sizes[axis] for axis in _names(entry))
+
+
 def leaf_name(path: Any) -> str:
     """Joins a JAX key path into "params/lm/embedding"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -138,7 +143,7 @@ def _fit(name: str, shape: tuple, axes: tuple, sizes: Mapping[str, int], pattern
         )
     padded = list(shape)
     for i, entry in enumerate(axes):
-        n = _n_parts(entry, sizes)
+        n = n_parts(entry, sizes)
         if shape[i] % n and i == 0:
             padded[0] = -(-shape[0] // n) * n
         elif shape[i] % n:
@@ -147,7 +152,7 @@ def _fit(name: str, shape: tuple, axes: tuple, sizes: Mapping[str, int], pattern
                 f"{n} by {' x '.join(_names(entry))}; choose a divisor of {shape[i]} for that axis of config.mesh."
             )
     # An axis of one device shards nothing; left out, an unsharded state has the plain layout.
-    spec = [entry if _n_parts(entry, sizes) > 1 else None for entry in axes]
+    spec = [entry if n_parts(entry, sizes) > 1 else None for entry in axes]
     while spec and spec[-1] is None:
         spec.pop()
     return Layout(shape, PartitionSpec(*spec), tuple(padded))
@@ -155,7 +160,3 @@ def _fit(name: str, shape: tuple, axes: tuple, sizes: Mapping[str, int], pattern
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in _names(entry))

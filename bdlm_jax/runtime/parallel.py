@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from bdlm_jax.runtime import mesh as mesh_lib
 from bdlm_jax.runtime.mesh import BATCH_AXES
@@ -32,8 +32,9 @@ class Compiled(NamedTuple):
     fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys.
     place_constants: pytree -> the same on every device; constants placed once are not sent again by every `run`.
     place_batch: batch -> the batch on its devices, for a caller that sends it before it is needed; `run` takes both.
-    abstract_state: pytree -> shapes with their shardings, to restore into; "mesh" only.
-    lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array; "mesh" only.
+    abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("jit" and "mesh").
+    unpad_state: placed pytree -> the same arrays on their devices without added rows, to save ("jit" and "mesh").
+    lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
     """
 
     run: Callable[..., tuple[Any, Any]]
@@ -42,6 +43,7 @@ class Compiled(NamedTuple):
     place_constants: Callable[[Any], Any]
     place_batch: Callable[[Any], Any]
     abstract_state: Callable[[Any], Any] | None = None
+    unpad_state: Callable[[Any], Any] | None = None
     lower: Callable[..., Any] | None = None
 
 
@@ -132,7 +134,10 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     def place(tree):
         return jax.device_put(tree, device)
 
-    return Compiled(compiled, place_state, _to_host, place, place)
+    def abstract_state(state):
+        return jax.tree.map(lambda leaf: _shaped(leaf, np.shape(leaf), SingleDeviceSharding(device)), state)
+
+    return Compiled(compiled, place_state, _to_host, place, place, abstract_state, lambda state: state)
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
@@ -219,21 +224,40 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
     def place_constants(constants):
         return jax.tree.map(lambda leaf: _spread(leaf, replicated), constants)
 
-    def abstract_state(state):
-        def abstract(leaf, layout):
-            sharding = NamedSharding(mesh, layout.spec)
-            return jax.ShapeDtypeStruct(layout.padded, leaf.dtype, sharding=sharding)
+    def unpadded_sharding(layout):
+        # Rows that do not divide: by columns where these do, so that no device has to hold the whole table.
+        if layout.shape == layout.padded:
+            return NamedSharding(mesh, layout.spec)
+        fits = len(layout.shape) > 1 and layout.shape[1] % mesh_lib.n_parts(layout.spec[0], sizes) == 0
+        return NamedSharding(mesh, PartitionSpec(None, layout.spec[0]) if fits else PartitionSpec())
 
-        return jax.tree.map(abstract, state, lay_out(state))
+    def abstract_state(state):
+        return jax.tree.map(
+            lambda leaf, layout: _shaped(leaf, layout.shape, unpadded_sharding(layout)), state, lay_out(state)
+        )
+
+    def unpad_state(state):
+        def unpad(leaf, to):
+            if to.shape == to.padded:
+                return leaf
+            return jax.jit(lambda x: x[: to.shape[0]], out_shardings=unpadded_sharding(to))(leaf)
+
+        return jax.tree.map(unpad, state, layout_of(state))
 
     def lower(state, batch, *constants):
         _check_batch(batch, n_rows)
-        shaped = lambda tree, sharding: jax.tree.map(  # noqa: E731
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        batch = jax.tree.map(lambda leaf: _shaped(leaf, leaf.shape, by_rows), batch)
+        constants = jax.tree.map(lambda leaf: _shaped(leaf, leaf.shape, replicated), constants)
+        shaped = jax.tree.map(
+            lambda leaf, layout: _shaped(leaf, layout.padded, NamedSharding(mesh, layout.spec)), state, lay_out(state)
         )
-        return compiled.lower(abstract_state(state), shaped(batch, by_rows), *shaped(constants, replicated))
+        return compiled.lower(shaped, batch, *constants)
 
-    return Compiled(run, place_state, fetch_state, place_constants, place_batch, abstract_state, lower)
+    return Compiled(run, place_state, fetch_state, place_constants, place_batch, abstract_state, unpad_state, lower)
+
+
+def _shaped(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf), sharding=sharding)
 
 
 def _spread(leaf: Any, sharding: NamedSharding, shape: tuple | None = None, *, copy: bool = False) -> jax.Array:

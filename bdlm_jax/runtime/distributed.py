@@ -1,0 +1,96 @@
+"""Several processes that train one model: who joins, who writes, and what all of them must decide alike.
+
+Every process runs the same story on the same data and feeds its own rows to its own devices. Only the first writes the
+run directory: the others work in a temporary copy of it, so that they read what it read.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bdlm_jax.types import InputError
+
+
+def join(*, coordinator: str, processes: int, process: int) -> None:
+    """Makes this process one of several; call it before anything touches a device.
+
+    Args:
+        coordinator: "host:port" of process 0; "auto" lets JAX ask the cluster (Slurm, a TPU pod); "" is one process.
+        processes: how many there are.
+        process: this one's number, from 0.
+
+    Raises:
+        InputError: a number out of range, or processes that do not find each other.
+    """
+    if not coordinator:
+        if processes != 1 or process != 0:
+            raise InputError(
+                f"config.distributed asks for process {process} of {processes} without a coordinator; "
+                "give config.distributed.coordinator host:port of process 0, or auto."
+            )
+        return
+    if coordinator != "auto" and not 0 <= process < processes:
+        raise InputError(f"config.distributed.process is {process}; it must be from 0 to {processes - 1}.")
+    # XLA's CPU devices talk to each other through gloo only; elsewhere the word is not read.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = {} if coordinator == "auto" else {"coordinator_address": coordinator}
+    if given:
+        given |= {"num_processes": processes, "process_id": process}
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(
+            f"config.distributed: the processes do not find each other at {coordinator}: {told}"
+        ) from error
+
+
+def is_first() -> bool:
+    """Says whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Returns the first process' flags in every process; with one process, the flags themselves at no cost.
+
+    What a clock or a signal decides must be decided alike, or the processes wait for each other for ever.
+    """
+    if jax.process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return tuple(bool(flag) for flag in multihost_utils.broadcast_one_to_all(np.asarray(flags)))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here; `what` names the place, alike in all."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def run_folder(workdir: str | Path) -> Iterator[str]:
+    """Gives the folder that this process may write: the run directory itself, or a copy that goes away.
+
+    Args:
+        workdir: the run directory, which every process can read.
+
+    Yields:
+        The folder.
+    """
+    if is_first():
+        wait_for_all("run directory copied")
+        yield str(workdir)
+        return
+    with tempfile.TemporaryDirectory(prefix="bdlm_jax_") as folder:
+        if Path(workdir).is_dir():
+            shutil.copytree(workdir, folder, dirs_exist_ok=True)
+        wait_for_all("run directory copied")
+        yield folder
