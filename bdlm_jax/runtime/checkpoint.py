@@ -248,7 +248,9 @@ def _unpack(checkpoint: Path, entry: dict[str, Any], array: np.ndarray | None, l
         found, wanted = f"{key.dtype} {key.shape}", f"{getattr(like, 'dtype', type(like))} {np.shape(like)}"
         if found != wanted:
             raise _mismatch(checkpoint, entry, found, wanted)
-        return key if getattr(like, "sharding", None) is None else jax.device_put(key, like.sharding)
+        sharding = getattr(like, "sharding", None)
+        # A key of several processes stays in each of them: `place_state` spreads it.
+        return jax.device_put(key, sharding) if sharding is not None and sharding.is_fully_addressable else key
     _check_same(checkpoint, entry, array.dtype, array.shape, like)
     if isinstance(like, np.generic):
         return array[()]
