@@ -8,7 +8,7 @@ import numpy as np
 from bdlm_jax.serving import ServedDomain, ServedLM
 from bdlm_jax.types import Array
 
-_DOT_MODELS = ("lightgcn", "mf", "sasrec")  # score = inner product
+DOT_MODELS = ("lightgcn", "mf", "sasrec")  # score = inner product
 
 
 def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array | None = None) -> np.ndarray:
@@ -36,7 +36,7 @@ def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array 
         history = np.asarray(history, np.int64)
         weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
         state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
-    if arm.model in _DOT_MODELS:
+    if arm.model in DOT_MODELS:
         return arm.item_ID @ state_D
     from bdlm_jax.domain import ncf
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["config_check", "finished", "plots", "serving"],
     ["sections", "scoring"],
     ["report"],
-    ["train", "recommend"],
+    ["train", "recommend", "export"],
     ["main"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

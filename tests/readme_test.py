@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bdlm_jax import recommend, report
+from bdlm_jax import export, recommend, report
 from bdlm_jax.data import downloads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +24,7 @@ def commands():
 
 
 COMMANDS = list(commands())
+MAINS = {"bdlm_jax.recommend": recommend.main, "bdlm_jax.export": export.main, "bdlm_jax.report": report.main}
 MODULES = [line for line in COMMANDS if line.startswith("python -m ") and "venv" not in line]
 
 
@@ -36,7 +37,7 @@ def help_of(main):
 
 def test_there_are_commands_of_every_kind():
     modules = {shlex.split(line)[2] for line in MODULES}
-    assert modules == {"bdlm_jax.main", "bdlm_jax.recommend", "bdlm_jax.report"}
+    assert modules == {"bdlm_jax.main", *MAINS}
     assert any(line.startswith("pip install -e .") for line in COMMANDS)
 
 
@@ -45,7 +46,7 @@ def test_a_command_names_what_exists(line):
     words = shlex.split(line)
     assert importlib.util.find_spec(words[2]) is not None
     if words[2] != "bdlm_jax.main":
-        known = help_of({"bdlm_jax.recommend": recommend.main, "bdlm_jax.report": report.main}[words[2]])
+        known = help_of(MAINS[words[2]])
         for word in words[3:]:
             assert not word.startswith("-") or re.search(rf"(^|[\s\[,]){re.escape(word)}\b", known), word
         return

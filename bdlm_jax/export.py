@@ -1,0 +1,153 @@
+"""python -m bdlm_jax.export --workdir DIR --format domain --out DIR2: what a finished run takes to other programs.
+
+`domain` is two tables whose inner products are the scores, for NumPy and vector indexes. A folder appears whole or not
+at all.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bdlm_jax import scoring, serving
+from bdlm_jax.types import InputError
+
+FORMATS = ("domain",)
+EXAMPLE = '''"""python recommend.py USER [K]: raw id, score and title of the best items that the user has not had."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+from safetensors.numpy import load_file
+
+folder = pathlib.Path(__file__).resolve().parent
+table, seen = load_file(folder / "embeddings.safetensors"), load_file(folder / "seen.safetensors")
+ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+
+
+def recommend(user, k=10):
+    row = ids["user_ids"].index(user)
+    scores = table["item"] @ table["user"][row]
+    scores[seen["item"][seen["indptr"][row] : seen["indptr"][row + 1]]] = -np.inf
+    best = np.argsort(-scores, kind="stable")[: min(k, int(np.isfinite(scores).sum()))]
+    return [(ids["item_ids"][i], float(scores[i]), ids["titles"][i]) for i in best]
+
+
+if __name__ == "__main__":
+    for item, score, title in recommend(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10):
+        print(f"{item}\\t{score:.4f}\\t{title}")
+'''
+
+
+def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Writes the domain arm as two tables: score(u, i) = user[u] · item[i].
+
+    `out` holds embeddings.safetensors ("user" (U, D), "item" (I, D), float32), ids.json (raw ids and titles in the
+    order of the rows), seen.safetensors ("indptr" (U+1,), "item": what each user has had, oldest first), manifest.json
+    (sizes and the sha256 of every file) and recommend.py, which needs NumPy and safetensors alone.
+
+    Args:
+        workdir: the directory of a finished run.
+        out: the folder to write; it must not exist, or be empty.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: no finished run, a domain model whose score is no inner product, or `out` is taken.
+    """
+    arm, catalogue = serving.load_domain_arm(workdir), serving.load_catalogue(workdir)
+    if arm.model not in scoring.DOT_MODELS:
+        raise InputError(
+            f'{workdir} has the domain model "{arm.model}", whose score is no inner product of two rows: '
+            f"export a run with one of {', '.join(scoring.DOT_MODELS)}, or use bdlm_jax.recommend."
+        )
+
+    def write(folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        tables = {"user": arm.user_UD, "item": arm.item_ID}
+        save_file({name: np.ascontiguousarray(rows, np.float32) for name, rows in tables.items()},
+                  folder / "embeddings.safetensors")  # fmt: skip
+        save_file({"indptr": catalogue.indptr, "item": catalogue.item}, folder / "seen.safetensors")
+        ids = {"user_ids": catalogue.user_ids, "item_ids": catalogue.item_ids, "titles": catalogue.titles}
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        (folder / "recommend.py").write_text(EXAMPLE, encoding="utf-8")
+        facts = {
+            "format": "bdlm_jax domain 1",
+            "model": arm.model,
+            "score": "inner product of a row of user and a row of item",
+            "n_users": len(arm.user_UD),
+            "n_items": len(arm.item_ID),
+            "width": int(arm.item_ID.shape[1]),
+            "files": _checksums(folder),
+        }
+        (folder / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    return _whole(Path(out), write)
+
+
+def _checksums(folder: Path) -> dict[str, dict]:
+    """{name: {"sha256", "bytes"}} of all files of a folder."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            found[path.name] = {
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                "bytes": path.stat().st_size,
+            }
+    return found
+
+
+def _whole(out: Path, write: Callable[[Path], None]) -> Path:
+    """Lets `write` fill a folder beside `out`, which then takes its name: whole or not at all."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty: give --out a new folder, or remove it first.")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: those after the program's name; None: of this process.
+
+    Returns:
+        The exit code: 0, or 2 after a sentence on stderr.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bdlm_jax.export", description="Exports a finished run.")
+    parser.add_argument("--workdir", required=True, help="the run directory")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="domain: two tables")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    given = parser.parse_args(arguments)
+    try:
+        folder = export_domain(workdir=given.workdir, out=given.out)
+    except InputError as error:
+        print(f"bdlm_jax: {error}", file=sys.stderr)
+        return 2
+    for path in sorted(folder.iterdir()):
+        print(f"{path.stat().st_size:>14,}  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from bdlm_jax import export, recommend, serving
+from bdlm_jax.types import InputError
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def domain(tiny_run, tmp_path_factory):
+    _, workdir, _ = tiny_run
+    return workdir, export.export_domain(workdir=workdir, out=tmp_path_factory.mktemp("out") / "domain")
+
+
+def test_the_example_beside_the_tables_recommends_what_recommend_does(domain):
+    workdir, folder = domain
+    for user in ("u000", "u004"):
+        done = subprocess.run(
+            [sys.executable, folder / "recommend.py", user, "7"], capture_output=True, text=True, timeout=60, check=True
+        )
+        rows = recommend.recommend(workdir=workdir, user=user, k=7)
+        assert [line.split("\t") for line in done.stdout.splitlines()] == [
+            [row["item"], f"{row['score']:.4f}", row["title"]] for row in rows
+        ]
+
+
+def test_the_example_stands_in_the_readme_and_ends_where_a_user_has_had_nearly_all(domain):
+    workdir, folder = domain
+    assert f"```python\n{export.EXAMPLE}```" in README.read_text(encoding="utf-8")
+    names = {"__name__": "example", "__file__": str(folder / "recommend.py")}
+    exec(compile(export.EXAMPLE, "recommend.py", "exec"), names)
+    catalogue = serving.load_catalogue(workdir)
+    found = names["recommend"]("u004", 10_000)
+    assert len(found) == len(catalogue.item_ids) - len(set(catalogue.history(4).tolist()))
+
+
+def test_the_manifest_names_every_file_with_its_checksum(domain):
+    _, folder = domain
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name, facts in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    tables, ids = load_file(folder / "embeddings.safetensors"), json.loads((folder / "ids.json").read_text())
+    assert tables["user"].shape == (manifest["n_users"], manifest["width"]) == (len(ids["user_ids"]), 16)
+    assert tables["item"].shape == (manifest["n_items"], manifest["width"]) == (len(ids["item_ids"]), 16)
+    assert len(ids["titles"]) == manifest["n_items"]
+
+
+def test_a_model_that_is_no_inner_product_is_refused(tiny_run, tmp_path):
+    _, workdir, _ = tiny_run
+    shutil.copytree(workdir / "serving", tmp_path / "serving")
+    path = tmp_path / "serving" / "serving.json"
+    path.write_text(re.sub('"lightgcn"', '"ncf"', path.read_text()))
+    with pytest.raises(InputError, match='domain model "ncf", whose score is no inner product'):
+        export.export_domain(workdir=tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_a_folder_that_is_taken_is_left_alone(tiny_run, tmp_path, capsys, form):
+    _, workdir, _ = tiny_run
+    (tmp_path / "mine").write_text("precious")
+    assert export.main(["--workdir", str(workdir), "--format", form, "--out", str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_no_finished_run_is_one_sentence(tmp_path, capsys):
+    assert export.main(["--workdir", str(tmp_path), "--format", "domain", "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bdlm_jax: ") and err.count("\n") == 1
