@@ -24,7 +24,7 @@ from bdlm_jax.finished import (
     sorted_models,
 )  # fmt: skip
 from bdlm_jax.runtime.metric_log import read_metrics
-from bdlm_jax.sections import group_lines
+from bdlm_jax.sections import FEWEST_TARGETS, group_lines, n_targets
 from bdlm_jax.types import InputError
 
 # Of twins the AUC: a model without any means to tell them apart ties, which HR@1 counts as lost.
@@ -156,6 +156,8 @@ def _validation(folder: Path, select: str) -> dict[str, list[float]]:
 def _panels(runs: Sequence[Finished], part: str, metrics: Sequence[str], *, named: bool = False) -> list[plots.Bars]:
     panels = []
     for metric in metrics:
+        if part != "all" and n_targets(runs, part, metric) < FEWEST_TARGETS:
+            continue
         values = {}
         for model in sorted_models(runs):
             key = (model, part, metric)

@@ -28,6 +28,8 @@ SLICE_METRICS = {
     "knowledge": ("hr@1/knowledge20", "ndcg@10/knowledge20", "auc/knowledge20", "hr@10/cand100", "ndcg@10/full"),
 }
 MARGIN_METRICS = ("hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "ndcg@10/full")
+# With fewer the 95 % interval of a share around one half is wider than .43.
+FEWEST_TARGETS = 20
 SLICE_WORDS = {
     "twins": "Items that share their text with another item. `pair`: the target against its twin.",
     "cold": "Targets without any interaction before. `cold20`: the target against 19 other such items.",
@@ -43,7 +45,7 @@ def group_lines(runs: Sequence[Finished], pictures: dict[str, str], *, folder: s
         lines += [f"{level} Margins of both arms", "", *margins, ""]
     for name, metrics in SLICE_METRICS.items():
         if any(key[1] == name for key in runs[0].cells):
-            lines += [f"{level} Slice {name}", "", SLICE_WORDS[name], "", *_table(runs, name, metrics), ""]
+            lines += [f"{level} Slice {name}", "", SLICE_WORDS[name], "", *_slice(runs, name, metrics), ""]
     lines += [
         "Ties count against the model in HR, NDCG and MRR, and as half in AUC: who scores all candidates alike has "
         "HR 0 and AUC .5.", "",
@@ -53,6 +55,21 @@ def group_lines(runs: Sequence[Finished], pictures: dict[str, str], *, folder: s
         lines += [f"{level} Chosen rounds", "", *chosen, ""]
     lines += [f"![{caption}]({folder}/{name})" for caption, name in pictures.items() if "learning" in name] + [""]
     return lines + [f"{level} Time", "", *_times(runs), ""]
+
+
+def n_targets(runs: Sequence[Finished], part: str, metric: str) -> int:
+    """Counts the targets behind a metric on a slice, in the run that has the fewest."""
+    return min(
+        max((users for key, (_, users) in run.cells.items() if key[1:] == (part, metric)), default=0) for run in runs
+    )
+
+
+def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:
+    counts = {metric: n for metric in metrics if (n := n_targets(runs, part, metric))}
+    enough = [metric for metric, n in counts.items() if n >= FEWEST_TARGETS]
+    few = [f"{metric} ({n})" for metric, n in counts.items() if n < FEWEST_TARGETS]
+    line = f"Too few targets to say anything (under {FEWEST_TARGETS}): {', '.join(few)}."
+    return (_table(runs, part, enough) if enough else []) + (["", line] if few else [])
 
 
 def _header(runs: Sequence[Finished]) -> list[str]:

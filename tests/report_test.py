@@ -22,7 +22,7 @@ def counts_of(better, others, *, equal=None):
     )  # fmt: skip
 
 
-def make_run(folder, *, seed=0, wins=30, rounds=1, **settings):
+def make_run(folder, *, seed=0, wins=30, rounds=1, twins=100, **settings):
     """A run of 100 users: LightGCN first for 20 of them, each BDLM arm for `wins`, text LM tied with the twin."""
     folder.mkdir(parents=True)
     config = defaults.get_config()
@@ -45,6 +45,9 @@ def make_run(folder, *, seed=0, wins=30, rounds=1, **settings):
     for model, by_protocol in counts.items():
         save_counts(folder / "per_user" / f"{model}.npz", by_protocol)
         rows += result_rows(model, by_protocol, {"all": np.ones(1, bool), "twins": np.ones(1, bool)})
+    for row in rows:
+        if row["slice"] == "twins" and row["metric"].endswith("/pair"):
+            row["users"] = twins
     data = {
         "name": "twins", "users": 100, "items": 120, "interactions": 1234, "parts": {"train": 1034, "test": 100},
         "sha256": "5a" * 32, "candidates": {"test/cand100": "c1" * 32, "validation/cand100": "d2" * 32},
@@ -108,6 +111,21 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert (folder / name).stat().st_size < 100_000
     assert {path.name for path in (folder / "plots").iterdir()} == {"learning_curves.png", "models.png", "slices.png"}
+
+
+def test_metrics_of_few_targets_are_counted_and_not_shown(tmp_path):
+    report.write_report(make_run(tmp_path / "enough", twins=20))
+    report.write_report(make_run(tmp_path / "few", twins=19))
+    enough, few = (
+        (tmp_path / name / "results.md").read_text(encoding="utf-8").split("## Slice twins")[1].split("##")[0]
+        for name in ("enough", "few")
+    )
+    assert row_of(enough, "model")[1:] == ["hr@1/pair", "auc/pair", "hr@1/cand100"]
+    assert row_of(few, "model")[1:] == ["hr@1/cand100"]
+    assert "Too few" not in enough
+    assert "Too few targets to say anything (under 20): hr@1/pair (19), auc/pair (19)." in few
+    assert (tmp_path / "enough" / "plots" / "slices.png").exists()
+    assert not (tmp_path / "few" / "plots" / "slices.png").exists()
 
 
 def test_chosen_rounds_are_named(tmp_path):

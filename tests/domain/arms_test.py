@@ -1,11 +1,10 @@
-"""The domain arms: LightGCN, MF, NCF, SASRec against hand-written oracles, and the closed forms."""
+"""The domain arms: LightGCN, MF, NCF, SASRec against hand-written oracles."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdlm_jax.domain.closed_form import ease_scores, ease_weights, item_pop_scores
 from bdlm_jax.domain.graph import make_graph, make_propagate
 from bdlm_jax.domain.lightgcn import lightgcn_arm
 from bdlm_jax.domain.mf import mf_arm
@@ -147,24 +146,3 @@ def test_sasrec_refuses_holes_and_odd_heads():
         sasrec_arm(np.array([[1, -1, 2]]), width=4)
     with pytest.raises(InputError, match="heads"):
         sasrec_arm(np.array([[1, 2]]), width=5, n_heads=2)
-
-
-def test_ease_solves_its_constrained_regression():
-    rng = np.random.default_rng(0)
-    seen = (rng.random((30, N_ITEMS)) < 0.4).astype(float)
-    user, item = np.nonzero(seen)
-    weights = ease_weights(user, item, n_users=30, n_items=N_ITEMS, regularisation=3.0)
-    assert np.all(np.diag(weights) == 0)
-    for target in range(N_ITEMS):  # each column is a ridge regression of that item on the others
-        others = np.delete(np.arange(N_ITEMS), target)
-        ridge = np.linalg.solve(
-            seen[:, others].T @ seen[:, others] + 3.0 * np.eye(N_ITEMS - 1), seen[:, others].T @ seen[:, target]
-        )
-        np.testing.assert_allclose(weights[others, target], ridge, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(ease_scores(weights, user, item, n_users=30), seen @ weights, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="positive"):
-        ease_weights(user, item, n_users=30, n_items=N_ITEMS, regularisation=0)
-
-
-def test_item_pop_is_the_degree():
-    assert item_pop_scores(np.array([3, 0, 7])).tolist() == [3.0, 0.0, 7.0]
