@@ -4,6 +4,7 @@ transformers' `AutoConfig` supplies each family's defaults; torch is not needed,
 `auto_map` is ignored, and a model_type that is not listed here is refused.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -156,6 +157,7 @@ def _complete(raw, family, where):
     from transformers import AutoConfig
 
     rest = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    rest = copy.deepcopy(rest)  # transformers writes into what it is given
     try:
         return AutoConfig.for_model(family, **rest)
     except Exception as error:  # transformers raises a class of its own for every field

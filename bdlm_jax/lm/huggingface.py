@@ -5,10 +5,10 @@ before the next is touched. A leaf that is stacked over depth is allocated on it
 layer, so that the host never holds more than one tensor of ours beside the mapped shard.
 """
 
+import functools
 import json
 import mmap
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,8 +195,9 @@ def _whole_shape(parts):
     return (*parts[0][:-1], sum(part[-1] for part in parts))
 
 
+@functools.lru_cache(maxsize=8)
 def _leaf_shapes(config):
-    tree = jax.eval_shape(partial(init_lm, config=config), jax.random.key(0))
+    tree = jax.eval_shape(functools.partial(init_lm, config=config), jax.random.key(0))
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(part.key for part in path): leaf.shape for path, leaf in flat}
 
@@ -309,13 +310,13 @@ def _store(leaf, part, layer, shape, dtype, placement, name):
     if layer is None:
         return _place(_with_mean_rows(part, shape[0]), dtype, sharding)
     if leaf is None:
-        leaf = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    return _fill(leaf, _place(part, dtype, _below(sharding)), layer)
+        leaf = jnp.zeros(shape, dtype, device=sharding)
+    return _fill(leaf, _place(part, part.dtype, _below(sharding)), layer)
 
 
-@partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def _fill(stacked, part, layer):
-    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, 0)
+    return jax.lax.dynamic_update_index_in_dim(stacked, part.astype(stacked.dtype), layer, 0)
 
 
 def _place(value, dtype, sharding):

@@ -64,65 +64,6 @@ def test_parameters_are_stacked_float32_under_llama_names(params):
     assert not np.allclose(kernels[0], kernels[1]), "every layer is drawn on its own"
 
 
-@pytest.mark.parametrize(("tie", "bias"), [(True, True), (False, False)])
-def test_logits_equal_those_of_transformers(tie, bias):
-    torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = dataclasses.replace(
-        CONFIG, tie_embeddings=tie, attention_bias=bias, rope_theta=500.0, rope_scaling=("llama3", 4.0, 1.0, 2.0, 16)
-    )
-    torch.manual_seed(0)
-    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40,
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=tie,
-            attention_bias=bias,
-            rope_parameters={"rope_type": "llama3", "factor": 4.0, "rope_theta": 500.0, **scaling},
-            initializer_range=0.3,
-        )
-    ).eval()
-    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    generator = np.random.default_rng(0)
-
-    def stacked(name, *, linear):
-        leaves = {}
-        weight = np.stack([state[f"model.layers.{n}.{name}.weight"] for n in range(2)])
-        leaves["kernel" if linear else "scale"] = weight.transpose(0, 2, 1) if linear else weight
-        if f"model.layers.0.{name}.bias" in state and name[-6:] != "o_proj":
-            drawn = generator.normal(size=weight.shape[:2]).astype(np.float32)
-            for n in range(2):
-                model.get_parameter(f"model.layers.{n}.{name}.bias").data = torch.tensor(drawn[n])
-            leaves["bias"] = drawn
-        return leaves
-
-    ours = {
-        "embedding": state["model.embed_tokens.weight"],
-        "final_norm": {"scale": state["model.norm.weight"]},
-        "layers": {
-            "input_layernorm": stacked("input_layernorm", linear=False),
-            "post_attention_layernorm": stacked("post_attention_layernorm", linear=False),
-            "self_attn": {f"{x}_proj": stacked(f"self_attn.{x}_proj", linear=True) for x in "qkvo"},
-            "mlp": {f"{x}_proj": stacked(f"mlp.{x}_proj", linear=True) for x in ("gate", "up", "down")},
-        },
-    }
-    if not tie:
-        ours["head"] = state["lm_head.weight"]
-    tokens_BL = generator.integers(0, 40, (3, 20))
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens_BL)).logits.numpy()
-    hidden = hidden_of(ours, config, tokens_BL, np.arange(20)[None].repeat(3, 0), np.ones((3, 20), int), None)
-    assert np.abs(expected).max() > 1, "the oracle must say something"
-    np.testing.assert_allclose(text_logits(ours, config, hidden), expected, atol=1e-4)
-
-
 def test_id_tokens_read_their_rows(params, id_rows_XM):
     tokens, positions, segments = _row([1, 40, 46, 3], length=4)
     table = jnp.concatenate([params["embedding"], id_rows_XM])
