@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,11 @@ from bdlm_jax.data.splits import TRAIN, check_training_edges
 from bdlm_jax.domain import graph, lightgcn, mf, ncf, sasrec
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.fit import Arm, Fitted, fit
-from bdlm_jax.lm import causal_lm, lora
+from bdlm_jax.lm import causal_lm, families, huggingface, lora
 from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights
 from bdlm_jax.prepare import KNOWN, Data
 from bdlm_jax.runtime import parallel
-from bdlm_jax.types import Params
+from bdlm_jax.types import InputError, Params
 
 
 class Run(NamedTuple):
@@ -76,10 +78,22 @@ def lm_config(run: Run) -> causal_lm.LMConfig:
 
 def own_lm_config(config: ml_collections.ConfigDict) -> causal_lm.LMConfig:
     """The decoder's shape as the config.json of `lm.path` or `lm.config` gives it, in its own number of text rows."""
-    from bdlm_jax.lm import families
-
     c = config.lm
-    return families.lm_config_from_hf(c.path or c.config, dtype=c.dtype, remat=c.remat, dropout=c.dropout)
+    source = own_folder(c.path) if c.path else _read_config_json(c.config)
+    return families.lm_config_from_hf(source, dtype=c.dtype, remat=c.remat, dropout=c.dropout)
+
+
+@functools.cache
+def own_folder(path: str) -> Path:
+    """The local folder of `lm.path`; the hub is asked once."""
+    return huggingface.find_folder(path)
+
+
+def _read_config_json(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"config.lm.config: {path} cannot be read ({error}); give a config.json.") from error
 
 
 def make_bridge(run: Run, *, reads: str) -> Bridge:
@@ -129,11 +143,7 @@ def init_domain_params(run: Run, arm: DomainArm, stage: str) -> Params:
 def load_weights(run: Run) -> Params | None:
     """Loads the decoder of `lm.path` in the vocabulary's number of rows; None where no path is given."""
     c = run.config.lm
-    if not c.path:
-        return None
-    from bdlm_jax.lm import huggingface
-
-    return huggingface.load_lm(c.path, lm_config(run), dtype=c.param_dtype)
+    return huggingface.load_lm(own_folder(c.path), lm_config(run), dtype=c.param_dtype) if c.path else None
 
 
 def init_params(
@@ -201,6 +211,24 @@ def warm_items(data: Data) -> np.ndarray:
     return data.split.degree(TRAIN) > 0
 
 
+def lm_rules(trains: str, *, train_shared: bool) -> optimizers.Rules:
+    """Returns the optimiser's groups in the LM's phases: what `trains` says of "lm", then "bridge" and "shared".
+
+    Args:
+      trains: "full" (the decoder), "lora" (its adapters) or "bridge" (neither); the bridge trains in all three.
+      train_shared: whether the shared tables do.
+    """
+    frozen = optimizers.FROZEN
+    return [
+        (r"shared/.*", "shared" if train_shared else frozen),
+        (r"domain/.*", frozen),
+        (r"lm/bridge/.*", "bridge"),
+        (r"lm/lora/alpha", frozen),
+        (r"lm/lora/.*", "lm" if trains == "lora" else frozen),
+        (r"lm/.*", "lm" if trains == "full" else frozen),
+    ]
+
+
 def make_lm_arm(
     run: Run,
     rows,
@@ -240,14 +268,7 @@ def make_lm_arm(
     rows_std = rows_std or config.shared.std
     c, vocabulary = config.lm, run.texts.vocabulary
     row_std, trains = row_std or c.row_std, trains or c.trains
-    rules = [
-        (r"shared/.*", "shared" if train_shared and weights.item else optimizers.FROZEN),
-        (r"domain/.*", optimizers.FROZEN),
-        (r"lm/bridge/.*", "bridge"),
-        (r"lm/lora/alpha", optimizers.FROZEN),
-        (r"lm/lora/.*", "lm" if trains == "lora" else optimizers.FROZEN),
-        (r"lm/.*", "lm" if trains == "full" else optimizers.FROZEN),
-    ]
+    rules = lm_rules(trains, train_shared=bool(train_shared and weights.item))
     # The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
     # fast as one of an LM with its own table would.
     scale = c.learning_rate_shared / c.learning_rate * rows_std / row_std

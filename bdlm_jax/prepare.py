@@ -14,6 +14,7 @@ from bdlm_jax.data import interactions as interactions_lib
 from bdlm_jax.data import sources, splits, synthetic
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
+from bdlm_jax.lm import families, huggingface
 from bdlm_jax.lm import vocabulary as vocabulary_lib
 from bdlm_jax.types import InputError
 
@@ -111,7 +112,7 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     A language model of `lm.path` comes with its own, whose special tokens and chat template stay as they are; the
     vocabulary has at least as many text rows as the model.
     """
-    own = config.lm.path
+    own = huggingface.find_folder(config.lm.path) if config.lm.path else None
     if config.tokenizer.path or own:
         tokenizer = vocabulary_lib.load_tokenizer(config.tokenizer.path or own)
     elif (folder / "tokenizer.json").exists():
@@ -120,11 +121,7 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary_lib.train_tokenizer(texts, config.tokenizer.vocab_size)
         vocabulary_lib.save_tokenizer(folder, tokenizer)
-    rows = 0
-    if own:
-        from bdlm_jax.lm import families
-
-        rows = families.lm_config_from_hf(own, dtype="float32", remat=False, dropout=0.0).vocab_size
+    rows = families.lm_config_from_hf(own).vocab_size if own else 0
     return vocabulary_lib.Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
 
 
