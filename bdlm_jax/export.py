@@ -1,7 +1,7 @@
-"""python -m bdlm_jax.export --workdir DIR --format domain --out DIR2: what a finished run takes to other programs.
+"""python -m bdlm_jax.export --workdir DIR --format domain|hf --out DIR2: what a finished run takes to other programs.
 
-`domain` is two tables whose inner products are the scores, for NumPy and vector indexes. A folder appears whole or not
-at all.
+`domain` is two tables whose inner products are the scores, for NumPy and vector indexes; `hf` is a Hugging Face
+directory whose vocabulary ends in the users and items. A folder appears whole or not at all.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from bdlm_jax import scoring, serving
+from bdlm_jax.serving import Catalogue, ServedLM
 from bdlm_jax.types import InputError
 
-FORMATS = ("domain",)
+FORMATS = ("domain", "hf")
 EXAMPLE = '''"""python recommend.py USER [K]: raw id, score and title of the best items that the user has not had."""
 
 import json
@@ -95,6 +96,117 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path
     return _whole(Path(out), write)
 
 
+def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Writes the LM arm as a Hugging Face directory, whose item logits after a history are our scores.
+
+    `out` holds config.json, generation_config.json, model.safetensors (or shards and their index), the tokenizer with
+    a token for every user and item, ids.json (raw ids and titles; item i is <iid_i>) and README.md with the way to
+    prompt it. It loads with transformers' AutoModelForCausalLM and AutoTokenizer.
+
+    Args:
+        workdir: the directory of a finished run.
+        out: the folder to write; it must not exist, or be empty.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: no finished run, `out` is taken, or a tokenizer whose numbers leave no place (see `hf_folder`).
+    """
+    from bdlm_jax.lm import hf_folder
+
+    arm, catalogue = serving.load_lm_arm(workdir), serving.load_catalogue(workdir)
+
+    def write(folder: Path) -> None:
+        hf_folder.write_hf_folder(
+            folder, arm.params, arm.config, arm.vocabulary, arm.id_rows_XM, max_tokens=arm.prompts["max_tokens"]
+        )
+        ids = {"user_ids": catalogue.user_ids, "item_ids": catalogue.item_ids, "titles": catalogue.titles}
+        if arm.prompts["kind"] != "ids":
+            ids["texts"] = [arm.vocabulary.decode(title) for title in arm.titles]
+        (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        (folder / "README.md").write_text(_model_card(Path(workdir), arm, catalogue), encoding="utf-8")
+
+    return _whole(Path(out), write)
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [recommendation, bdlm]
+---
+# A language model that recommends
+The LM arm of a BDLM run on "{data}", written by bdlm_jax (a reconstruction of arXiv 2311.03778). Each of its
+{n_users} users and {n_items} items is one token, `<uid_0>` … and `<iid_0>` …, numbered as `ids.json` lists them.
+The logits of the item tokens after a history are the recommendation:
+```python
+{code}```
+It was trained on the last {max_items} items of a history at most, and {max_tokens} tokens. {unnamed}
+What it writes as text is generated, not looked up; the terms of its base model and of its data go on applying to it.
+
+## Measured by the run, on its test users
+{table}
+"""
+_CARD_CODE = """import json
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+with open(f"{{folder}}/ids.json", encoding="utf-8") as file:
+    ids = json.load(file)
+history = [ids["item_ids"].index(item) for item in {example}]
+prompt = {head!r} + "".join({piece} for i in history){tail}
+tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+logits = model(tokens).logits[0, -1, {first}:{stop}].detach()
+logits[history] = -float("inf")
+for i in logits.topk({k}).indices.tolist():
+    print(ids["item_ids"][i], ids["titles"][i])
+"""
+_CARD_METRICS = ("hr@1", "hr@10", "ndcg@10")
+
+
+def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
+    from bdlm_jax.lm.vocabulary import UNNAMED_USER
+
+    vocabulary, prompts, n_items = arm.vocabulary, arm.prompts, len(catalogue.item_ids)
+    shows_user = prompts["kind"] != "text" and prompts["user_token"]
+    bos, eos = vocabulary.decode([vocabulary.bos]), vocabulary.decode([vocabulary.eos])
+    pieces = {
+        "ids": 'f"<iid_{i}>"',
+        "ids_titles": 'f"<iid_{i}>" + ids["texts"][i]',
+        "text": f'ids["texts"][i] + {eos!r}',
+    }
+    code = _CARD_CODE.format(
+        example=catalogue.item_ids[:2],
+        head=bos + (UNNAMED_USER if shows_user == "start" else ""),
+        piece=pieces[prompts["kind"]],
+        tail=f" + {UNNAMED_USER!r}" if shows_user == "end" else "",
+        first=vocabulary.item_tokens.start,
+        stop=vocabulary.item_tokens.start + n_items,
+        k=min(10, max(1, n_items - 2)),
+    )
+    named = f"`{UNNAMED_USER}` stands for the user" + ("." if prompts["unnamed"] else "; a known one is `<uid_0>` ….")
+    path = workdir / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    cells = {
+        row["metric"]: row for row in results.get("rows", ()) if (row["model"], row["slice"]) == ("bdlm_lm", "all")
+    }
+    lines = ["| metric | value | users |", "|---|---|---|"]
+    lines += [f"| {m} | {row['value']:.4f} | {row['users']} |" for m, row in cells.items()
+              if m.split("/")[0] in _CARD_METRICS]  # fmt: skip
+    return _CARD.format(
+        data=results.get("data", {}).get("name", workdir.name),
+        n_users=len(catalogue.user_ids),
+        n_items=n_items,
+        code=code,
+        max_items=prompts["max_items"],
+        max_tokens=prompts["max_tokens"],
+        unnamed=named if shows_user not in (False, "none") else "",
+        table="\n".join(lines),
+    )
+
+
 def _checksums(folder: Path) -> dict[str, dict]:
     """{name: {"sha256", "bytes"}} of all files of a folder."""
     found = {}
@@ -136,11 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.export", description="Exports a finished run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="domain: two tables")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="domain: two tables; hf: a language model")
     parser.add_argument("--out", required=True, help="the folder to write")
     given = parser.parse_args(arguments)
     try:
-        folder = export_domain(workdir=given.workdir, out=given.out)
+        folder = {"domain": export_domain, "hf": export_hf}[given.format](workdir=given.workdir, out=given.out)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bdlm_jax import export, recommend, serving
+from bdlm_jax import export, recommend, scoring, serving
 from bdlm_jax.types import InputError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -79,3 +80,69 @@ def test_no_finished_run_is_one_sentence(tmp_path, capsys):
     assert export.main(["--workdir", str(tmp_path), "--format", "domain", "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("bdlm_jax: ") and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def hf(tiny_run, tmp_path_factory):
+    _, workdir, _ = tiny_run
+    return workdir, export.export_hf(workdir=workdir, out=tmp_path_factory.mktemp("out") / "hf")
+
+
+def test_transformers_ranks_the_items_as_we_do(hf):
+    """100 users, the next item of each: our top ten from the exported folder, in torch."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    workdir, folder = hf
+    served, catalogue = serving.load_lm_arm(workdir), serving.load_catalogue(workdir)
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    first, largest = served.vocabulary.item_tokens.start, 0.0
+    for user in range(100):
+        seen = catalogue.history(user)
+        ours_I = scoring.lm_scores(served, seen, user=user)
+        text = "<bos><user>" + "".join(f"<iid_{item}>" for item in seen)
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            theirs_I = model(tokens).logits[0, -1, first : first + len(catalogue.item_ids)].numpy()
+        largest = max(largest, float(np.abs(theirs_I - ours_I).max()))
+        best = scoring.top_items(ours_I, seen=seen, k=10)
+        assert scoring.top_items(theirs_I, seen=seen, k=10).tolist() == best.tolist()
+    print(f"largest difference of a logit: {largest:.1e}")
+    assert largest <= 1e-4
+
+
+def test_the_cards_code_recommends(hf, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    workdir, folder = hf
+    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {})
+    history = serving.load_catalogue(workdir).item_ids[:2]
+    rows = recommend.recommend(workdir=workdir, history=history, arm="lm", k=10)
+    assert capsys.readouterr().out.splitlines() == [f"{row['item']} {row['title']}" for row in rows]
+
+
+def test_the_card_holds_the_runs_numbers(hf, tiny_run):
+    _, folder = hf
+    card, results = (folder / "README.md").read_text(encoding="utf-8"), tiny_run[2]
+    (row,) = (
+        r for r in results["rows"] if (r["model"], r["slice"], r["metric"]) == ("bdlm_lm", "all", "ndcg@10/cand20")
+    )
+    assert f"| ndcg@10/cand20 | {row['value']:.4f} | {row['users']} |" in card
+    assert "{" not in re.sub(r"```.*?```", "", card, flags=re.S)
+
+
+def test_without_torch_the_folders_tokens_and_rows_are_ours(hf):
+    from bdlm_jax.lm import families, huggingface, vocabulary
+
+    workdir, folder = hf
+    served = serving.load_lm_arm(workdir)
+    tokenizer, ours = vocabulary.load_tokenizer(folder), served.vocabulary
+    names = {"<uid_7>": ours.user_token(7), "<iid_0>": ours.item_token(0), "<iid_51>": ours.n_tokens - 1}
+    assert {name: tokenizer.convert_tokens_to_ids(name) for name in names} == names
+    assert len(tokenizer) == ours.n_tokens
+    config = families.lm_config_from_hf(folder)
+    params = huggingface.load_lm(folder, config)
+    assert config.vocab_size == ours.n_tokens
+    np.testing.assert_array_equal(params["embedding"][ours.n_text :], served.id_rows_XM)
+    np.testing.assert_array_equal(params["embedding"][: ours.n_text], served.params["embedding"])

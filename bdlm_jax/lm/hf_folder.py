@@ -1,0 +1,131 @@
+"""A decoder and its users and items as a Hugging Face directory that transformers loads by itself.
+
+The rows of <uid> and <iid> stand behind the text rows, under the numbers that they have here, in the weights and in the
+tokenizer. What the folder says of a run (its card, its raw ids) is `bdlm_jax.export`'s.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from bdlm_jax.lm import families, huggingface
+from bdlm_jax.lm.lm_config import LMConfig
+from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.types import Array, InputError, Params
+
+
+def write_hf_folder(
+    folder: str | os.PathLike,
+    params: Params,
+    config: LMConfig,
+    vocabulary: Vocabulary,
+    id_rows_XM: Array,
+    *,
+    max_tokens: int | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config, weights and tokenizer with the rows of the id tokens behind those of the text.
+
+    Their rows stand in the embedding and in the output head, so that a tied model stays tied. Gemma alone multiplies
+    what it embeds by √M: there the embedding holds the id rows divided by it and the head, untied, as they are.
+
+    Args:
+        folder: exists.
+        params: the decoder's tree (`causal_lm.init_lm`); adapters are merged before.
+        config: the decoder's shape.
+        vocabulary: numbers the tokens; its V is the config's.
+        id_rows_XM: (X, M) rows of <uid> and <iid>, through the bridge.
+        max_tokens: the longest row that it was trained on, written where the config names none.
+        shard_bytes: above this size the weights are cut into several files.
+
+    Raises:
+        InputError: see `id_tokenizer` and `families.hf_config`.
+    """
+    folder, tokenizer = Path(folder), id_tokenizer(vocabulary)
+    if config.scale_embedding and config.tie_embeddings:
+        params = {**params, "head": params["embedding"]}
+        config = dataclasses.replace(config, tie_embeddings=False)
+    special = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
+    extra = {**special, "torch_dtype": str(params["embedding"].dtype)}
+    if config.max_positions is None and max_tokens is not None:
+        extra["max_position_embeddings"] = max_tokens
+    fields = families.hf_config(config, vocab_size=vocabulary.n_tokens, **extra)
+    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
+    _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
+    tokenizer.save_pretrained(str(folder))
+
+
+def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer with <uid_0> … and <iid_0> … numbered as `Vocabulary` numbers them.
+
+    A tokenizer numbers what is added without a gap, but V is rounded up (and a pretrained model may have more rows than
+    its tokenizer has tokens): <unused_N> fills every number between, so that no row has to move.
+
+    Args:
+        vocabulary: of the run.
+
+    Returns:
+        A copy; the id tokens are special, never normalised, and found wherever they stand in a text.
+
+    Raises:
+        InputError: its text tokens have such a name already, or their numbers have holes that would be filled.
+    """
+    tokenizer, known = copy.deepcopy(vocabulary.tokenizer), vocabulary.tokenizer.get_vocab()
+    first = max(known.values()) + 1
+    names = [f"<unused_{token}>" for token in range(first, vocabulary.n_text)]
+    names += [f"<uid_{user}>" for user in range(vocabulary.user_capacity)]
+    names += [f"<iid_{item}>" for item in range(vocabulary.item_capacity)]
+    if taken := [name for name in names if name in known]:
+        raise InputError(f"the run's tokenizer has a text token {taken[0]} already: train with another tokenizer.")
+    # Not single_word: a title may begin right behind its <iid>.
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(names) != list(range(first, first + len(names))):
+        raise InputError(
+            f"the run's tokenizer has {len(known)} tokens but numbers them up to {first - 1}: added tokens would "
+            "get other numbers in transformers than in the run; train with a tokenizer without holes."
+        )
+    return tokenizer
+
+
+def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    scale = np.float32(config.width**0.5) if config.scale_embedding else np.float32(1)
+    behind = {"embedding": rows_XM / scale, "head": rows_XM}
+    leaves = {name: tensor.leaves[0] for name, tensor in huggingface.tensor_map(config).items()}
+    for name, value in huggingface.export_tensors(params, config):
+        if leaves[name] in behind:
+            value = np.concatenate([value, behind[leaves[name]].astype(value.dtype)])
+        yield name, value
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"model-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, value in tensors:
+        if held and sum(one.nbytes for one in held.values()) + value.nbytes > shard_bytes:
+            flush()
+        held[name], total = value, total + value.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(folder / "model-0", folder / "model.safetensors")
+        return
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for n, file in enumerate(files):
+        os.replace(folder / f"model-{n}", folder / file)
+    index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, ns in zip(files, shards) for n in ns}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
