@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12",
+        "huggingface-hub>=1.0",
         "jax>=0.10",
         # A pre-release is jraph's last word (2022); naming it lets pip take it.
         "jraph>=0.0.6.dev0",

@@ -71,8 +71,8 @@ def lm_config(run: Run) -> causal_lm.LMConfig:
         mlp_width=c.mlp_width,
         tie_embeddings=c.tie_embeddings,
         dtype=c.dtype,
-        remat=c.remat,
         dropout=c.dropout,
+        **_how_to_compute(c),
     )
 
 
@@ -80,7 +80,11 @@ def own_lm_config(config: ml_collections.ConfigDict) -> causal_lm.LMConfig:
     """The decoder's shape as the config.json of `lm.path` or `lm.config` gives it, in its own number of text rows."""
     c = config.lm
     source = own_folder(c.path) if c.path else _read_config_json(c.config)
-    return families.lm_config_from_hf(source, dtype=c.dtype, remat=c.remat, dropout=c.dropout)
+    return families.lm_config_from_hf(source, dtype=c.dtype, dropout=c.dropout, **_how_to_compute(c))
+
+
+def _how_to_compute(c) -> dict:
+    return {"remat": c.remat and (c.remat_keeps if c.remat_keeps == "dots" else True), "attention": c.attention}
 
 
 @functools.cache

@@ -88,6 +88,7 @@ RULES = {
     "data.user_fields": _words(0), "tokenizer.path": _TEXT, "tokenizer.vocab_size": _whole(261),
     "lm.width": _whole(2), "lm.n_layers": _whole(1), "lm.n_heads": _whole(1), "lm.n_kv_heads": _whole(1),
     "lm.mlp_width": _whole(1), "lm.dropout": _number(0, 1), "lm.dtype": _word("float32", "bfloat16"), "lm.remat": _FLAG,
+    "lm.remat_keeps": _word("nothing", "dots"), "lm.attention": _word("einsum", "xla", "cudnn"),
     "lm.tie_embeddings": _FLAG, "lm.learning_rate": _positive(), "lm.learning_rate_shared": _number(0),
     "lm.weight_decay": _number(0), "lm.clip_norm": _number(0), "lm.warmup_steps": _whole(0), "lm.batch_rows": _whole(1),
     "lm.max_text_targets": _whole(1),
@@ -240,6 +241,8 @@ def _check_lm(config) -> None:
         )
     if lm.trains == "bridge" and lm.path and config.pretrain.corpus:
         raise InputError("config.lm.trains bridge freezes the decoder, so pretrain.corpus has nothing to train.")
+    if lm.attention == "cudnn" and lm.dtype != "bfloat16":
+        raise InputError('config.lm.attention "cudnn" computes in lm.dtype bfloat16 alone; set it, or use "xla".')
     if lm.path or lm.config:
         shape = arms.own_lm_config(config)
         if shape.positions == "learned" and config.prompts.length > shape.max_positions:

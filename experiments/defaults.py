@@ -43,7 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
     lm.mlp_width = 192
     lm.dropout = 0.2
     lm.dtype = "float32"
-    lm.remat = False
+    lm.remat = False  # recompute each layer in the backward pass
+    lm.remat_keeps = "nothing"  # nothing | dots: what lm.remat does not recompute (products with weights)
+    lm.attention = "einsum"  # einsum | xla | cudnn: ours, or of jax.nn.dot_product_attention
     lm.tie_embeddings = True
     lm.learning_rate = 3e-3
     lm.learning_rate_shared = 3e-3  # of the shared tables, in the scale of the LM's own rows

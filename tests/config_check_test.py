@@ -60,6 +60,7 @@ def test_a_misspelt_setting_in_a_file_is_found_with_its_likely_name():
         ({"lm__width": True}, "a whole number"),
         ({"lm__width": 63}, "config.lm.width 63 is no multiple of lm.n_heads 2"),
         ({"lm__width": 66, "lm__n_heads": 2}, "is 33; rotary positions need it even"),
+        ({"lm__attention": "cudnn"}, "cudnn\" computes in lm.dtype bfloat16 alone"),
         ({"lm__n_heads": 4, "lm__n_kv_heads": 3}, "lm.n_heads 4 is no multiple of lm.n_kv_heads 3"),
         ({"prompts__length": 19}, "use a length of at least 20"),  # 16 title tokens + 4
         ({"prompts__length": 35, "data__user_fields": ("age",)}, "use a length of at least 36"),  # 2 · 16 + 4

@@ -27,7 +27,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # ConfigDict stops at train and the rooms that it is made of (data, rows, stages): below, functions take scalars.
 READS_CONFIGS = {"config_check", "arms", "lm_rows", "prepare", "stages", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
-DISTRIBUTIONS = {"absl": "absl-py", "ml_collections": "ml-collections", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "huggingface_hub": "huggingface-hub",
+    "ml_collections": "ml-collections",
+    "orbax": "orbax-checkpoint",
+}
 
 PACKAGE = sorted((ROOT / "bdlm_jax").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))

@@ -6,7 +6,8 @@ Queries come scaled, as (..., L, G, R, K): R query heads on each of G key heads.
 import jax
 import jax.numpy as jnp
 
-from bdlm_jax.types import Array
+from bdlm_jax.runtime.parallel import device_summary
+from bdlm_jax.types import Array, InputError
 
 _MASKED = -1e30  # finite: a row of padding must not become NaN
 
@@ -24,8 +25,13 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, implementation: str, so
 
     Returns:
         (B, L, G, R, K).
+
+    Raises:
+        InputError: "cudnn" without a GPU.
     """
     b, length, g, r, width = q.shape
+    if implementation == "cudnn" and "(cpu)" in device_summary():
+        raise InputError('attention "cudnn" needs an NVIDIA GPU, and JAX sees CPUs only: use "xla" or "einsum".')
     if implementation != "einsum":
         heads = q.reshape(b, length, g * r, width)
         out = jax.nn.dot_product_attention(heads, k, v, mask=mask[:, None], scale=1.0, implementation=implementation)
