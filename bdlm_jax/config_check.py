@@ -122,6 +122,9 @@ RULES = {
     **{f"mutual.domain.{name}": _number(0) for name in ("bpr", "align_user", "align_item", "kl")},
     "evaluate.protocols": _words(1), "evaluate.text_protocols": _words(0), "evaluate.chunk": _whole(1),
     "evaluate.text_history": _whole(1),
+    "distributed.coordinator": _TEXT, "distributed.processes": _whole(1), "distributed.process": _whole(0),
+    "dry_run.n_users": _whole(0), "dry_run.n_items": _whole(0), "dry_run.devices": _whole(1),
+    "dry_run.device": _word("a100", "h100", "h200", "tpu_v5e", "tpu_v5p", "tpu_v6e"), "dry_run.compile": _FLAG,
     **{f"mesh.{axis}": _whole(-1) for axis in mesh.AXES},
     "runtime.checkpoint_seconds": _number(0), "runtime.tensorboard": _FLAG,
 }  # fmt: skip
@@ -129,11 +132,12 @@ _FREE = ("data.options", "data.candidates")  # whose keys the config chooses
 _OPTIONAL = ("name",)
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
+def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> None:
     """Checks every setting by itself, then together, then the paths and the devices.
 
     Args:
       config: as an experiment's `get_config()` makes it.
+      paths: whether what the config names must be there.
 
     Raises:
       InputError: names the setting, says what it may be.
@@ -142,7 +146,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     _check_data(config)
     _check_models(config)
     _check_evaluation(config)
-    _check_paths(config)
+    if paths:
+        _check_paths(config)
     _check_devices(config, n_devices=parallel.device_count())
 
 

@@ -21,7 +21,7 @@ from bdlm_jax.data import synthetic
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.fit import write_json
 from bdlm_jax.prepare import KNOWN, prepare_data, prepare_vocabulary
-from bdlm_jax.runtime import parallel
+from bdlm_jax.runtime import distributed, parallel
 from bdlm_jax.runtime.progress import StopSignal, progress
 from bdlm_jax.stages import DOT_ARM, Run
 from bdlm_jax.types import InputError
@@ -120,6 +120,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         report.write_report(folder, results)
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
     return results
+
+
+def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
+    """As `train_and_evaluate`, in each of `config.distributed.processes`; the first process alone writes `workdir`."""
+    given = config.distributed.to_dict()
+    # The run directory does not remember how many processes shared it.
+    config.distributed.update({"coordinator": "", "processes": 1, "process": 0})
+    distributed.join(**given)
+    with distributed.run_folder(workdir) as folder:
+        return train_and_evaluate(config, folder)
 
 
 def _lm_test_scorer(run: Run, params, kind: str, arm, reads: str):

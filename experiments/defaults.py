@@ -133,6 +133,18 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.chunk = 512
     evaluate.text_history = 8  # titles that text_lm reads
 
+    c.distributed = distributed = ml_collections.ConfigDict()  # several processes, each with this config
+    distributed.coordinator = ""  # host:port of process 0; auto asks the cluster; empty is one process
+    distributed.processes = 1
+    distributed.process = 0
+
+    c.dry_run = dry_run = ml_collections.ConfigDict()  # of the flag --dry_run
+    dry_run.n_users = 0  # 0 reads the data
+    dry_run.n_items = 0
+    dry_run.devices = 1
+    dry_run.device = "h200"  # a100 | h100 | h200 | tpu_v5e | tpu_v5p | tpu_v6e
+    dry_run.compile = True  # let XLA compile the step too
+
     c.runtime = runtime = ml_collections.ConfigDict()
     runtime.checkpoint_seconds = 30.0
     runtime.tensorboard = True

@@ -20,12 +20,12 @@ FLOORS = [
     ["config_check", "finished", "plots", "serving"],
     ["sections", "scoring"],
     ["report"],
-    ["train", "recommend", "export"],
+    ["dry_run", "train", "recommend", "export"],
     ["main"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # ConfigDict stops at train and the rooms that it is made of (data, rows, stages): below, functions take scalars.
-READS_CONFIGS = {"config_check", "arms", "lm_rows", "prepare", "stages", "train", "main"}
+READS_CONFIGS = {"config_check", "arms", "dry_run", "lm_rows", "prepare", "stages", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {
     "absl": "absl-py",
