@@ -1,0 +1,147 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_golden
+from safetensors import safe_open
+
+from bdlm_jax.lm.causal_lm import lm_hidden, text_logits
+from bdlm_jax.lm.families import lm_config_from_hf
+from bdlm_jax.lm.hf_folder import id_tokenizer, write_hf_folder
+from bdlm_jax.lm.huggingface import load_lm
+from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
+from bdlm_jax.types import InputError
+
+FAMILIES = ["llama", "gpt2", "gemma2"]
+FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "qwen2", "qwen3", "gemma3")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _looped_layers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)  # compiles one layer
+        yield
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    """261 tokens in 264 rows, and a spare row each for a user and an item."""
+    made = Vocabulary(train_tokenizer([], 261), n_users=4, n_items=6, user_capacity=5, item_capacity=7)
+    assert (made.n_text, len(made.tokenizer)) == (264, 261)
+    return made
+
+
+def random_lm(family, vocabulary):
+    """The stored model of a family with further text rows, and id rows of a size that its first layer sees."""
+    folder = make_golden.HERE / family
+    config = lm_config_from_hf(folder, vocab_size=vocabulary.n_text)
+    params = load_lm(folder, config)
+    size = float(jnp.std(params["embedding"])) * (config.width**0.5 if config.scale_embedding else 1)
+    return params, config, size * jax.random.normal(jax.random.key(5), (vocabulary.n_rows, config.width))
+
+
+def logits_of(params, config, tokens_BL, rows_XM, head_XM):
+    """Our logits over text, capped where the family caps, and over id tokens, which we never cap."""
+    positions = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
+
+    @jax.jit
+    def run(params, rows_XM):
+        hidden_BLM = lm_hidden(params, config, tokens_BL, positions, np.ones_like(tokens_BL), rows_XM)
+        return text_logits(params, config, hidden_BLM), hidden_BLM @ head_XM.T
+
+    return [np.asarray(logits) for logits in run(params, rows_XM)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    params, config, rows_XM = random_lm(family, vocabulary)
+    write_hf_folder(tmp_path, params, config, vocabulary, rows_XM, max_tokens=64)
+    text = "<bos><user><iid_2>A title<iid_0>B<uid_3>"
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (config.tie_embeddings and not config.scale_embedding)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokens_BL = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"]
+    plain = [vocabulary.encode_text([part])[0] for part in ("A title", "B")]
+    specials = [vocabulary.bos, vocabulary.unnamed_user, vocabulary.item_token(2)]
+    assert tokens_BL[0].tolist() == [
+        *specials,
+        *plain[0],
+        vocabulary.item_token(0),
+        *plain[1],
+        vocabulary.user_token(3),
+    ]
+    with torch.no_grad():
+        theirs_BLV = model(torch.tensor(tokens_BL)).logits.numpy()
+    text_BLV, id_BLX = logits_of(params, config, tokens_BL, rows_XM, rows_XM)
+    np.testing.assert_array_equal(np.argsort(theirs_BLV[..., 264:]), np.argsort(id_BLX), "the ranking is ours")
+    if config.logit_softcap is not None:
+        id_BLX = config.logit_softcap * np.tanh(id_BLX / config.logit_softcap)
+    np.testing.assert_allclose(theirs_BLV, np.concatenate([text_BLV, id_BLX], axis=-1), rtol=0, atol=1e-4)
+
+
+def test_read_back_the_folder_is_the_same_model_with_more_text_rows(vocabulary, tmp_path):
+    """Gemma, whose id rows are divided on the way out and multiplied on the way in."""
+    params, config, rows_XM = random_lm("gemma2", vocabulary)
+    write_hf_folder(tmp_path, params, config, vocabulary, rows_XM, max_tokens=64)
+    again = lm_config_from_hf(tmp_path)
+    assert again.vocab_size == vocabulary.n_tokens
+    tokens_BL = np.array([[vocabulary.bos, 270, 8, 9, 275]])
+    ours = logits_of(params, config, tokens_BL, rows_XM, rows_XM)
+    loaded = load_lm(tmp_path, again)
+    theirs, _ = logits_of(loaded, again, tokens_BL, None, rows_XM)
+    np.testing.assert_allclose(theirs[..., : vocabulary.n_text], ours[0], rtol=0, atol=1e-4)
+
+
+def test_large_weights_are_cut_into_shards_and_read_back(vocabulary, tmp_path):
+    params, config, rows_XM = random_lm("qwen2", vocabulary)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    write_hf_folder(tmp_path, params, config, vocabulary, rows_XM, shard_bytes=10_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    sizes = 0
+    for file in files:
+        with safe_open(tmp_path / file, "numpy") as stored:
+            assert {name for name, where in index["weight_map"].items() if where == file} == set(stored.keys())
+            assert stored.metadata() == {"format": "pt"}
+            sizes += sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == sizes
+    again = load_lm(tmp_path, lm_config_from_hf(tmp_path), dtype="bfloat16")
+    np.testing.assert_array_equal(again["embedding"][264:], rows_XM.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(again["embedding"][:264], params["embedding"])
+    jax.tree.map(np.testing.assert_array_equal, again["layers"], params["layers"])
+
+
+def test_the_tokenizer_numbers_as_the_vocabulary_does(vocabulary, tmp_path):
+    id_tokenizer(vocabulary).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == vocabulary.n_tokens
+    for token in (0, 4, 264, 268, 269, 275):
+        assert tokenizer.convert_tokens_to_ids(vocabulary.decode([token])) == token
+    assert [tokenizer.convert_ids_to_tokens(token) for token in (261, 263)] == ["<unused_261>", "<unused_263>"]
+    text = "Iid_1 <iid_1>x<IID_1><uid_0>y"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [token for token in tokens if token >= 264] == [vocabulary.item_token(1), vocabulary.user_token(0)]
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "Iid_1 x<IID_1>y"
+    assert "<iid_1>" not in vocabulary.tokenizer.get_vocab(), "the run's own tokenizer stays as it was"
+
+
+def test_numbers_that_cannot_line_up_are_refused(vocabulary, tmp_path):
+    taken = train_tokenizer([], 261)
+    taken.add_tokens(["<uid_3>"])
+    with pytest.raises(InputError, match="text token <uid_3> already"):
+        id_tokenizer(Vocabulary(taken, n_users=4, n_items=6))
+    vocabulary.tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] += 4
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"261 tokens but numbers them up to 264: .* without holes"):
+        id_tokenizer(Vocabulary(load_tokenizer(tmp_path), n_users=4, n_items=6))
