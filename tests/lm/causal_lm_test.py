@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 from functools import partial
 
@@ -122,8 +123,10 @@ def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
         return (lm_hidden(params, config, *row, id_rows_XM) ** 3).sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, again = gradient(params, CONFIG), gradient(params, dataclasses.replace(CONFIG, remat=True))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
+    plain = gradient(params, CONFIG)
+    for policy in (True, "dots"):
+        again = gradient(params, dataclasses.replace(CONFIG, remat=policy))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
 
 
 def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
@@ -205,8 +208,19 @@ def test_gather_positions():
         ({"dropout": 1.0}, "dropout"),
         ({"n_layers": 0}, "at least 1"),
         ({"rope_scaling": ("yarn", 4.0)}, "rope_scaling"),
+        ({"norm": "batch"}, 'norm is .batch., write one of "rms", "layer"'),
+        ({"remat": "all"}, 'write one of False, True, "dots"'),
+        ({"window": 0}, "window is 0"),
+        ({"local_layers": (True,)}, "1 entries for n_layers 2"),
+        ({"positions": "learned"}, "need max_positions"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_sentence(change, word):
     with pytest.raises(InputError, match=word):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_a_config_read_from_json_is_the_same():
+    config = dataclasses.replace(CONFIG, rope_scaling=("linear", 2.0), window=3, local_layers=(True, False))
+    again = LMConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config and hash(again) == hash(config)
