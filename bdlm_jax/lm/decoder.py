@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from bdlm_jax.lm.attention import attend, attend_cached, attend_with_prefix
 from bdlm_jax.lm.lm_config import LMConfig
 from bdlm_jax.lm.rotary import rope_angles, rotate
+from bdlm_jax.runtime.mesh import split_rows
 
 _DROPOUT_LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold: half the random words of a float
 _UNROLLED_LAYERS = 4
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
             x = x + jnp.take(table, positions, axis=0, mode="clip").astype(c.dtype)
         if dropout_key_B is not None:
             x = _dropout(x, _fold_in(dropout_key_B, 0), c.dropout)
+        x = split_rows(x)
         layers = nn.scan(
             _remat(c),
             variable_axes={"params": 0},
@@ -165,7 +167,7 @@ class _Layer(nn.Module):
         out = _MLP(c, name="mlp")(_Norm(c, name=before_mlp)(x))
         if c.post_norms:
             out = _Norm(c, name="post_feedforward_layernorm")(out)
-        x = x + _dropout(out, keys[1], c.dropout)
+        x = split_rows(x + _dropout(out, keys[1], c.dropout))
         return x, kv if self.keep_kv else None
 
 

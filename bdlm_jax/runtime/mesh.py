@@ -5,15 +5,17 @@ matrices is Megatron's over `tensor` (Shoeybi et al., arXiv 1909.08053) and ZeRO
 arXiv 1910.02054).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdlm_jax.types import InputError
 
@@ -21,6 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both: fsdp shards the rows as well as the weights
 Rules = Sequence[tuple[str, tuple[str | tuple[str, ...] | None, ...]]]
 
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 _INTO, _OUT_OF = "(q|k|v|gate|up)_proj", "(o|down)_proj"
 RULES: Rules = (
     # Layers are stacked, so that a kernel is (depth, in, out). A block's first matrices are split by columns over
@@ -120,6 +123,32 @@ def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> 
 def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
     """Returns into how many parts a dimension with this entry of a spec is cut."""
     return math.prod(sizes[axis] for axis in _names(entry))
+
+
+@contextlib.contextmanager
+def traced_on(mesh: Mesh) -> Iterator[None]:
+    """Within it `split_rows` knows the mesh; around the trace of a step."""
+    before = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(before)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations split by the rows of the batch, and is the identity where no mesh is traced.
+
+    Left alone, the compiler splits a residual stream by its width, as the weights lie, and then sums every product over
+    the devices; told where the rows are, it gathers the weights instead, which are fewer.
+
+    Args:
+        x: (B, ...).
+
+    Returns:
+        The same numbers.
+    """
+    mesh = _MESH.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
 def leaf_name(path: Any) -> str:

@@ -196,7 +196,8 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
 
     def sharded_step(state, batch, *constants):
         layout = layout_of(state) or lay_out(state)
-        state, metrics = step(_unpadded(state, layout), batch, *constants)
+        with mesh_lib.traced_on(mesh):
+            state, metrics = step(_unpadded(state, layout), batch, *constants)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
         shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.spec), layout)
         state = jax.lax.with_sharding_constraint(_padded(state, layout), shardings)
