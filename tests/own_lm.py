@@ -1,0 +1,113 @@
+"""Hugging Face directories of random weights, GPT-2-shaped and Llama-shaped, and a small BDLM around one of them."""
+
+import dataclasses
+import json
+
+import jax
+import small_bdlm
+from safetensors.numpy import save_file
+
+from bdlm_jax import arms, mutual, optimizers
+from bdlm_jax.lm import causal_lm, families, huggingface, lora, vocabulary
+from bdlm_jax.lm.causal_lm import LMConfig
+from bdlm_jax.mutual import LMWeights
+from bdlm_jax.runtime.parallel import compile_step
+
+WORDS = ["blue wool scarf", "red wool hat", "a user buys a scarf and then a hat"]
+GPT2 = LMConfig(
+    vocab_size=283, width=8, n_layers=1, n_heads=2, n_kv_heads=2, mlp_width=16, family="gpt2", norm="layer",
+    activation="gelu_tanh", gated=False, attention_bias=True, output_bias=True, mlp_bias=True, positions="learned",
+    max_positions=96,
+)  # fmt: skip
+LLAMA = LMConfig(
+    vocab_size=283, width=8, n_layers=1, n_heads=4, n_kv_heads=2, mlp_width=12, tie_embeddings=False, max_positions=128
+)
+SHAPES = {"gpt2": GPT2, "llama": LLAMA}
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+FEW = LMWeights(item=1.0, text=0.3, align_item=0.4)  # what compiles sooner
+PARALLEL = {
+    "jit": {},
+    "pmap": {"n_devices": 4},
+    "mesh": {"n_devices": 4, "mesh": {"data": 2, "fsdp": 2, "tensor": 1}},
+}
+
+
+def write_model(folder, shape: LMConfig, *, seed: int = 0, tokenizer=True):
+    """Writes config.json, model.safetensors and a tokenizer with a chat template; returns the decoder's params.
+
+    `tokenizer` may be one, True for a small one of our own, False for none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    params = causal_lm.init_lm(jax.random.key(seed), shape)
+    (folder / "config.json").write_text(json.dumps(families.hf_config(shape)))
+    save_file(dict(huggingface.export_tensors(params, shape)), folder / "model.safetensors")
+    if tokenizer is False:
+        return params
+    tokenizer = vocabulary.train_tokenizer(WORDS, 270) if tokenizer is True else tokenizer
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    return params
+
+
+def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.2):
+    """Writes a model of two bytes' vocabulary, reads it back as a user's, and puts it into `small_bdlm`.
+
+    Returns:
+      (arm, bridge, params).
+    """
+    write_model(folder, dataclasses.replace(shape, vocab_size=small_bdlm.N_TEXT - 3), tokenizer=False)
+    shape = dataclasses.replace(families.lm_config_from_hf(folder, dropout=dropout), vocab_size=small_bdlm.N_TEXT)
+    arm = small_bdlm.make_arm()
+    bridge = dataclasses.replace(small_bdlm.make_bridge(dropout=dropout), lm=shape)
+    params = small_bdlm.make_params(arm, small_bdlm.make_bridge())
+    lm = huggingface.load_lm(folder, shape)
+    if trains == "lora":
+        lm[lora.LORA] = lora.init_lora(jax.random.key(2), lm, rank=2, targets=".*_proj/kernel", alpha=4.0)
+    return arm, bridge, {**params, "lm": {**lm, "bridge": params["lm"]["bridge"]}}
+
+
+def make_optimizer(trains: str, **options):
+    """The optimiser of the LM's phases and its rules."""
+    rules = arms.lm_rules(trains, train_shared=True)
+    groups = {name: {"learning_rate": 0.01} for name in ("lm", "bridge", "shared")}
+    groups["lm"] |= options
+    return optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=1.0), rules
+
+
+def train_round(arm, bridge, params, trains, *, parallel="jit", n_steps=2, accumulate=1, domain=False, weights=FEW):
+    """Steps of the LM arm, and where asked a domain epoch against it and LM steps against that.
+
+    Returns:
+      (params, metrics of every unit).
+    """
+    optimizer, rules = make_optimizer(trains)
+    step = mutual.make_lm_step(
+        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer,
+        rules=None if trains == "full" else rules, accumulate=accumulate,
+    )  # fmt: skip
+    compiled, rows = compile_step(step, parallel=parallel, **PARALLEL[parallel]), small_bdlm.make_rows()
+    seen = []
+
+    def run(compiled, state, batches, view, constants):
+        state = compiled.place_state(state)
+        for batch in batches:
+            state, metrics = compiled.run(state, batch, view, constants)
+            seen.append({name: float(value) for name, value in metrics.items()})
+        return compiled.fetch_state(state)
+
+    def train_lm(state, start):
+        batches = [rows.batch(start + n, batch_size=8, seed=0) for n in range(n_steps)]
+        view = small_bdlm.make_views(arm, bridge, state.params)[0]
+        return run(compiled, state, batches, view, small_bdlm.lm_constants())
+
+    state = train_lm(small_bdlm.make_state(params, optimizer), 0)
+    if domain:
+        other = small_bdlm.make_optimizer(lm=optimizers.FROZEN)
+        epoch = compile_step(
+            small_bdlm.make_domain_epoch(arm, bridge, optimizer=other), parallel=parallel, **PARALLEL[parallel]
+        )
+        view = small_bdlm.make_views(arm, bridge, state.params)[1]
+        slots = [mutual.make_slots(batch_size=16, kl_users=8)]
+        mine = run(epoch, small_bdlm.make_state(state.params, other), slots, view, small_bdlm.domain_constants())
+        state = train_lm(state._replace(params=mine.params), n_steps)
+    return state.params, seen
