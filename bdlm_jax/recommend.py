@@ -1,4 +1,4 @@
-"""python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10.
+"""python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10 [--explain].
 
 What a user does with a finished run: raw ids in, raw ids, titles and scores out. The functions are what the command
 line calls; with the domain arm neither needs JAX or the language model.
@@ -29,6 +29,10 @@ def recommend(
     history: str | Sequence[str] | None = None,
     arm: str = "domain",
     k: int = 10,
+    explain: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> list[dict]:
     """Recommends items to a known user, or to a new one by history; what the user has had is left out.
 
@@ -38,9 +42,15 @@ def recommend(
         history: raw item ids or titles, oldest first; as one string, separated by ; or ,.
         arm: "domain" or "lm".
         k: how many.
+        explain: let the LM arm write about each item: text that it generates behind the item's token, which may be
+            wrong; not for the domain arm.
+        temperature: of that text; 0 takes the likeliest token at each place.
+        top_p: see `lm.generate.generate`.
+        seed: of what is drawn.
 
     Returns:
-        [{"rank", "item", "title", "score"}], best first; scores compare within one answer, not between arms.
+        [{"rank", "item", "title", "score"}] and, explained, "words"; best first. Scores compare within one answer, not
+        between arms.
 
     Raises:
         InputError: a name that is not known, or names more than one thing; no finished run in `workdir`.
@@ -51,15 +61,22 @@ def recommend(
         raise InputError(f"arm {arm!r} is not known: write one of {', '.join(ARMS)}.")
     if k < 1:
         raise InputError(f"k is {k}, but at least one item must be asked for.")
+    if explain and arm == "domain":
+        raise InputError("the domain arm has no words to explain with: ask the LM arm (--arm lm).")
     catalogue = serving.load_catalogue(workdir)
     index = None if user is None else find_user(catalogue, user)
     items = find_items(catalogue, history) if index is None else catalogue.history(index)
-    if arm == "domain":
-        scores_I = scoring.domain_scores(serving.load_domain_arm(workdir), user=index, history=items)
-    else:
-        scores_I = scoring.lm_scores(serving.load_lm_arm(workdir), items, user=index)
+    served = serving.load_domain_arm(workdir) if arm == "domain" else serving.load_lm_arm(workdir)
+    score = scoring.domain_scores if arm == "domain" else scoring.lm_scores
+    scores_I = score(served, user=index, history=items)
     best = scoring.top_items(scores_I, seen=items, k=k)
-    return [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
+    rows = [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
+    if explain:
+        words = scoring.lm_words(
+            served, items, best, user=index, temperature=temperature, top_p=top_p, seed=seed
+        )  # fmt: skip
+        rows = [{**row, "words": text} for row, text in zip(rows, words)]
+    return rows
 
 
 def known_history(*, workdir: str | os.PathLike, user: str) -> list[dict]:
@@ -208,6 +225,14 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _explained(rows: list[dict]) -> str:
+    lines = [
+        f"recommended: {row['item']} {_line(row['title'])} | in the LM's own words: {_line(row['words'])}"
+        for row in rows
+    ]
+    return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -224,14 +249,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who.add_argument("--history", help="a new user: item ids or titles, oldest first, separated by ; or ,")
     parser.add_argument("--arm", choices=ARMS, default="domain")
     parser.add_argument("-k", type=int, default=10, help="how many items (default 10)")
+    parser.add_argument("--explain", action="store_true", help="the LM arm writes about each item (generated text)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of that text; 0 (default): the likeliest token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     given = parser.parse_args(arguments)
     try:
-        rows = recommend(workdir=given.workdir, user=given.user, history=given.history, arm=given.arm, k=given.k)
+        rows = recommend(
+            workdir=given.workdir, user=given.user, history=given.history, arm=given.arm, k=given.k,
+            explain=given.explain, temperature=given.temperature, top_p=given.top_p, seed=given.seed,
+        )  # fmt: skip
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(rows, indent=1) if given.format == "json" else _table(rows))
+    as_text = _explained if given.explain else _table
+    print(json.dumps(rows, indent=1) if given.format == "json" else as_text(rows))
     return 0
 
 

@@ -56,17 +56,65 @@ def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.n
         (I,) float32 scores.
     """
     from bdlm_jax.data import batches
-    from bdlm_jax.lm import prompts
 
-    context = arm.contexts[user] if arm.contexts and user is not None and arm.prompts["kind"] != "ids" else None
-    prompt = prompts.history_prompt(
-        arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **arm.prompts
-    )
+    prompt = _history_prompt(arm, history, user=user)
     packed = batches.pack([prompt], arm.prompts["max_tokens"], pad=arm.vocabulary.pad)
     first = arm.vocabulary.item_tokens.start - arm.vocabulary.n_text
     rows_IM = arm.id_rows_XM[first : first + len(arm.titles)]
     state_M = _last_state(arm, packed.rows(np.zeros(1, np.int64)), len(prompt) - 1)
     return rows_IM @ state_M
+
+
+def lm_words(
+    arm: ServedLM,
+    history: Array,
+    items: Array,
+    *,
+    user: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Lets the LM write behind each item's token, where its training has the item's text.
+
+    Where prompts hold titles, what is read is the history and then <iid>; where they hold none, <bos> <iid>, the card
+    on which such a run learns what an <iid> is called. No special token is written; the text ends at <eos> or with as
+    many tokens as the longest title has.
+
+    Args:
+        arm: of `serving.load_lm_arm`.
+        history: (n,) item indices, oldest first.
+        items: (k,) item indices to write about.
+        user: as in `lm_scores`.
+        temperature: see `lm.generate.generate`.
+        top_p: see there.
+        seed: of what is drawn.
+
+    Returns:
+        k texts.
+    """
+    import jax
+
+    from bdlm_jax.lm import generate
+
+    vocabulary, max_new = arm.vocabulary, max([1, *map(len, arm.titles)])
+    prefix = np.array([vocabulary.bos], np.int32)
+    if arm.prompts["kind"] == "ids_titles":
+        # An item never follows a user token that ends a prompt.
+        before = {"user_token": "none"} if arm.prompts["user_token"] == "end" else {}
+        prefix = _history_prompt(arm, history, user=user, room=1 + max_new, **before).tokens
+    marks = vocabulary.item_token(np.asarray(items, np.int32))
+    tokens = np.concatenate([np.tile(prefix, (len(marks), 1)), marks[:, None]], axis=1)
+    specials = set(vocabulary.tokenizer.all_special_ids) | {vocabulary.unnamed_user, vocabulary.unnamed_item}
+    allowed_V = np.arange(arm.config.vocab_size) < len(vocabulary.tokenizer)
+    allowed_V[list(specials - {vocabulary.eos})] = False
+    written = generate.generate(
+        arm.params, arm.config, tokens, np.ones_like(tokens, bool), max_new=max_new, eos=vocabulary.eos,
+        pad=vocabulary.pad, key=jax.random.key(seed), temperature=temperature, top_p=top_p, allowed_V=allowed_V,
+        id_rows_XM=arm.id_rows_XM,
+    )  # fmt: skip
+    rows = zip(np.asarray(written.tokens_BT).tolist(), np.asarray(written.length_B).tolist())
+    return [vocabulary.decode([t for t in row[:n] if t != vocabulary.eos]).strip() for row, n in rows]
 
 
 def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
@@ -88,6 +136,18 @@ def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
         least = np.partition(scores_I[items], -k)[-k]
         items = items[scores_I[items] >= least]
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
+
+
+def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: int = 0, **changes):
+    """The prompt behind which a user's state is read, or one that leaves room for what follows on the history."""
+    from bdlm_jax.lm import prompts
+
+    context = arm.contexts[user] if arm.contexts and user is not None and arm.prompts["kind"] != "ids" else None
+    max_tokens = arm.prompts["max_tokens"]
+    options = {**arm.prompts, **changes, "max_tokens": max_tokens - min(room, max_tokens // 2)}
+    return prompts.history_prompt(
+        arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **options
+    )
 
 
 def _sasrec_state(arm: ServedDomain, history: np.ndarray) -> np.ndarray:

@@ -111,6 +111,41 @@ def test_command_line_prints_a_table_or_json(tiny_run, capsys):
     assert [row["item"] for row in rows] == [line.split()[1] for line in table[1:]]
 
 
+def test_the_lm_explains_in_generated_words(tiny_run, capsys):
+    _, workdir, _ = tiny_run
+    ask = ["--workdir", str(workdir), "--user", "u004", "--arm", "lm", "-k", "3", "--explain"]
+    assert recommend.main(ask) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = recommend.recommend(workdir=workdir, user="u004", arm="lm", k=3, explain=True)
+    plain = recommend.recommend(workdir=workdir, user="u004", arm="lm", k=3)
+    assert [{name: row[name] for name in plain[0]} for row in rows] == plain
+    assert lines == [
+        f"recommended: {row['item']} {row['title']} | in the LM's own words: {recommend._line(row['words'])}"
+        for row in rows
+    ]
+    assert "generated" in last
+    drawn = [*ask, "--temperature", "2", "--top_p", "0.9", "--format", "json"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert recommend.main([*drawn, "--seed", seed]) == 0
+        texts.append([row["words"] for row in json.loads(capsys.readouterr().out)])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--arm", "domain"], "the domain arm has no words to explain with: ask the LM arm"),
+        (["--arm", "lm", "--temperature", "-1"], "temperature is -1.0"),
+        (["--arm", "lm", "--top_p", "2"], "top_p is 2.0"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_sentence(tiny_run, capsys, more, message):
+    _, workdir, _ = tiny_run
+    assert recommend.main(["--workdir", str(workdir), "--user", "u004", "--explain", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments", [["--user", "nobody"], ["--history", "no such title"], ["--user", "u000", "-k", "0"]]
 )

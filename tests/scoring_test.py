@@ -1,8 +1,12 @@
+import dataclasses
+
 import jax
 import numpy as np
+import pytest
 
 from bdlm_jax import scoring, serving
 from bdlm_jax.domain import ncf, sasrec
+from bdlm_jax.lm import generate
 
 
 def served_domain(model, item_ID, degree_I, *, user_UD=None, domain=None, length=4):
@@ -47,3 +51,44 @@ def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
     assert scoring.top_items(scores_I, seen=[3], k=3).tolist() == [1, 0, 2]
     assert scoring.top_items(scores_I, seen=[0, 1, 2], k=10).tolist() == [3, 4, 5]
     assert scoring.top_items(scores_I, seen=range(6), k=1).tolist() == []
+
+
+@pytest.mark.parametrize("user_token", ["start", "end", "none"])
+@pytest.mark.parametrize("kind", ["ids", "ids_titles", "text"])
+def test_words_are_asked_for_behind_the_items_token(tiny_run, monkeypatch, kind, user_token):
+    """On the card, or behind the history where titles stand in it; and no special token can be written."""
+    served = serving.load_lm_arm(tiny_run[1])
+    served = dataclasses.replace(served, prompts=served.prompts | {"kind": kind, "user_token": user_token})
+    vocabulary, asked = served.vocabulary, {}
+
+    def write(params, config, tokens, mask, **options):
+        asked.update(options, tokens=tokens)
+        text = vocabulary.encode_text(["ab"])[0].tolist()
+        return generate.Generated(np.array([[*text, vocabulary.eos]] * 2), np.full(2, len(text) + 1), np.zeros(2))
+
+    monkeypatch.setattr(generate, "generate", write)
+    assert scoring.lm_words(served, [3, 4], [7, 9], user=1) == ["ab", "ab"]
+    before = [vocabulary.bos]
+    if kind == "ids_titles":
+        before += [vocabulary.unnamed_user] if user_token == "start" else []
+        before += [vocabulary.item_token(3), *served.titles[3], vocabulary.item_token(4), *served.titles[4]]
+    assert asked["tokens"].tolist() == [[*before, vocabulary.item_token(item)] for item in (7, 9)]
+    forbidden = set(np.flatnonzero(~asked["allowed_V"]).tolist())
+    n_known = len(vocabulary.tokenizer)
+    assert forbidden == {vocabulary.bos, vocabulary.pad, vocabulary.unnamed_user, vocabulary.unnamed_item} | set(
+        range(n_known, vocabulary.n_text)
+    )
+
+
+def test_words_leave_room_for_themselves_in_a_long_history(tiny_run, monkeypatch):
+    served = serving.load_lm_arm(tiny_run[1])
+    served = dataclasses.replace(served, prompts=served.prompts | {"kind": "ids_titles", "max_tokens": 40})
+    sizes = []
+
+    def write(params, config, tokens, mask, *, max_new, **options):
+        sizes.append(tokens.shape[1] + max_new)
+        return generate.Generated(np.zeros((1, 1), int), np.zeros(1, int), np.zeros(1))
+
+    monkeypatch.setattr(generate, "generate", write)
+    scoring.lm_words(served, np.arange(40), [45])
+    assert 30 < sizes[0] <= 40

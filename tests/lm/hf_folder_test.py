@@ -14,8 +14,7 @@ from bdlm_jax.lm.huggingface import load_lm
 from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
 from bdlm_jax.types import InputError
 
-FAMILIES = ["llama", "gpt2", "gemma2"]
-FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "qwen2", "qwen3", "gemma3")]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +53,7 @@ def logits_of(params, config, tokens_BL, rows_XM, head_XM):
     return [np.asarray(logits) for logits in run(params, rows_XM)]
 
 
+@pytest.mark.slow  # importing torch and transformers; export_test.py does it for one
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
