@@ -103,7 +103,8 @@ def load_lm(
                 tensor = expected[ours[stored]]
                 value = _view(mapped, header[stored])
                 for leaf, part in zip(tensor.leaves, _split(value, tensor, shapes)):
-                    leaves[leaf] = _store(leaves.get(leaf), part, tensor.layer, shapes[leaf], dtype, placement, leaf)
+                    sharding = None if placement is None else placement(leaf)
+                    leaves[leaf] = _store(leaves.get(leaf), part, tensor, shapes[leaf], dtype, sharding)
                 jax.block_until_ready([leaves[leaf] for leaf in tensor.leaves])
                 del value, part
                 if hasattr(mapped, "madvise"):  # the pages just read need not stay
@@ -297,39 +298,48 @@ def _view(mapped, entry):
 
 
 def _split(value, tensor, shapes):
-    value = value.T if tensor.transposed else value
     if len(tensor.leaves) == 1:
         return [value]
     ends = np.cumsum([shapes[leaf][-1] for leaf in tensor.leaves])
     return np.split(value, ends[:-1], axis=-1)
 
 
-def _store(leaf, part, layer, shape, dtype, placement, name):
+def _store(leaf, part, tensor, shape, dtype, sharding):
     """Puts a part into its leaf, which is allocated at its first."""
-    sharding = None if placement is None else placement(name)
-    if layer is None:
-        return _place(_with_mean_rows(part, shape[0]), dtype, sharding)
+    if tensor.layer is None:
+        return _place(_with_mean_rows(part, shape[0]), sharding, dtype)
     if leaf is None:
         leaf = jnp.zeros(shape, dtype, device=sharding)
-    return _fill(leaf, _place(part, part.dtype, _below(sharding)), layer)
+    fill = _make_fill(sharding, tensor.transposed)
+    return fill(leaf, _place(part, _below(sharding, tensor.transposed)), tensor.layer)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _fill(stacked, part, layer):
-    return jax.lax.dynamic_update_index_in_dim(stacked, part.astype(stacked.dtype), layer, 0)
+@functools.lru_cache(maxsize=256)
+def _make_fill(sharding, transposed):
+    """Writes one layer of a stacked leaf in place; casting and transposing are the device's work."""
+
+    def fill(stacked, part, layer):
+        part = part.T if transposed else part
+        return jax.lax.dynamic_update_index_in_dim(stacked, part.astype(stacked.dtype), layer, 0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
-def _place(value, dtype, sharding):
+def _place(value, sharding, dtype=None):
+    dtype = value.dtype if dtype is None else jnp.dtype(dtype)
     if sharding is None:
         return jnp.asarray(value).astype(dtype)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index].astype(jnp.dtype(dtype)))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index].astype(dtype, copy=False))
 
 
-def _below(sharding):
-    """The sharding of one layer of a stacked leaf."""
+def _below(sharding, transposed):
+    """The sharding of one layer of a stacked leaf, as the checkpoint has it."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    spec = sharding.spec[1:]
+    if transposed:
+        spec = (*spec, None, None)[:2][::-1]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
 def _with_mean_rows(value, n_rows):
