@@ -17,7 +17,7 @@ from bdlm_jax.lm.causal_lm import (
     lm_hidden,
     text_logits,
 )
-from bdlm_jax.lm.decoder import _dropout
+from bdlm_jax.lm.decoder import _dropout, _embed
 from bdlm_jax.types import InputError
 
 CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32)
@@ -71,6 +71,15 @@ def test_id_tokens_read_their_rows(params, id_rows_XM):
     whole = dict(params, embedding=table)
     expected = hidden_of(whole, dataclasses.replace(CONFIG, vocab_size=47), tokens, positions, segments, None)
     np.testing.assert_allclose(hidden_of(params, CONFIG, tokens, positions, segments, id_rows_XM), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaling_the_embedding_scales_text_rows_alone(params, id_rows_XM, dtype):
+    config = dataclasses.replace(CONFIG, scale_embedding=True, dtype=dtype)
+    read = _embed(params["embedding"], id_rows_XM, jnp.array([[3, 41]]), config)[0]
+    factor = jnp.asarray(math.sqrt(24), dtype)
+    np.testing.assert_array_equal(read[0], params["embedding"][3].astype(dtype) * factor)
+    np.testing.assert_array_equal(read[1], id_rows_XM[1].astype(dtype))
 
 
 def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params, id_rows_XM):
@@ -168,9 +177,15 @@ def test_dropout_keeps_the_share_and_the_mean():
     assert abs(np.corrcoef(kept[0].ravel(), kept[1].ravel())[0, 1]) < 5 / math.sqrt(kept[0].size)
 
 
-@pytest.mark.parametrize(("side", "tie"), [("left", False), ("right", True)])
-def test_continuation_log_likelihood_equals_the_full_forward_pass(side, tie):
-    config = dataclasses.replace(CONFIG, tie_embeddings=tie)
+WINDOWED = {
+    "window": 3, "local_layers": (True, False), "local_rope_theta": 50.0, "attention_softcap": 4.0,
+    "logit_softcap": 8.0, "scale_embedding": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("side", "options"), [("left", {"tie_embeddings": False}), ("right", WINDOWED)])
+def test_continuation_log_likelihood_equals_the_full_forward_pass(side, options):
+    config = dataclasses.replace(CONFIG, **options)
     params = jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(4), config))
     prefixes = [[1, 5, 9, 30], [1, 7]]
     continuations = [[[3, 4, 2], [8], [6, 6]], [[2], [11, 12, 13], []]]
