@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from bdlm_jax.mutual import TrainState
-from bdlm_jax.runtime import checkpoint, parallel
+from bdlm_jax.runtime import checkpoint, distributed, parallel
 from bdlm_jax.runtime.metric_log import MetricLog
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Params
@@ -135,6 +135,7 @@ def fit(
                 last = cursor["unit"] == phase.units
                 stopping = stop is not None and stop.requested
                 late = time.monotonic() - saved_at > checkpoint_seconds
+                stopping, late = distributed.agree(stopping, late, now=len(seen) == LOOK_EVERY or last)
                 if len(seen) == LOOK_EVERY or last or stopping or late:
                     _write_losses(log, stage, phase, cursor, seen, bar)
                     seen = []
@@ -159,7 +160,7 @@ def fit(
             cursor["phase"], cursor["unit"] = number + 1, 0
             save()
             saved_at = time.monotonic()
-            if stop is not None and stop.requested:
+            if any(distributed.agree(stop is not None and stop.requested)):
                 raise Stopped(0)
     write_json(folder / "done.json", {"best": tree["best"], "units": cursor["units"]})
     return _read_fitted(folder, judged)

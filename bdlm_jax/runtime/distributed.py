@@ -55,13 +55,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
+def agree(*flags: bool, now: bool = True) -> tuple[bool, ...]:
     """Returns the first process' flags in every process; with one process, the flags themselves at no cost.
 
     What a clock or a signal decides must be decided alike, or the processes wait for each other for ever.
+
+    Args:
+        flags: what this process thinks.
+        now: with several processes, whether to ask at all, for that waits for the devices; where not, all are False.
     """
     if jax.process_count() == 1:
         return flags
+    if not now:
+        return (False,) * len(flags)
     from jax.experimental import multihost_utils
 
     return tuple(bool(flag) for flag in multihost_utils.broadcast_one_to_all(np.asarray(flags)))
