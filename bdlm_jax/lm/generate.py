@@ -65,9 +65,9 @@ class Titles(NamedTuple):
     log_likelihood_BK: Array
 
 
-@partial(jax.jit, static_argnames=("config", "max_new", "greedy", "eos", "pad"))
-def _generate(params, config, tokens_BL, mask_BL, key, temperature, top_p, allowed_V, id_rows_XM, *, max_new, greedy,
-              eos, pad):  # fmt: skip
+@partial(jax.jit, static_argnames=("config", "max_new", "greedy"))
+def _generate(params, config, tokens_BL, mask_BL, key, temperature, top_p, eos, pad, allowed_V, id_rows_XM, *, max_new,
+              greedy):  # fmt: skip
     n_rows, n_tokens = tokens_BL.shape
     hidden_BM, cache = prefill(params, config, tokens_BL, mask_BL, length=n_tokens + max_new, id_rows_XM=id_rows_XM)
     row_B = jnp.arange(n_rows)
@@ -148,8 +148,8 @@ def generate(
             raise InputError("a temperature above 0 draws tokens: give a key.")
         key = jax.random.key(0)
     return _generate(
-        params, config, tokens_BL, mask_BL, key, temperature, top_p, allowed_V, id_rows_XM,
-        max_new=max_new, greedy=temperature == 0, eos=eos, pad=pad,
+        params, config, tokens_BL, mask_BL, key, temperature, top_p, eos, pad, allowed_V, id_rows_XM,
+        max_new=max_new, greedy=temperature == 0,
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def make_trie(titles: list[np.ndarray], *, eos: int) -> Trie:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "n_beams", "pad"))
+@partial(jax.jit, static_argnames=("config", "n_beams"))
 def beam_titles(
     params: Params,
     config: LMConfig,

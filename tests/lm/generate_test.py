@@ -97,7 +97,7 @@ def test_generation_stops_at_the_end_token_row_by_row(lm, states):
         assert out.tokens_BT[row].tolist() == free.tokens_BT[row, :n].tolist() + [PAD] * (8 - n)
 
 
-def test_drawn_tokens_follow_the_key_the_row_and_the_distribution(lm, states):
+def test_drawn_tokens_follow_the_key_and_the_distribution(lm, states):
     params, rows_XM = lm
     prompt = [3, 7, V + 1]
     tokens_BL = np.tile(prompt, (4000, 1))
@@ -108,8 +108,6 @@ def test_drawn_tokens_follow_the_key_the_row_and_the_distribution(lm, states):
     drawn_V = np.bincount(out.tokens_BT[:, 0], minlength=V) / 4000
     assert set(np.flatnonzero(drawn_V)) <= set(np.flatnonzero(expected_V)), "top-p cuts the rest"
     np.testing.assert_allclose(drawn_V, expected_V, atol=5 * np.sqrt(0.25 / 4000))
-    few = run(tokens_BL[:3], tokens_BL[:3] >= 0, key=jax.random.key(3), top_p=0.8)
-    np.testing.assert_array_equal(few.tokens_BT, out.tokens_BT[:3])
     other = run(tokens_BL, tokens_BL >= 0, key=jax.random.key(4), top_p=0.8)
     assert (np.asarray(other.tokens_BT) != np.asarray(out.tokens_BT)).any()
 
@@ -157,12 +155,8 @@ def test_beams_over_titles_find_those_that_exist_by_their_likelihood(lm, side):
     continuation, there = np.zeros((6, 5), int), np.zeros((6, 5), bool)
     for row, title in enumerate(TITLES):
         continuation[row, : len(title) + 1], there[row, : len(title) + 1] = [*title, EOS], True
-    tile = lambda x: np.tile(x, (3, 1, 1))  # noqa: E731
-    expected_BS = np.asarray(
-        continuation_log_likelihood(
-            params, CONFIG, tokens_BL, mask_BL, tile(continuation), tile(there), id_rows_XM=rows_XM
-        )
-    )
+    score = jax.jit(partial(continuation_log_likelihood, params, CONFIG, id_rows_XM=rows_XM))
+    expected_BS = np.asarray(score(tokens_BL, mask_BL, np.tile(continuation, (3, 1, 1)), np.tile(there, (3, 1, 1))))
     found = beam_titles(params, CONFIG, tokens_BL, mask_BL, trie, n_beams=7, pad=PAD, id_rows_XM=rows_XM)
     for row in range(3):
         order = [s for s in np.argsort(-expected_BS[row]) if s != 4]
