@@ -21,8 +21,9 @@ MOST_WORKERS = 4  # each holds JAX and its compiled programs: about a gigabyte
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Where `pytest` is called without paths, it runs in several processes; `-n 0` keeps it in one."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # comes by here too, and would have workers of its own, and they too
     whole = config.args_source is not config.ArgsSource.ARGS and not config.option.usepdb
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = min(_cores(), MOST_WORKERS) if _cores() > 1 else 0
         config.option.dist, config.option.loadscopereorder = "loadfile", False
 
