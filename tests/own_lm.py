@@ -7,7 +7,7 @@ import jax
 import small_bdlm
 from safetensors.numpy import save_file
 
-from bdlm_jax import arms, mutual, optimizers
+from bdlm_jax import arms, mutual, optimizers, sharing
 from bdlm_jax.lm import causal_lm, families, huggingface, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
 from bdlm_jax.mutual import LMWeights
@@ -49,7 +49,7 @@ def write_model(folder, shape: LMConfig, *, seed: int = 0, tokenizer=True):
     return params
 
 
-def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.2):
+def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.0):
     """Writes a model of two bytes' vocabulary, reads it back as a user's, and puts it into `small_bdlm`.
 
     Returns:
@@ -59,11 +59,13 @@ def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.2):
     shape = dataclasses.replace(families.lm_config_from_hf(folder, dropout=dropout), vocab_size=small_bdlm.N_TEXT)
     arm = small_bdlm.make_arm()
     bridge = dataclasses.replace(small_bdlm.make_bridge(dropout=dropout), lm=shape)
-    params = small_bdlm.make_params(arm, small_bdlm.make_bridge())
+    keys = jax.random.split(jax.random.key(3), 3)
+    shared = sharing.init_shared(keys[0], n_users=small_bdlm.N_USERS, n_items=small_bdlm.N_ITEMS, width=small_bdlm.D)
+    maps = sharing.init_bridge(keys[1], width=small_bdlm.D, lm_width=shape.width)
     lm = huggingface.load_lm(folder, shape)
     if trains == "lora":
         lm[lora.LORA] = lora.init_lora(jax.random.key(2), lm, rank=2, targets=".*_proj/kernel", alpha=4.0)
-    return arm, bridge, {**params, "lm": {**lm, "bridge": params["lm"]["bridge"]}}
+    return arm, bridge, {"shared": shared, "domain": arm.init(keys[2]), "lm": {**lm, "bridge": maps}}
 
 
 def make_optimizer(trains: str, **options):

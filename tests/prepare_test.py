@@ -1,11 +1,14 @@
+import dataclasses
 import gzip
 import json
 
 import numpy as np
+import own_lm
 import pytest
 
 from bdlm_jax.data.candidates import load_candidates
 from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.lm.vocabulary import load_tokenizer, save_tokenizer, train_tokenizer
 from bdlm_jax.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -103,3 +106,28 @@ def test_the_tokenizer_is_trained_once(config, tmp_path):
     assert (again.n_users, again.n_items) == (data.n_users, data.n_items)
     title = data.world.corpus[0]
     assert first.encode_text([title])[0].tolist() == again.encode_text([title])[0].tolist()
+
+
+def test_a_users_model_brings_its_own_tokenizer_untouched(config, tmp_path):
+    own_lm.write_model(tmp_path / "model", dataclasses.replace(own_lm.LLAMA, vocab_size=301))
+    config.lm.path = str(tmp_path / "model")
+    data = prepare_data(config, tmp_path / "data")
+    made = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert made.n_text == 304  # the model's 301 rows, rounded up to 8, though the tokenizer has fewer tokens
+    assert made.tokenizer.chat_template == own_lm.TEMPLATE
+    assert len({made.pad, made.bos, made.eos, made.unnamed_user, made.unnamed_item}) == 5
+    assert not (tmp_path / "tokenizer").exists()
+    own = load_tokenizer(tmp_path / "model")
+    assert made.tokenizer.get_vocab() == own.get_vocab()
+    config.tokenizer.path = str(tmp_path / "other")
+    save_tokenizer(config.tokenizer.path, train_tokenizer(["other words"], 262))
+    other = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert len(other.tokenizer) < len(own) and other.n_text == 304
+
+
+def test_padding_never_is_a_models_end(tmp_path):
+    tokenizer = train_tokenizer(own_lm.WORDS, 270)
+    tokenizer.pad_token = tokenizer.eos_token  # as GPT-2's users do
+    own_lm.write_model(tmp_path, own_lm.GPT2, tokenizer=tokenizer)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_token == "<eos>" and loaded.pad_token_id != loaded.eos_token_id
