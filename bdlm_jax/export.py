@@ -123,7 +123,8 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
         )
         ids = {"user_ids": catalogue.user_ids, "item_ids": catalogue.item_ids, "titles": catalogue.titles}
         if arm.prompts["kind"] != "ids":
-            ids["texts"] = [arm.vocabulary.decode(title) for title in arm.titles]
+            # Tokens, not text: some tokenizers split a text otherwise behind another token than alone.
+            ids["title_tokens"] = [title.tolist() for title in arm.titles]
         (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
         (folder / "README.md").write_text(_model_card(Path(workdir), arm, catalogue), encoding="utf-8")
 
@@ -149,6 +150,7 @@ What it writes as text is generated, not looked up; the terms of its base model 
 """
 _CARD_CODE = """import json
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file lies
@@ -156,9 +158,10 @@ tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.f
 with open(f"{{folder}}/ids.json", encoding="utf-8") as file:
     ids = json.load(file)
 history = [ids["item_ids"].index(item) for item in {example}]
-prompt = {head!r} + "".join({piece} for i in history){tail}
-tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-logits = model(tokens).logits[0, -1, {first}:{stop}].detach()
+prompt = tokenizer.convert_tokens_to_ids({head})
+for i in history:
+    prompt += {piece}
+{tail}logits = model(torch.tensor([prompt])).logits[0, -1, {first}:{stop}].detach()
 logits[history] = -float("inf")
 for i in logits.topk({k}).indices.tolist():
     print(ids["item_ids"][i], ids["titles"][i])
@@ -171,17 +174,13 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
 
     vocabulary, prompts, n_items = arm.vocabulary, arm.prompts, len(catalogue.item_ids)
     shows_user = prompts["kind"] != "text" and prompts["user_token"]
-    bos, eos = vocabulary.decode([vocabulary.bos]), vocabulary.decode([vocabulary.eos])
-    pieces = {
-        "ids": 'f"<iid_{i}>"',
-        "ids_titles": 'f"<iid_{i}>" + ids["texts"][i]',
-        "text": f'ids["texts"][i] + {eos!r}',
-    }
+    mark, title = 'tokenizer.convert_tokens_to_ids([f"<iid_{i}>"])', 'ids["title_tokens"][i]'
+    pieces = {"ids": mark, "ids_titles": f"{mark} + {title}", "text": f"{title} + [{vocabulary.eos}]"}
     code = _CARD_CODE.format(
         example=catalogue.item_ids[:2],
-        head=bos + (UNNAMED_USER if shows_user == "start" else ""),
+        head=[vocabulary.tokenizer.bos_token] + [UNNAMED_USER] * (shows_user == "start"),
         piece=pieces[prompts["kind"]],
-        tail=f" + {UNNAMED_USER!r}" if shows_user == "end" else "",
+        tail=f"prompt += tokenizer.convert_tokens_to_ids([{UNNAMED_USER!r}])\n" if shows_user == "end" else "",
         first=vocabulary.item_tokens.start,
         stop=vocabulary.item_tokens.start + n_items,
         k=min(10, max(1, n_items - 2)),

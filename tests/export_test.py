@@ -111,14 +111,20 @@ def test_transformers_ranks_the_items_as_we_do(hf):
     assert largest <= 1e-4
 
 
-def test_the_cards_code_recommends(hf, capsys, monkeypatch):
+@pytest.mark.parametrize(("kind", "user_token"), [("ids", "start"), ("ids_titles", "end"), ("text", "start")])
+def test_the_cards_code_recommends(tiny_run, tmp_path, capsys, monkeypatch, kind, user_token):
     pytest.importorskip("torch")
-    workdir, folder = hf
+    shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
+    path = tmp_path / "serving" / "serving.json"
+    facts = json.loads(path.read_text())
+    facts["lm"]["prompts"] |= {"kind": kind, "user_token": user_token}
+    path.write_text(json.dumps(facts))
+    folder = export.export_hf(workdir=tmp_path, out=tmp_path / "hf")
     (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
-    history = serving.load_catalogue(workdir).item_ids[:2]
-    rows = recommend.recommend(workdir=workdir, history=history, arm="lm", k=10)
+    history = serving.load_catalogue(tmp_path).item_ids[:2]
+    rows = recommend.recommend(workdir=tmp_path, history=history, arm="lm", k=10)
     assert capsys.readouterr().out.splitlines() == [f"{row['item']} {row['title']}" for row in rows]
 
 
