@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
     place_state: Callable[[Any], Any]
     fetch_state: Callable[[Any], Any]
     place_constants: Callable[[Any], Any]
-    place_batch: Callable[[Any], Any]
+    place_batch: Callable[[Any], Any] = lambda batch: batch
     abstract_state: Callable[[Any], Any] | None = None
     unpad_state: Callable[[Any], Any] | None = None
     lower: Callable[..., Any] | None = None
