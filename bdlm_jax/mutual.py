@@ -354,7 +354,7 @@ def _update(state: TrainState, losses, batch, weights: dict, optimizer, axis_nam
     else:
         # The counts of all parts come first: a part's share of the loss is its sum over the whole batch's count. No
         # count depends on the decoder, so the compiler leaves its forward pass out of this.
-        batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        batches = jax.tree.map(lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
         each = jax.lax.map(lambda part: {k: (0.0, n) for k, (_, n) in losses(state.params, part).items()}, batches)
         counts = count(jax.tree.map(jnp.sum, each))
 

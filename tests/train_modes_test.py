@@ -37,6 +37,18 @@ def test_one_word_says_what_trains(trains, own):
         assert found == own | ALWAYS | tables
 
 
+def test_rows_without_items_go_through_in_parts_too():
+    arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
+    optimizer = small_bdlm.make_optimizer(shared=optimizers.FROZEN, domain=optimizers.FROZEN)
+    weights = mutual.LMWeights(item=0.0, text=1.0)
+    step = mutual.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, accumulate=2)
+    batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
+    batch |= {name: np.zeros((8, 0), np.int32) for name in ("item_index", "item_target", "card_index", "card_item")}
+    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), optimizer))
+    _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
+    assert set(metrics) == {"text", "loss", "gradient_norm"}
+
+
 def test_item_logits_of_a_model_that_scales_its_embedding_are_those_of_its_head():
     arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
     params = small_bdlm.make_params(arm, bridge)

@@ -24,7 +24,8 @@ def test_three_ways_train_a_users_model_to_the_same_losses(tmp_path, trains, sha
     arm, bridge, params = own_lm.make_bdlm(tmp_path / "model", own_lm.SHAPES[shape], trains)
     options = {"domain": domain, "weights": small_bdlm.LM_ALL if domain else own_lm.FEW}
     wanted, losses = own_lm.train_round(arm, bridge, params, trains, **options)
-    assert moved(params, wanted) == {"lm/bridge", "shared/user", "shared/item"} | MOVES[trains, shape]
+    others = {"lm/bridge", "shared/user", "shared/item"} | ({"domain/layer_weights"} if domain else set())
+    assert moved(params, wanted) == others | MOVES[trains, shape]
     assert len({metrics["loss"] for metrics in losses}) == len(losses)
     # In parts too: rows have unequal numbers of targets, so a mean of the parts' means would be another step.
     batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
@@ -35,7 +36,8 @@ def test_three_ways_train_a_users_model_to_the_same_losses(tmp_path, trains, sha
         for mine, theirs in zip(seen, losses):
             assert set(mine) == set(theirs)
             for name, value in theirs.items():
-                np.testing.assert_allclose(mine[name], value, rtol=1e-4, err_msg=f"{parallel} {name}")
+                # A small divergence is a difference of large numbers: 1e-7 of them is rounding.
+                np.testing.assert_allclose(mine[name], value, rtol=1e-4, atol=5e-7, err_msg=f"{parallel} {name}")
         jax.tree_util.tree_map_with_path(assert_close, trained, wanted)
 
 
