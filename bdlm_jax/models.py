@@ -14,7 +14,7 @@ from bdlm_jax import sharing
 from bdlm_jax.data.batches import Packed
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluate import CandidateScorer, CatalogueScorer
-from bdlm_jax.lm import causal_lm, lora
+from bdlm_jax.lm import causal_lm
 from bdlm_jax.mutual import Bridge, id_rows
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Array, Params
@@ -58,14 +58,13 @@ def read_states(
       {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
     """
     rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
-    lm = _merge(params["lm"])
     state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
     state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
     batch_rows = min(batch_rows, max(len(packed), 1))
     starts = range(0, len(packed), batch_rows)
     for start in progress(starts, description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
-        user_BTM, card_BTM = _read(lm, batch, rows_XM, config=bridge.lm)
+        user_BTM, card_BTM = _read(params["lm"], batch, rows_XM, config=bridge.lm)
         for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
             out[batch[target][where]] = np.asarray(states, np.float32)[where]
@@ -104,7 +103,6 @@ def text_scorer(
       continuations: (I, T) tokens and mask, from `lm_rows.title_continuations`.
       users_at_once: rows a call; memory grows with users × candidates × title tokens.
     """
-    params = _merge(params)
     prefix_UP, prefix_mask_UP = prefixes
     title_IT, title_mask_IT = continuations
     _, same_I = np.unique(np.where(title_mask_IT, title_IT, -1), axis=0, return_inverse=True)
@@ -125,11 +123,6 @@ def text_scorer(
         return jnp.asarray(np.concatenate(parts)[: len(user_B)])
 
     return CandidateScorer(score)
-
-
-def _merge(lm: Params) -> Params:
-    """Once, and not in every batch; a tree without adapters is left where it is."""
-    return jax.jit(lora.merge)(lm) if lora.LORA in lm else lm
 
 
 _id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(id_rows)

@@ -92,7 +92,7 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
     + kl·T²KL(domain's scores ‖ LM's scores). Cold items take no part in the softmax of the next item: nothing is known
     of who wants them, so they must not be everybody's negatives (ours).
     """
-    lm = lora.merge(params["lm"])
+    lm = lora.merge_tables(params["lm"])
     rows_XM, rows_IM = id_rows(params, bridge=bridge, arm=arm)
     hidden_BLM = causal_lm.lm_hidden(
         lm, bridge.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bdlm_jax.lm import lora
 from bdlm_jax.lm.decoder import Decoder, normal, window_masks
 from bdlm_jax.lm.lm_config import LMConfig
 from bdlm_jax.types import Array, InputError, Params
@@ -61,7 +62,7 @@ def lm_hidden(
     stands before it in its own segment; segment 0 is padding and reaches no other segment.
 
     Args:
-        params: the tree of `init_lm`.
+        params: the tree of `init_lm`, with or without adapters.
         config: the decoder's shape.
         tokens_BL: (B, L) integer tokens.
         positions_BL: (B, L) rotary positions, restarting in each segment.
@@ -74,7 +75,7 @@ def lm_hidden(
         (B, L, M) states in the compute dtype, after the final norm.
     """
     hidden_BLM, _ = Decoder(config).apply(
-        {"params": params},
+        lora.variables(params),
         tokens_BL,
         positions_BL,
         segment_masks(config, positions_BL, segments_BL),
@@ -143,7 +144,7 @@ def continuation_log_likelihood(
     The prefix runs once; its keys and values are shared by its C continuations without a copy.
 
     Args:
-        params: the tree of `init_lm`.
+        params: the tree of `init_lm`, with or without adapters.
         config: the decoder's shape.
         prefix_BP: (B, P) tokens, padded on either side; every prefix has at least one token.
         prefix_mask_BP: (B, P) bool, True at tokens.
@@ -159,7 +160,8 @@ def continuation_log_likelihood(
     position_BP = jnp.maximum(jnp.cumsum(prefix_mask_BP, axis=1) - 1, 0)
     n_tokens = prefix_BP.shape[1]
     masks = segment_masks(config, position_BP, prefix_mask_BP)
-    variables = {"params": params}
+    params = lora.merge_tables(params)
+    variables = lora.variables(params)
     prefix_BPM, kv = Decoder(config, keep_kv=True).apply(variables, prefix_BP, position_BP, masks, id_rows_XM)
 
     length = continuation_BCT.shape[2]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bdlm_jax.lm.attention import attend, attend_cached, attend_with_prefix
 from bdlm_jax.lm.lm_config import LMConfig
+from bdlm_jax.lm.lora import LORA
 from bdlm_jax.lm.rotary import rope_angles, rotate
 from bdlm_jax.runtime.mesh import split_rows
 
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
         x = split_rows(x)
         layers = nn.scan(
             _remat(c),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, LORA: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
@@ -234,8 +235,21 @@ def normal(std: float):
     return nn.initializers.normal(std)
 
 
+class _Dense(nn.Dense):
+    """x·W, and beside it (x·A)·B where the kernel has adapters: no merged copy, and no gradient as large as W."""
+
+    @nn.compact
+    def __call__(self, x):
+        out = super().__call__(x)
+        if not self.has_variable(LORA, "kernel"):
+            return out
+        adapters = self.get_variable(LORA, "kernel")
+        a, b = (adapters[name].astype(out.dtype) for name in "ab")
+        return out + (x.astype(out.dtype) @ a) @ b
+
+
 def _dense(config, features, *, name, residual=False, use_bias=False):
     # Residual branches start small, so that the stream's variance does not grow with depth (GPT-2's rule).
     scale = 1 / (2 * config.n_layers) if residual else 1.0
     init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-    return nn.Dense(features, use_bias=use_bias, dtype=config.dtype, kernel_init=init, name=name)
+    return _Dense(features, use_bias=use_bias, dtype=config.dtype, kernel_init=init, name=name)

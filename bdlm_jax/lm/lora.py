@@ -1,4 +1,7 @@
-"""Low-rank adapters beside frozen weights: W + alpha/rank · A·B, chosen by path patterns and merged inside the step.
+"""Low-rank adapters beside frozen weights: W + alpha/rank · A·B, chosen by path patterns.
+
+Training computes x·W + (x·A)·B beside each other, so that no merged copy and no gradient as large as W is ever held;
+what is served and exported is merged.
 
 The adapters are a subtree, params["lm"]["lora"], that mirrors the decoder's; the base leaves stay as they were loaded,
 so that nothing has to be undone. Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), equation 3.
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 from bdlm_jax.types import Array, InputError, Params
 
 LORA = "lora"  # the subtree's name within params["lm"]
+BESIDE = "layers"  # where every leaf with adapters is a kernel, whose product they stand beside
 NOT_DECODER = ("bridge", LORA)
 
 
@@ -53,8 +57,46 @@ def init_lora(key: Array, params: Params, *, rank: int, targets: str, alpha: flo
     return tree
 
 
+def variables(lm: Params) -> Params:
+    """Splits a tree into the Flax variables of the decoder, which adds (x·A)·B beside x·W.
+
+    Args:
+      lm: params["lm"], with or without "lora".
+
+    Returns:
+      {"params": the tree without "lora"[, "lora": A and B of the layers' kernels, alpha/rank within A]}.
+    """
+    lm = merge_tables(lm)
+    if LORA not in lm:
+        return {"params": lm}
+    tree, lora = _split(lm)
+
+    def scaled(adapters):
+        if set(adapters) == {"a", "b"}:
+            return {"a": lora["alpha"] / adapters["a"].shape[-1] * adapters["a"], "b": adapters["b"]}
+        return {name: scaled(value) for name, value in adapters.items()}
+
+    return {"params": tree, LORA: scaled({BESIDE: lora[BESIDE]})}
+
+
+def merge_tables(lm: Params) -> Params:
+    """Merges the adapters of tables (embedding, head, positions), whose rows are looked up; kernels keep theirs.
+
+    Args:
+      lm: params["lm"], with or without "lora".
+
+    Returns:
+      The tree; where no table has adapters it is the argument itself.
+    """
+    if LORA not in lm or set(lm[LORA]) <= {"alpha", BESIDE}:
+        return lm
+    tree, lora = _split(lm)
+    tree = _added(tree, {name: value for name, value in lora.items() if name != BESIDE}, sign=1.0)
+    return {**tree, LORA: {name: lora[name] for name in ("alpha", BESIDE)}} if BESIDE in lora else tree
+
+
 def merge(lm: Params) -> Params:
-    """Returns the tree that the decoder reads: W + alpha/rank · A·B, and no adapters beside it.
+    """Returns the tree without adapters: W + alpha/rank · A·B, to serve and to export.
 
     A pure function of the tree, so the base leaves are never overwritten: the way back is the tree itself, to the bit.
 
@@ -66,7 +108,7 @@ def merge(lm: Params) -> Params:
     """
     if LORA not in lm:
         return lm
-    return _added({name: value for name, value in lm.items() if name != LORA}, lm[LORA], sign=1.0)
+    return _added(*_split(lm), sign=1.0)
 
 
 def unmerge(merged: Params, lora: Params) -> Params:
@@ -83,6 +125,10 @@ def unmerge(merged: Params, lora: Params) -> Params:
       params["lm"], the base with the adapters beside it.
     """
     return {**_added(merged, lora, sign=-1.0), LORA: lora}
+
+
+def _split(lm: Params) -> tuple[Params, Params]:
+    return {name: value for name, value in lm.items() if name != LORA}, lm[LORA]
 
 
 def _added(tree: Params, lora: Params, *, sign: float) -> Params:

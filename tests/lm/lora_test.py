@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.lm.causal_lm import LMConfig
@@ -55,15 +58,72 @@ def test_merged_weights_are_the_sum_and_the_base_stays(params):
     jax.tree.map(np.testing.assert_array_equal, lm, before)
 
 
-def test_the_decoder_with_adapters_is_the_decoder_plus_two_thin_products(params):
-    # x·(W + s·A·B) = x·W + s·(x·A)·B, of one projection alone.
-    lm = with_lora(params, targets="layers/mlp/up_proj/kernel", rank=3, alpha=1.5)
+ROW = [np.random.default_rng(3).integers(0, 16, (2, 7)), np.arange(7)[None].repeat(2, 0), np.ones((2, 7), int)]
+
+
+def squares(adapters, base, config, merged):
+    lm = {**base, lora.LORA: adapters}
+    lm = lora.merge(lm) if merged else lora.merge_tables(lm)
+    hidden = causal_lm.lm_hidden(lm, config, *ROW, None)
+    return (causal_lm.text_logits(lm, config, hidden) ** 2).sum(), hidden
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"),
+    [
+        (".*_proj/kernel", {}),
+        ("layers/.*/(q|down)_proj/kernel|embedding|head", {"tie_embeddings": False, "n_layers": 5, "remat": True}),
+        ("embedding|position_embedding", {"positions": "learned", "max_positions": 8, "n_layers": 1}),
+    ],
+)
+def test_adapters_beside_the_weights_are_adapters_within_them(targets, options):
+    # x·(W + s·A·B) = x·W + s·(x·A)·B: the states, and the adapters' gradients.
+    config = dataclasses.replace(CONFIG, **options)
+    base = causal_lm.init_lm(jax.random.key(0), config)
+    adapters = fill(with_lora(base, targets=targets, rank=3, alpha=1.5)["lora"])
+    run = jax.jit(jax.value_and_grad(squares, has_aux=True), static_argnums=(2, 3))
+    (_, beside), grads = run(adapters, base, config, False)
+    (_, within), wanted = run(adapters, base, config, True)
+    np.testing.assert_allclose(beside, within, rtol=1e-5, atol=1e-5)
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted)):
+        largest = np.abs(want).max()
+        assert largest > 0, path
+        np.testing.assert_allclose(got / largest, want / largest, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def products(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape[-2:]
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_product_is_as_large_as_a_weight(params, merged):
+    # Neither A·B nor the gradient of W: with 14 tokens, rank 2 and widths 8 and 12 those alone are 8 by 12.
+    lm = with_lora(params, targets="layers/mlp/(up|gate)_proj/kernel")
+    jaxpr = jax.make_jaxpr(jax.grad(lambda a: squares(a, params, CONFIG, merged)[0]))(lm["lora"])
+    large = [shape for shape in products(jaxpr.jaxpr) if sorted(shape) == [8, 12]]
+    assert bool(large) == merged
+
+
+def test_scored_continuations_read_the_adapters(params):
+    lm = with_lora(params, targets=".*_proj/kernel|embedding")
     lm["lora"] = fill(lm["lora"])
-    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    a, b = (np.asarray(lm["lora"]["layers"]["mlp"]["up_proj"]["kernel"][name])[1] for name in "ab")
-    merged = np.asarray(lora.merge(lm)["layers"]["mlp"]["up_proj"]["kernel"])[1]
-    base = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"])[1]
-    np.testing.assert_allclose(x @ merged, x @ base + 1.5 / 3 * (x @ a) @ b, rtol=1e-5, atol=1e-5)
+    continuation = np.random.default_rng(4).integers(0, 16, (2, 3, 2))
+    arguments = (*ROW[::2], continuation, np.ones_like(continuation))
+    run = jax.jit(causal_lm.continuation_log_likelihood, static_argnums=1)
+    got, wanted, base = (run(tree, CONFIG, *arguments) for tree in (lm, lora.merge(lm), params))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+    assert np.abs(got - base).max() > 0.1
+
+
+def test_what_has_no_adapters_is_left_as_it_is(params):
+    lm = with_lora(params)
+    assert lora.variables(params)["params"] is params and set(lora.variables(params)) == {"params"}
+    assert lora.merge_tables(params) is params and lora.merge_tables(lm) is lm
+    assert set(lora.variables(lm)["lora"]) == {"layers"} and "lora" not in lora.variables(lm)["params"]
 
 
 @settings(max_examples=25, deadline=None)
