@@ -171,17 +171,14 @@ def bytes_per_device(plan: Plan) -> dict[str, float]:
     if f > 1:  # a layer's weights come together where they are used, and the next layer's while it computes
         whole = sum(math.prod(w.shape) * jnp.dtype(d).itemsize for _, d, w in kernels) / plan.lm.n_layers
         found["gathered weights of two layers"] = 2 * whole / t
-    if any(name.startswith("params/lm/lora/") for name, *_ in plan.leaves):
-        adapted = {name.rsplit("/", 1)[0].replace("/lora/", "/") for name, *_ in plan.leaves if "/lora/" in name}
-        found["merged weights and their gradient"] = 2 * sum(size(d, w) for n, d, w in kernels if n in adapted)
     return found
 
 
 def flops_per_step(plan: Plan) -> dict[str, float]:
     """Counts the multiplications and additions of matrix products in one step, over all devices.
 
-    A product of (n, a) and (a, b) is 2·n·a·b; the backward pass is two of them; attention is counted over the whole
-    square, as it is computed.
+    A product of (n, a) and (a, b) is 2·n·a·b; the backward pass is two of them, or one where the weights are frozen;
+    attention is counted over the whole square, as it is computed.
 
     Returns:
       {"model": forward and backward, "hardware": with what rematerialisation computes again}.
@@ -192,13 +189,14 @@ def flops_per_step(plan: Plan) -> dict[str, float]:
     layer = lm.width * (projections + (3 if lm.gated else 2) * lm.mlp_width)
     tokens = lm.n_layers * rows * length
     products, square = 2 * tokens * layer, 4 * tokens * length * lm.n_heads * lm.head_dim
+    beside = [where.shape for name, _, where, _ in plan.leaves if name.startswith("params/lm/lora/layers/")]
+    thin = 2 * rows * length * sum(math.prod(shape) for shape in beside)
     items = rows * batch["item_target"].shape[1] * c.dry_run.n_items if c.mutual.lm.item else 0
     texts = rows * batch["text_target"].shape[1] * lm.vocab_size if c.mutual.lm.text else 0
     heads = 2 * lm.width * (items + texts)
-    # Adapters are merged before the products, so that their gradient costs what the weights' would.
-    backward = products * (1 if c.lm.trains == "bridge" else 2) + 2 * square
-    model = products + square + backward + 3 * heads
-    again = heads + (products + square if lm.remat is True else 0)
+    backward = products * (2 if c.lm.trains == "full" else 1) + 2 * thin + 2 * square
+    model = products + thin + square + backward + 3 * heads
+    again = heads + (products + thin + square if lm.remat is True else 0)
     return {"model": float(model), "hardware": float(model + again)}
 
 

@@ -75,7 +75,13 @@ def test_one_h200_with_lora():
     assert parts["parameters"] == 2 * (KERNELS + TABLES + NORMS) + 4 * (trained + 1)
     assert parts["gradients"] == 4 * trained
     assert parts["optimiser state"] == pytest.approx(8 * trained, abs=64)
-    assert parts["merged weights and their gradient"] == 2 * 2 * KERNELS
+    # Nothing as large as the weights beside them: what else there is are activations, of 16 rows here.
+    assert set(parts) == {"parameters", "gradients", "optimiser state", "activations"}
+    # Forward, the gradient of the states and, of the adapters alone, that of the weights; all but the last once again.
+    tokens, flops = 16 * 512, dry_run.flops_per_step(found)
+    products, square, heads = 2 * tokens * KERNELS, 4 * tokens * 512 * M * DEPTH, 2 * M * 16 * (40 * N_ITEMS + 16 * V)
+    assert flops["model"] == 2 * products + 3 * (2 * tokens * adapters + square + heads)
+    assert flops["hardware"] == flops["model"] + products + 2 * tokens * adapters + square + heads
     assert dry_run.bytes_moved(found) == dict.fromkeys(dry_run.bytes_moved(found), 0)
 
 
