@@ -100,6 +100,11 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
       InputError: a mesh that does not fit `dry_run.devices`, or a leaf that does not divide over it.
     """
     given = config.dry_run
+    if config.parallel == "jit" and given.devices > 1:
+        raise InputError(
+            f"config.parallel is 'jit', which uses one device, and config.dry_run.devices is {given.devices}; "
+            "set config.parallel to mesh or pmap."
+        )
     if config.parallel == "mesh":
         sizes = mesh.mesh_sizes(config.mesh.to_dict(), given.devices)
     else:
