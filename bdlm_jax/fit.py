@@ -125,14 +125,16 @@ def fit(
 
             bar = progress(total=phase.units, start=cursor["unit"], description=f"{stage}: {phase.name}")
             seen, before = [], _units_before(phases, number)
+            batch = arm.compiled.place_batch(arm.batch(before + cursor["unit"]))
             while cursor["unit"] < phase.units:
-                batch = arm.batch(before + cursor["unit"])
                 state, metrics = arm.compiled.run(state, batch, view, constants)
                 seen.append(metrics)
                 cursor["unit"] += 1
                 cursor["units"] += 1
-                bar.update(1)
                 last = cursor["unit"] == phase.units
+                if not last:  # `run` returns at once: the host makes the next batch while the device works
+                    batch = arm.compiled.place_batch(arm.batch(before + cursor["unit"]))
+                bar.update(1)
                 stopping = stop is not None and stop.requested
                 late = time.monotonic() - saved_at > checkpoint_seconds
                 stopping, late = distributed.agree(stopping, late, now=len(seen) == LOOK_EVERY or last)
@@ -212,6 +214,7 @@ def _units_before(phases: Sequence[Phase], number: int) -> int:
 
 
 def _write_losses(log: MetricLog, stage: str, phase: Phase, cursor: dict, seen: list, bar) -> None:
+    seen = jax.device_get(seen)
     mean = {name: float(np.mean([float(m[name]) for m in seen])) for name in seen[0]} if seen else {}
     bad = [name for name, value in mean.items() if not math.isfinite(value)]
     if bad:

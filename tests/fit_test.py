@@ -146,6 +146,42 @@ def test_the_log_holds_each_unit_once_after_a_resume(tmp_path):
     assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6, 7]
 
 
+class Loss:
+    """A loss that tells when it is looked at, as one on a device would make the host wait."""
+
+    def __init__(self, told, unit):
+        self.told, self.unit = told, unit
+
+    def __array__(self, *options, **more):
+        self.told.append(("look", self.unit))
+        return np.asarray(1.0, np.float32)
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_the_next_batch_is_made_while_the_device_works(tmp_path, monkeypatch, units):
+    monkeypatch.setattr(fit_lib, "LOOK_EVERY", 2)
+    told = []
+    tell = lambda what, result: told.append((what, int(result))) or result  # noqa: E731
+    arm = make_arm("a", [])
+    run = lambda state, batch, *constants: (state, {"loss": Loss(told, tell("run", batch))})  # noqa: E731
+    place = lambda batch: tell("place", batch)  # noqa: E731
+    arm = arm._replace(
+        compiled=arm.compiled._replace(run=run, place_batch=place), batch=lambda n: tell("make", np.int32(n))
+    )
+    fit(
+        tmp_path, stage="toy", phases=[Phase("a", units, "x")], arms={"a": arm}, key=jax.random.key(0), select="hr",
+        params=lambda: {"a": np.float32(0), "b": np.float32(0)}, validate=lambda n, p: {"hr": 0.0},
+        judged=("a",), tensorboard=False,
+    )  # fmt: skip
+    wanted = [("make", 0), ("place", 0)]
+    for unit in range(units):
+        wanted += [("run", unit)]
+        wanted += [("make", unit + 1), ("place", unit + 1)] if unit + 1 < units else []
+        if unit % 2 or unit + 1 == units:
+            wanted += [("look", n) for n in range(unit - unit % 2, unit + 1)]
+    assert told == wanted
+
+
 def test_finish_works_on_what_the_phase_leaves(tmp_path):
     calls = []
     arms = {"a": make_arm("a", calls)._replace(finish=lambda params: params | {"b": params["a"] + np.float32(10)})}
