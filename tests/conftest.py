@@ -1,4 +1,4 @@
-"""What the tests share: quick compilation, a process a core for the whole suite, and one tiny run a session."""
+"""What the tests share: quick compilation, an order that keeps two workers busy, and one tiny run a session."""
 
 import json
 import os
@@ -15,17 +15,6 @@ sys.path.insert(0, str(ROOT))  # experiments/ lies beside the package, not in it
 
 # A worker takes whole files in this order; what takes longest comes first, so that no core waits for another's last.
 LONGEST_FIRST = ("resume_test.py", "multi_device_test.py", "causal_lm_test.py", "colab_test.py")
-MOST_WORKERS = 4  # each holds JAX and its compiled programs: about a gigabyte
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Where `pytest` is called without paths, it runs in several processes; `-n 0` keeps it in one."""
-    worker = "PYTEST_XDIST_WORKER" in os.environ  # comes by here too, and would have workers of its own, and they too
-    whole = config.args_source is not config.ArgsSource.ARGS and not config.option.usepdb
-    if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
-        config.option.numprocesses = min(_cores(), MOST_WORKERS) if _cores() > 1 else 0
-        config.option.dist, config.option.loadscopereorder = "loadfile", False
 
 
 def pytest_collection_modifyitems(items):
@@ -49,7 +38,3 @@ def tiny_run(tmp_path_factory, request):
         if not results.exists():
             results.write_text(json.dumps(train_and_evaluate(config, str(workdir))))
     return config, workdir, json.loads(results.read_text())
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
