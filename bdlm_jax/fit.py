@@ -113,14 +113,11 @@ def fit(
             arm = arms[phase.arm]
             view = _view(folder, number, arm, tree["params"], resumed=cursor["unit"] > 0)
             view, constants = arm.compiled.place_constants(view), arm.compiled.place_constants(arm.constants)
-            mine = tree["arms"][phase.arm]
-            state = arm.compiled.place_state(TrainState(tree["params"], mine["opt_state"], mine["step"], mine["key"]))
+            state = _place(tree, phase.arm, arm)
 
             def save(state=None, phase=phase, arm=arm):
                 if state is not None:
-                    host = arm.compiled.fetch_state(state)
-                    tree["params"] = host.params
-                    tree["arms"][phase.arm] = {"opt_state": host.opt_state, "step": host.step, "key": host.key}
+                    _keep(tree, phase.arm, arm, state)
                 checkpoint.save(folder / "checkpoints", cursor["units"], tree, keep=2)
 
             bar = progress(total=phase.units, start=cursor["unit"], description=f"{stage}: {phase.name}")
@@ -147,10 +144,11 @@ def fit(
                 if stopping and not last:
                     raise Stopped(0)
             bar.close()
-            host = arm.compiled.fetch_state(state)
-            tree["params"] = jax.tree.map(np.asarray, arm.finish(host.params))
-            tree["arms"][phase.arm] = {"opt_state": host.opt_state, "step": host.step, "key": host.key}
+            _keep(tree, phase.arm, arm, state)
             del state
+            tree["params"] = arm.finish(tree["params"])
+            if not arm.compiled.take_state:
+                tree["params"] = jax.tree.map(np.asarray, tree["params"])
             for name in judged:
                 values = validate(name, tree["params"])
                 log.write(
@@ -177,22 +175,48 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict:
-    start = params()
-    tree = {
-        "params": start,
-        "arms": {
-            name: {
-                "opt_state": arm.optimizer.init(start),
-                "step": np.zeros((), np.int32),
-                "key": jax.random.fold_in(key, i),
-            }
-            for i, (name, arm) in enumerate(sorted(arms.items()))
-        },
-        "cursor": {"phase": 0, "unit": 0, "units": 0},
-        "best": {name: {"value": -math.inf, "phase": -1} for name in judged},
-    }
-    last = checkpoint.latest(folder / "checkpoints")
+    start, last = params(), checkpoint.latest(folder / "checkpoints")
+    tree = {"params": start, "arms": {}, "cursor": {"phase": 0, "unit": 0, "units": 0}}
+    tree["best"] = {name: {"value": -math.inf, "phase": -1} for name in judged}
+    for i, (name, arm) in enumerate(sorted(arms.items())):
+        mine = {"step": np.zeros((), np.int32), "key": jax.random.fold_in(key, i)}
+        if arm.compiled.take_state:
+            shapes = _shapes(arm, start, **mine)
+            if last:
+                tree["params"], mine["opt_state"] = shapes.params, shapes.opt_state
+            else:
+                if tree["params"] is start:
+                    tree["params"] = parallel.place_as(start, shapes.params)
+                places = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
+                mine["opt_state"] = jax.jit(arm.optimizer.init, out_shardings=places)(tree["params"])
+        else:
+            mine["opt_state"] = arm.optimizer.init(start)
+        tree["arms"][name] = mine
     return checkpoint.restore(last, like=tree) if last else tree
+
+
+def _shapes(arm: Arm, params: Params, *, step, key) -> TrainState:
+    """The shapes of an arm's state, with where each leaf lies."""
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)  # noqa: E731
+    opt_state = jax.eval_shape(arm.optimizer.init, shapes(params))
+    return arm.compiled.abstract_state(TrainState(shapes(params), opt_state, shapes(step), shapes(key)))
+
+
+def _place(tree: dict, name: str, arm: Arm) -> TrainState:
+    """The arm's state on its devices; where it lies there already, it is moved out of the tree."""
+    mine = tree["arms"][name]
+    state = TrainState(tree["params"], mine["opt_state"], mine["step"], mine["key"])
+    if arm.compiled.take_state is None:
+        return arm.compiled.place_state(state)
+    tree["params"], tree["arms"][name] = None, None  # the step uses these arrays up
+    return arm.compiled.take_state(state)
+
+
+def _keep(tree: dict, name: str, arm: Arm, state: TrainState) -> None:
+    """Puts a state into the tree: on the host, or as it lies where the devices hold it in parts."""
+    kept = (arm.compiled.unpad_state if arm.compiled.take_state else arm.compiled.fetch_state)(state)
+    tree["params"] = kept.params
+    tree["arms"][name] = {"opt_state": kept.opt_state, "step": kept.step, "key": kept.key}
 
 
 def _view(folder: Path, number: int, arm: Arm, params: Params, *, resumed: bool) -> Params:

@@ -16,6 +16,7 @@ from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.mutual import Bridge, id_rows
+from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Array, Params
 
@@ -28,6 +29,7 @@ def popularity_scorer(degree_I: np.ndarray) -> CatalogueScorer:
 
 def domain_scorer(arm: DomainArm, params: Params) -> CatalogueScorer:
     """Scores items by the domain arm; the propagation runs once, here."""
+    params = _near(params)
     user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
     score = jax.jit(lambda user_B: arm.score(params["domain"], user_UD[user_B], item_ID))
     return CatalogueScorer(score)
@@ -57,6 +59,7 @@ def read_states(
     Returns:
       {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
     """
+    params = _near(params)
     rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
     state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
     state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
@@ -64,7 +67,8 @@ def read_states(
     starts = range(0, len(packed), batch_rows)
     for start in progress(starts, description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
-        user_BTM, card_BTM = _read(params["lm"], batch, rows_XM, config=bridge.lm)
+        placed = parallel.spread_rows(batch, params["lm"]["embedding"])
+        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
         for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
             out[batch[target][where]] = np.asarray(states, np.float32)[where]
@@ -84,6 +88,7 @@ def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.n
 
 def domain_view(arm: DomainArm, params: Params) -> Params:
     """Makes what the LM arm learns from: the domain arm's representations."""
+    params = _near(params)
     user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
     view = {"user": user_UD, "item": item_ID}
     return view | ({"domain": params["domain"]} if params["domain"] else {})
@@ -123,6 +128,11 @@ def text_scorer(
         return jnp.asarray(np.concatenate(parts)[: len(user_B)])
 
     return CandidateScorer(score)
+
+
+def _near(params: Params) -> Params:
+    """Tables that a mesh holds in parts, whole: they are small, and what scores with them runs on one device."""
+    return params | parallel.gather_spread({name: params[name] for name in ("shared", "domain")})
 
 
 _id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(id_rows)

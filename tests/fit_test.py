@@ -211,6 +211,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
             tmp_path, stage="lightgcn", phases=[Phase("domain", 40, "BPR epochs")], arms={"domain": domain},
             params=lambda: {"shared": shared, "domain": arm.init(None)}, key=jax.random.key(0),
             validate=lambda name, params: {"hr": 0.0}, select="hr", judged=("domain",), tensorboard=False,
+            checkpoint_seconds=1e9,
         )  # fmt: skip
     message = str(error.value)
     assert (

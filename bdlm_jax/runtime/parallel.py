@@ -6,6 +6,7 @@ The three ways give the same numbers, because a step sums its losses, counts and
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class Compiled(NamedTuple):
     place_batch: batch -> the batch on its devices, for a caller that sends it before it is needed; `run` takes both.
     abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("jit" and "mesh").
     unpad_state: placed pytree -> the same arrays on their devices without added rows, to save ("jit" and "mesh").
+    take_state: as `place_state`, for a state that the caller gives up: what lies right already is not copied; None
+        where states come to the host between phases (all but a "mesh" of one process that cuts them into parts).
     lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
     """
 
@@ -44,6 +47,7 @@ class Compiled(NamedTuple):
     place_batch: Callable[[Any], Any] = lambda batch: batch
     abstract_state: Callable[[Any], Any] | None = None
     unpad_state: Callable[[Any], Any] | None = None
+    take_state: Callable[[Any], Any] | None = None
     lower: Callable[..., Any] | None = None
 
 
@@ -112,6 +116,46 @@ def enable_compilation_cache(folder: str | Path) -> None:
         # A process that has compiled before has already settled on another folder, or on none.
         compilation_cache.reset_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def place_as(tree: Any, shapes: Any) -> Any:
+    """Copies every array of a tree to where the shape beside it says, part by part.
+
+    Args:
+        tree: pytree of arrays.
+        shapes: the same of `jax.ShapeDtypeStruct` with shardings, as `Compiled.abstract_state` gives them.
+
+    Returns:
+        The arrays on their devices; none shares memory with an argument.
+    """
+    return jax.tree.map(lambda leaf, to: _spread(leaf, to.sharding, copy=True), tree, shapes)
+
+
+def spread_rows(batch: Any, like: Any) -> Any:
+    """Splits a batch by rows over the mesh on which an array lies; where there is none, or no split, it stays as it is.
+
+    Args:
+        batch: pytree of arrays with the batch as leading dimension.
+        like: an array.
+
+    Returns:
+        The batch.
+    """
+    sharding = getattr(like, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not set(BATCH_AXES) <= set(sharding.mesh.axis_names):
+        return batch
+    n_rows = mesh_lib.n_parts(BATCH_AXES, dict(sharding.mesh.shape))
+    if any(leaf.shape[0] % n_rows for leaf in jax.tree.leaves(batch)):
+        return batch
+    return jax.tree.map(lambda leaf: _spread(leaf, NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES))), batch)
+
+
+def gather_spread(tree: Any) -> Any:
+    """Brings what lies on several devices to the host; the rest stays where it is."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 else leaf,
+        tree,
+    )
 
 
 def device_count() -> int:
@@ -212,15 +256,17 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
     def run(state, batch, *constants):
         return compiled(state, place_batch(batch), *place_constants(constants))
 
-    def place_state(state):
+    def place_state(state, *, copy=True):
         return jax.tree.map(
-            lambda leaf, layout: _spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=True),
+            lambda leaf, layout: _spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=copy),
             state,
             lay_out(state),
         )
 
     def fetch_state(state):
-        return _unpadded(_to_host(_gathered(state, replicated)), layout_of(state))
+        # Leaf by leaf: gathered all at once, a state would have to fit on every device.
+        host = jax.tree.map(lambda leaf: _to_host(_gathered(leaf, replicated)), state)
+        return _unpadded(host, layout_of(state))
 
     def place_constants(constants):
         return jax.tree.map(lambda leaf: _spread(leaf, replicated), constants)
@@ -254,7 +300,11 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
         )
         return compiled.lower(shaped, batch, *constants)
 
-    return Compiled(run, place_state, fetch_state, place_constants, place_batch, abstract_state, unpad_state, lower)
+    keeps = sizes["fsdp"] * sizes["tensor"] > 1 and jax.process_count() == 1
+    take_state = partial(place_state, copy=False) if keeps else None
+    return Compiled(
+        run, place_state, fetch_state, place_constants, place_batch, abstract_state, unpad_state, take_state, lower
+    )
 
 
 def _shaped(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeStruct:
@@ -267,7 +317,7 @@ def _spread(leaf: Any, sharding: NamedSharding, shape: tuple | None = None, *, c
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = _spread(jax.random.key_data(leaf), sharding, copy=copy)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim) and shape in (None, leaf.shape):
             return leaf
         if len(leaf.sharding.device_set) > 1:  # it may be too large for any one place
             pad = [(0, n - m) for n, m in zip(shape or leaf.shape, leaf.shape)]
