@@ -12,14 +12,14 @@ MOVES = {
     ("lora", "gpt2"): {"lm/lora"}, ("lora", "llama"): {"lm/lora"},
     ("bridge", "gpt2"): set(), ("bridge", "llama"): set(),
 }  # fmt: skip
-# A case costs three compilations, a whole round with every loss and the domain arm six: most are for the slow suite.
-QUICK = [("lora", "llama", False)]
-SLOW = [(trains, shape, True) for trains in ("full", "lora", "bridge") for shape in own_lm.SHAPES]
+# A case compiles three ways, a whole round with every loss and the domain arm six programs: minutes in all.
+CASES = [("lora", "llama", False)] + [
+    (trains, shape, True) for trains in ("full", "lora", "bridge") for shape in own_lm.SHAPES
+]
 
 
-@pytest.mark.parametrize(
-    ("trains", "shape", "domain"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trains", "shape", "domain"), CASES)
 def test_three_ways_train_a_users_model_to_the_same_losses(tmp_path, trains, shape, domain):
     arm, bridge, params = own_lm.make_bdlm(tmp_path / "model", own_lm.SHAPES[shape], trains)
     options = {"domain": domain, "weights": small_bdlm.LM_ALL if domain else own_lm.FEW}
