@@ -2,8 +2,11 @@
 
 python -m bdlm_jax.main --config experiments/amazon_beauty.py --workdir runs/beauty --config.data.path=FOLDER
 
-FOLDER holds interactions.csv.gz (user_id, item_id, order) and items.tsv.gz (item, asin, title). Seed 0, two CPU cores:
-LightGCN alone reached HR@1/cand100 .183, NDCG@10/full .031 on test. The stages behind it have not been run to the end.
+FOLDER holds interactions.csv.gz (user_id, item_id, order) and items.tsv.gz (item, asin, title). Seed 0 on two CPU cores
+that other work shared, with --config.pretrain.corpus=REVIEWS.txt.xz (IMDb reviews, of which max_tokens are read): 64
+minutes in all stages. Test, HR@1/cand100 and NDCG@10/full: LightGCN .183 .031, ids-only LM .206 .035, BDLM's domain arm
+.240 .052, its LM arm .243 .053: +31 % and +33 % in HR@1 over LightGCN, +16 % and +18 % over the ids-only LM. The LM arm
+was best on validation after its first 10 epochs already.
 """
 
 from experiments import defaults
