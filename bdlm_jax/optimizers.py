@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bdlm_jax.runtime.mesh import leaf_name
 from bdlm_jax.types import InputError, Params
 
 _LOG = logging.getLogger(__name__)
@@ -16,11 +17,6 @@ FROZEN = "frozen"
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
 Rules = list[tuple[str, str]]
-
-
-def path_name(path) -> str:
-    """Joins a JAX key path into "lm/layers/attention/q_proj"."""
-    return "/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
 
 
 def label_params(params: Params, rules: Rules) -> Params:
@@ -38,7 +34,7 @@ def label_params(params: Params, rules: Rules) -> Params:
     """
 
     def label(path, _):
-        name = path_name(path)
+        name = leaf_name(path)
         for pattern, group in rules:
             if re.fullmatch(pattern, name):
                 return group
@@ -161,7 +157,7 @@ def describe_groups(params: Params, labels: Params) -> str:
     counts: dict[tuple[str, str], int] = {}
     named = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, leaf), group in zip(named, jax.tree.leaves(labels)):
-        where = "/".join(path_name(path).split("/")[:2])
+        where = "/".join(leaf_name(path).split("/")[:2])
         counts[where, group] = counts.get((where, group), 0) + leaf.size
     lines = [f"  {where:<28} {group:<10} {count:>14,d}" for (where, group), count in counts.items()]
     total, trained = sum(counts.values()), sum(count for (_, group), count in counts.items() if group != FROZEN)

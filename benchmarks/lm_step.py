@@ -19,6 +19,7 @@ import optax
 import transformers
 
 from bdlm_jax.data.batches import pack
+from bdlm_jax.lm import families
 from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
 from bdlm_jax.lm.pretrain import text_cross_entropy, text_loss
 from bdlm_jax.lm.prompts import history_prompt
@@ -142,18 +143,8 @@ def make_torch_llama(config, *, length):
     import torch
 
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            max_position_embeddings=length,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    )
+    fields = families.hf_config(config, max_position_embeddings=length)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
 
 
 def make_equal_ours(config, tokens_SBL):

@@ -9,6 +9,7 @@ import pytest
 import small_bdlm
 
 from bdlm_jax import arms, mutual, optimizers, sharing
+from bdlm_jax.runtime.mesh import leaf_name
 
 TREE = {
     "shared": {"user": 0, "item": 0},
@@ -33,7 +34,7 @@ def test_one_word_says_what_trains(trains, own):
     for train_shared, tables in ((True, TABLES), (False, set())):
         labels = optimizers.label_params(TREE, arms.lm_rules(trains, train_shared=train_shared))
         named = jax.tree_util.tree_flatten_with_path(labels)[0]
-        found = {optimizers.path_name(path) for path, label in named if label != optimizers.FROZEN}
+        found = {leaf_name(path) for path, label in named if label != optimizers.FROZEN}
         assert found == own | ALWAYS | tables
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdlm_jax.runtime import distributed
+from bdlm_jax.runtime.mesh import leaf_name
 from bdlm_jax.types import InputError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
@@ -53,7 +54,7 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
         distributed.wait_for_all(f"{partial.name} made")
     entries, arrays = [], {}
     for i, (path, leaf) in enumerate(leaves):
-        entry, array = _pack(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        entry, array = _pack(leaf_name(path), leaf)
         entries.append(entry)
         if array is not None:
             arrays[f"{i:05d}"] = array
@@ -112,10 +113,7 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
     if not (checkpoint / "tree.json").is_file():
         raise InputError(f"{checkpoint} holds no checkpoint; give a folder that `latest` names.")
     entries = json.loads((checkpoint / "tree.json").read_text(encoding="utf-8"))["leaves"]
-    wanted = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    ]
+    wanted = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)]
     saved_names, wanted_names = [entry["path"] for entry in entries], [name for name, _ in wanted]
     if saved_names != wanted_names:
         odd = sorted(set(saved_names) ^ set(wanted_names)) or saved_names

@@ -362,7 +362,7 @@ def _check_batch(batch: Any, n_devices: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         shape = np.shape(leaf)
         if not shape or shape[0] % n_devices:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = mesh_lib.leaf_name(path)
             raise InputError(
                 f"The batch's {name or 'array'} of shape {shape} cannot be split over {n_devices} devices; "
                 "make the batch size a multiple of them."
