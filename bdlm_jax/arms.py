@@ -23,6 +23,7 @@ from bdlm_jax.lm import causal_lm, families, huggingface, lora
 from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights
 from bdlm_jax.prepare import KNOWN, Data
 from bdlm_jax.runtime import parallel
+from bdlm_jax.runtime.mesh import leaf_name
 from bdlm_jax.types import InputError, Params
 
 
@@ -145,9 +146,20 @@ def init_domain_params(run: Run, arm: DomainArm, stage: str) -> Params:
 
 
 def load_weights(run: Run) -> Params | None:
-    """Loads the decoder of `lm.path` in the vocabulary's number of rows; None where no path is given."""
-    c = run.config.lm
-    return huggingface.load_lm(own_folder(c.path), lm_config(run), dtype=c.param_dtype) if c.path else None
+    """Loads the decoder of `lm.path` in the vocabulary's number of rows; None where no path is given.
+
+    On a mesh that cuts weights each part goes to its own device: no device, nor the host, ever holds the whole model.
+    """
+    c, shape = run.config.lm, lm_config(run)
+    if not c.path:
+        return None
+    shapes = {"lm": jax.eval_shape(functools.partial(causal_lm.init_lm, config=shape), jax.random.key(0))}
+    shardings = parallel.params_shardings(shapes, parallel=run.config.parallel, mesh=run.config.mesh.to_dict())
+    named = {leaf_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)}
+    return huggingface.load_lm(
+        own_folder(c.path), shape, dtype=c.param_dtype,
+        placement=(lambda path: named[f"lm/{path}"]) if named else None,
+    )  # fmt: skip
 
 
 def init_params(

@@ -60,7 +60,8 @@ def history_prompt(
     """Makes one prompt of a user's history; one history of n items gives n targets.
 
     kind "ids":        <bos> [<uid>] [context] <iid>1 … <iid>n [<uid>]; each item is predicted from the token before.
-    kind "ids_titles": <bos> [<uid>] [context] <iid>1 title1 … <iid>n titlen [<uid>]; the title is predicted as well.
+    kind "ids_titles": <bos> [<uid>] [context] <iid>1 title1 … <iid>n titlen [<uid>]; the titles are predicted too,
+                       and <eos>, which no token shows, where one ends.
     kind "text":       <bos> [context] title1 <eos> … titlen <eos>; text targets only, <eos> included.
 
     Args:
@@ -130,6 +131,9 @@ def history_prompt(
             item_targets[size - 1] = next_item
     at = np.flatnonzero(is_text_target)
     text_targets[at - 1] = tokens[at]
+    if kind == "ids_titles":
+        whole_n = length_n == [len(titles[item][:max_title]) for item in items]
+        text_targets[begin_n[1:][whole_n & (length_n > 0)] - 1] = vocabulary.eos
     reads = read_user and user is not None
     return Prompt(tokens, item_targets, text_targets, user=user if reads else -1, user_at=size - 1 if reads else -1)
 
@@ -155,22 +159,22 @@ def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tok
 
 
 def card_named_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
-    """Makes <bos> <iid> title, with the title predicted from the <iid>: it grounds the item's row in its text.
+    """Makes <bos> <iid> title, with the title and its <eos> predicted: it grounds the item's row in its text.
 
     Args:
         vocabulary: numbers the tokens.
         item: the item's index.
         title: (·,) its title's tokens.
-        max_tokens: cuts the title's end until the prompt fits.
+        max_tokens: cuts the title's end until the prompt fits; a title that is cut has no <eos>.
 
     Returns:
         A Prompt.
     """
-    title = _cut_title(title, max_tokens)
-    tokens = np.concatenate([[vocabulary.bos, vocabulary.item_token(item)], title]).astype(np.int32)
+    shown = _cut_title(title, max_tokens)
+    tokens = np.concatenate([[vocabulary.bos, vocabulary.item_token(item)], shown]).astype(np.int32)
     none = np.full(len(tokens), -1, np.int32)
     text_targets = none.copy()
-    text_targets[1 : 1 + len(title)] = title
+    text_targets[1:] = [*shown, vocabulary.eos if len(shown) == len(title) else -1]
     return Prompt(tokens, none, text_targets)
 
 

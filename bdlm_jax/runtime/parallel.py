@@ -93,10 +93,27 @@ def compile_step(
         return _compile_jit(step, devices[0], donate)
     if parallel == "pmap":
         return _compile_pmap(step, devices, donate)
-    sizes = mesh_lib.mesh_sizes(mesh or {"data": -1}, len(devices))
-    types = (AxisType.Auto,) * len(sizes)
-    made = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
-    return _compile_mesh(step, made, donate, tuple(rules))
+    return _compile_mesh(step, _make_mesh(mesh, devices), donate, tuple(rules))
+
+
+def params_shardings(shapes: Any, *, parallel: str, mesh: Mapping[str, int] | None = None) -> Any:
+    """Says where every parameter lies between phases, so that a loader can put it there and nowhere else.
+
+    Args:
+        shapes: pytree of shapes, with paths as below a state's `params`.
+        parallel: as in `compile_step`.
+        mesh: as in `compile_step`.
+
+    Returns:
+        A pytree of shardings; None where a state comes to the host between phases, and one device takes it whole.
+    """
+    if parallel != "mesh":
+        return None
+    made = _make_mesh(mesh, jax.devices())
+    if not _keeps_parts(dict(made.shape)):
+        return None
+    layout = mesh_lib.state_layout({"params": shapes}, dict(made.shape))["params"]
+    return jax.tree.map(lambda leaf: _unpadded_sharding(made, leaf), layout)
 
 
 def all_sum(tree: Any, axis_name: str | None) -> Any:
@@ -271,23 +288,16 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
     def place_constants(constants):
         return jax.tree.map(lambda leaf: _spread(leaf, replicated), constants)
 
-    def unpadded_sharding(layout):
-        # Rows that do not divide: by columns where these do, so that no device has to hold the whole table.
-        if layout.shape == layout.padded:
-            return NamedSharding(mesh, layout.spec)
-        fits = len(layout.shape) > 1 and layout.shape[1] % mesh_lib.n_parts(layout.spec[0], sizes) == 0
-        return NamedSharding(mesh, PartitionSpec(None, layout.spec[0]) if fits else PartitionSpec())
-
     def abstract_state(state):
         return jax.tree.map(
-            lambda leaf, layout: _shaped(leaf, layout.shape, unpadded_sharding(layout)), state, lay_out(state)
+            lambda leaf, layout: _shaped(leaf, layout.shape, _unpadded_sharding(mesh, layout)), state, lay_out(state)
         )
 
     def unpad_state(state):
         def unpad(leaf, to):
             if to.shape == to.padded:
                 return leaf
-            return jax.jit(lambda x: x[: to.shape[0]], out_shardings=unpadded_sharding(to))(leaf)
+            return jax.jit(lambda x: x[: to.shape[0]], out_shardings=_unpadded_sharding(mesh, to))(leaf)
 
         return jax.tree.map(unpad, state, layout_of(state))
 
@@ -300,11 +310,29 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
         )
         return compiled.lower(shaped, batch, *constants)
 
-    keeps = sizes["fsdp"] * sizes["tensor"] > 1 and jax.process_count() == 1
-    take_state = partial(place_state, copy=False) if keeps else None
+    take_state = partial(place_state, copy=False) if _keeps_parts(sizes) else None
     return Compiled(
         run, place_state, fetch_state, place_constants, place_batch, abstract_state, unpad_state, take_state, lower
     )
+
+
+def _make_mesh(wanted: Mapping[str, int] | None, devices: list[jax.Device]) -> Mesh:
+    sizes = mesh_lib.mesh_sizes(wanted or {"data": -1}, len(devices))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def _keeps_parts(sizes: Mapping[str, int]) -> bool:
+    """Whether a state stays on its devices between phases; several processes bring theirs to the host."""
+    return sizes["fsdp"] * sizes["tensor"] > 1 and jax.process_count() == 1
+
+
+def _unpadded_sharding(mesh: Mesh, layout: mesh_lib.Layout) -> NamedSharding:
+    # Rows that do not divide: by columns where these do, so that no device has to hold the whole table.
+    if layout.shape == layout.padded:
+        return NamedSharding(mesh, layout.spec)
+    fits = len(layout.shape) > 1 and layout.shape[1] % mesh_lib.n_parts(layout.spec[0], dict(mesh.shape)) == 0
+    return NamedSharding(mesh, PartitionSpec(None, layout.spec[0]) if fits else PartitionSpec())
 
 
 def _shaped(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeStruct:

@@ -48,7 +48,7 @@ def test_ids_titles_prompt_puts_the_id_before_its_title(vocabulary):
     expected = [v.bos, v.user_token(2), 50, 51, v.item_token(1), 110, 111, v.item_token(3), 130]
     assert prompt.tokens.tolist() == expected
     assert _targets(prompt.item_targets) == [(3, 1), (6, 3)]
-    assert _targets(prompt.text_targets) == [(4, 110), (5, 111), (7, 130)]
+    assert _targets(prompt.text_targets) == [(4, 110), (5, 111), (6, v.eos), (7, 130), (8, v.eos)]
     assert (prompt.user, prompt.user_at) == (-1, -1)
 
 
@@ -85,7 +85,8 @@ def test_no_user_token(vocabulary):
 def test_first_item_can_be_left_out_of_the_targets(vocabulary):
     ids = history_prompt(vocabulary, [1, 3], kind="ids_titles", titles=TITLES, user=2, predict_first=False)
     assert _targets(ids.item_targets) == [(4, 3)]
-    assert _targets(ids.text_targets) == [(2, 110), (3, 111), (5, 130)]
+    end = vocabulary.eos
+    assert _targets(ids.text_targets) == [(2, 110), (3, 111), (4, end), (5, 130), (6, end)]
     text = history_prompt(vocabulary, [1, 3], kind="text", titles=TITLES, predict_first=False)
     assert _targets(text.text_targets) == [(3, 130), (4, vocabulary.eos)]
 
@@ -116,8 +117,10 @@ def test_every_target_is_what_stands_behind_it(vocabulary, items, kind, user_tok
     tokens = prompt.tokens
     for at, item in _targets(prompt.item_targets):
         assert tokens[at + 1] == v.item_token(item)
+    ends = [at for at, token in _targets(prompt.text_targets) if token == v.eos and kind == "ids_titles"]
     for at, token in _targets(prompt.text_targets):
-        assert tokens[at + 1] == token
+        assert at in ends or tokens[at + 1] == token
+    assert all(at + 1 == len(tokens) or tokens[at + 1] >= v.n_text for at in ends), "<eos> where a title ends"
     if kind == "text":
         assert not (tokens >= v.n_text).any()
         return
@@ -127,7 +130,7 @@ def test_every_target_is_what_stands_behind_it(vocabulary, items, kind, user_tok
     assert len(shown) >= min(1, len(items))
     # Every token is the head, an id, or a title token, and every title token is a target.
     n_head = 1 + (user_token != "none") + int((tokens == 60).sum())
-    assert len(tokens) == n_head + len(shown) + len(_targets(prompt.text_targets))
+    assert len(tokens) == n_head + len(shown) + len(_targets(prompt.text_targets)) - len(ends)
 
 
 def test_titles_are_cut_on_demand(vocabulary):
@@ -148,8 +151,10 @@ def test_card_reads_the_item_behind_its_text_and_shows_no_id(vocabulary):
 def test_named_card_predicts_the_title_from_the_id(vocabulary):
     prompt = card_named_prompt(vocabulary, 5, TITLES[5])
     assert prompt.tokens.tolist() == [vocabulary.bos, vocabulary.item_token(5), 150, 151, 152]
-    assert _targets(prompt.text_targets) == [(1, 150), (2, 151), (3, 152)]
+    assert _targets(prompt.text_targets) == [(1, 150), (2, 151), (3, 152), (4, vocabulary.eos)]
     assert prompt.item == -1
+    cut = card_named_prompt(vocabulary, 5, TITLES[5], max_tokens=4)
+    assert _targets(cut.text_targets) == [(1, 150), (2, 151)], "a title that is cut does not end"
 
 
 def test_windows_are_cut_from_the_end():

@@ -1,0 +1,43 @@
+"""A model of `lm.path` on a mesh that cuts weights: every part goes to its own device, and nowhere else."""
+
+import jax
+import numpy as np
+import own_lm
+import pytest
+from arms_test import make_run
+
+from bdlm_jax import arms
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return folder, own_lm.write_model(folder, own_lm.LLAMA)
+
+
+def make_mesh_run(folder, model, **mesh):
+    run = make_run(folder, path=str(model[0]))
+    run.config.parallel = "mesh"
+    run.config.mesh.update(mesh)
+    return run
+
+
+def test_each_device_gets_its_part_alone(tmp_path, model):
+    run = make_mesh_run(tmp_path, model, data=2, fsdp=2, tensor=2)
+    loaded = arms.load_weights(run)
+    kernel, embedding = loaded["layers"]["mlp"]["up_proj"]["kernel"], loaded["embedding"]
+    assert tuple(kernel.sharding.spec) == (None, "fsdp", "tensor")
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(288 // 4, 8)}
+    np.testing.assert_array_equal(kernel, model[1]["layers"]["mlp"]["up_proj"]["kernel"])
+    params = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0", pretrained=loaded)
+    assert params["lm"]["layers"]["mlp"]["up_proj"]["kernel"] is kernel
+    assert params["lm"]["bridge"]["into"].shape == (16, 8)
+
+
+@pytest.mark.parametrize(("parallel", "mesh"), [("jit", {}), ("mesh", {"data": 8, "fsdp": 1, "tensor": 1})])
+def test_where_nothing_is_cut_one_device_takes_it(tmp_path, model, parallel, mesh):
+    run = make_mesh_run(tmp_path, model, **mesh)
+    run.config.parallel = parallel
+    loaded = arms.load_weights(run)
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(loaded))
