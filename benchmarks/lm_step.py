@@ -235,6 +235,54 @@ def measure_matmul_rate(dtype, *, size):
     return 2 * size**3 / best
 
 
+def time_products(config, *, n_rows, repeats=8):
+    """Times the matrix products of a step alone, ours and torch's: each weight's forward and both its gradients.
+
+    Returns:
+        {(rows, in, out): (how many weights, seconds ours, seconds torch's)}, medians, calls alternating.
+    """
+    import torch
+
+    c, heads = config, config.n_heads * config.head_dim
+    weights = [(c.width, heads), (c.width, c.n_kv_heads * c.head_dim)] * 2 + [(c.width, c.mlp_width)] * 3
+    counts = {(n_in, n_out): c.n_layers * weights.count((n_in, n_out)) for n_in, n_out in weights}
+    counts[c.width, c.vocab_size] = counts.get((c.width, c.vocab_size), 0) + 1
+    ours = jax.jit(lambda x, w, g: (x @ w, g @ w.T, x.T @ g))
+
+    def theirs(x, w, g):
+        return x @ w, g @ w.T, x.T @ g
+
+    table = {}
+    for (n_in, n_out), count in counts.items():
+        arrays = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(n_rows, n_in), (n_in, n_out)])]
+        arrays.append(arrays[0] @ arrays[1])
+        tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+        calls = {
+            "ours": lambda arrays=arrays: jax.block_until_ready(ours(*arrays)),
+            "theirs": lambda x=tensors: theirs(*x),
+        }
+        seconds = {name: [] for name in calls}
+        for number in range(2 + repeats):
+            for name, call in calls.items():
+                begin = time.perf_counter()
+                call()
+                if number >= 2:
+                    seconds[name].append(time.perf_counter() - begin)
+        table[n_rows, n_in, n_out] = (count, *(statistics.median(seconds[name]) for name in calls))
+    return table
+
+
+def format_products(table):
+    """Writes the products' rates and their share of a step as a Markdown table."""
+    lines = ["| product and its two gradients | weights | GFLOP/s, ours | GFLOP/s, torch |", "|---|---|---|---|"]
+    for shape, (count, *seconds) in table.items():
+        rates = " | ".join(f"{6 * np.prod(shape) / s / 1e9:.0f}" for s in seconds)
+        lines.append(f"| {' x '.join(map(str, shape))} | {count} | {rates} |")
+    ours, theirs = (sum(row[0] * row[i] for row in table.values()) for i in (1, 2))
+    lines.append(f"\nProducts with weights alone, a step: ours {ours:.3f} s, torch {theirs:.3f} s.")
+    return "\n".join(lines)
+
+
 def time_alternating(contestants, *, n_rounds, n_steps):
     """Times every contestant in every round, in an order that turns with the rounds; first steps are not counted."""
     seconds = {name: [] for name in contestants}
@@ -328,6 +376,8 @@ def run_equal(args, device):
     print(describe_machine(device))
     timings = time_alternating(contestants, n_rounds=args.rounds, n_steps=args.steps)
     print(format_equal_table(timings, flops=flops, rate=rate))
+    if args.peers and device == "cpu" and args.dtype == "float32":
+        print("\n" + format_products(time_products(config, n_rows=batch_size * args.length)))
 
 
 def run_targets(args, device):
