@@ -150,16 +150,25 @@ def load_weights(run: Run) -> Params | None:
 
     On a mesh that cuts weights each part goes to its own device: no device, nor the host, ever holds the whole model.
     """
-    c, shape = run.config.lm, lm_config(run)
+    c = run.config.lm
     if not c.path:
         return None
-    shapes = {"lm": jax.eval_shape(functools.partial(causal_lm.init_lm, config=shape), jax.random.key(0))}
-    shardings = parallel.params_shardings(shapes, parallel=run.config.parallel, mesh=run.config.mesh.to_dict())
-    named = {leaf_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)}
-    return huggingface.load_lm(
-        own_folder(c.path), shape, dtype=c.param_dtype,
-        placement=(lambda path: named[f"lm/{path}"]) if named else None,
-    )  # fmt: skip
+    named = {leaf_name(path): place for path, place in jax.tree_util.tree_leaves_with_path(_decoder_shardings(run))}
+    placement = named.__getitem__ if named else None
+    return huggingface.load_lm(own_folder(c.path), lm_config(run), dtype=c.param_dtype, placement=placement)
+
+
+def _init_decoder(key, run: Run) -> Params:
+    """As `load_weights`, drawn."""
+    init = functools.partial(causal_lm.init_lm, config=lm_config(run))
+    shardings = _decoder_shardings(run)
+    return init(key) if shardings is None else jax.jit(init, out_shardings=shardings)(key)
+
+
+def _decoder_shardings(run: Run):
+    shapes = {"lm": jax.eval_shape(functools.partial(causal_lm.init_lm, config=lm_config(run)), jax.random.key(0))}
+    found = parallel.params_shardings(shapes, parallel=run.config.parallel, mesh=run.config.mesh.to_dict())
+    return found and found["lm"]
 
 
 def init_params(
@@ -177,7 +186,7 @@ def init_params(
         if run.config.shared.initial == "domain":
             shared = domain_params["shared"]
     c, shape = run.config.lm, lm_config(run)
-    lm = pretrained if pretrained is not None else causal_lm.init_lm(keys[2], shape)
+    lm = pretrained if pretrained is not None else _init_decoder(keys[2], run)
     if c.param_dtype != "float32":
         narrow = lambda tree: jax.tree.map(lambda leaf: leaf.astype(c.param_dtype), tree)  # noqa: E731
         lm = {name: value if name in lora.NOT_DECODER else narrow(value) for name, value in lm.items()}

@@ -1,4 +1,4 @@
-"""A model of `lm.path` on a mesh that cuts weights: every part goes to its own device, and nowhere else."""
+"""A model, loaded or drawn, on a mesh that cuts weights: every part goes to its own device, and nowhere else."""
 
 import jax
 import numpy as np
@@ -33,6 +33,17 @@ def test_each_device_gets_its_part_alone(tmp_path, model):
     params = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0", pretrained=loaded)
     assert params["lm"]["layers"]["mlp"]["up_proj"]["kernel"] is kernel
     assert params["lm"]["bridge"]["into"].shape == (16, 8)
+
+
+def test_what_is_drawn_lies_in_parts_and_is_the_same(tmp_path, model):
+    run = make_mesh_run(tmp_path, model, data=2, fsdp=2, tensor=2)
+    run.config.lm.path, run.config.lm.n_heads = "", 2
+    kernel = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0")["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
+    run.config.parallel = "jit"
+    alone = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0")["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(alone.sharding.device_set) == 1
+    np.testing.assert_allclose(kernel, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize(("parallel", "mesh"), [("jit", {}), ("mesh", {"data": 8, "fsdp": 1, "tensor": 1})])
