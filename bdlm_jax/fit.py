@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from bdlm_jax.mutual import TrainState
-from bdlm_jax.runtime import checkpoint, distributed, parallel
+from bdlm_jax.runtime import checkpoint, distributed, parallel, placement
 from bdlm_jax.runtime.metric_log import MetricLog
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Params
@@ -186,7 +186,7 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
                 tree["params"], mine["opt_state"] = shapes.params, shapes.opt_state
             else:
                 if tree["params"] is start:
-                    tree["params"] = parallel.place_as(start, shapes.params)
+                    tree["params"] = placement.place_as(start, shapes.params)
                 places = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
                 mine["opt_state"] = jax.jit(arm.optimizer.init, out_shardings=places)(tree["params"])
         else:

@@ -16,7 +16,7 @@ from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.mutual import Bridge, id_rows
-from bdlm_jax.runtime import parallel
+from bdlm_jax.runtime import placement
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Array, Params
 
@@ -67,7 +67,7 @@ def read_states(
     starts = range(0, len(packed), batch_rows)
     for start in progress(starts, description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
-        placed = parallel.spread_rows(batch, params["lm"]["embedding"])
+        placed = placement.spread_rows(batch, params["lm"]["embedding"])
         user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
         for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
@@ -132,7 +132,7 @@ def text_scorer(
 
 def _near(params: Params) -> Params:
     """Tables that a mesh holds in parts, whole: they are small, and what scores with them runs on one device."""
-    return params | parallel.gather_spread({name: params[name] for name in ("shared", "domain")})
+    return params | placement.gather_spread({name: params[name] for name in ("shared", "domain")})
 
 
 _id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(id_rows)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from bdlm_jax.runtime import mesh as mesh_lib
 from bdlm_jax.runtime.mesh import BATCH_AXES
+from bdlm_jax.runtime.placement import fresh, gathered, spread, to_host
 from bdlm_jax.types import InputError
 
 AXIS = "data"
@@ -135,46 +136,6 @@ def enable_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def place_as(tree: Any, shapes: Any) -> Any:
-    """Copies every array of a tree to where the shape beside it says, part by part.
-
-    Args:
-        tree: pytree of arrays.
-        shapes: the same of `jax.ShapeDtypeStruct` with shardings, as `Compiled.abstract_state` gives them.
-
-    Returns:
-        The arrays on their devices; none shares memory with an argument.
-    """
-    return jax.tree.map(lambda leaf, to: _spread(leaf, to.sharding, copy=True), tree, shapes)
-
-
-def spread_rows(batch: Any, like: Any) -> Any:
-    """Splits a batch by rows over the mesh on which an array lies; where there is none, or no split, it stays as it is.
-
-    Args:
-        batch: pytree of arrays with the batch as leading dimension.
-        like: an array.
-
-    Returns:
-        The batch.
-    """
-    sharding = getattr(like, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not set(BATCH_AXES) <= set(sharding.mesh.axis_names):
-        return batch
-    n_rows = mesh_lib.n_parts(BATCH_AXES, dict(sharding.mesh.shape))
-    if any(leaf.shape[0] % n_rows for leaf in jax.tree.leaves(batch)):
-        return batch
-    return jax.tree.map(lambda leaf: _spread(leaf, NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES))), batch)
-
-
-def gather_spread(tree: Any) -> Any:
-    """Brings what lies on several devices to the host; the rest stays where it is."""
-    return jax.tree.map(
-        lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 else leaf,
-        tree,
-    )
-
-
 def device_count() -> int:
     """Returns how many devices `pmap` and `mesh` spread a batch over."""
     return jax.device_count()
@@ -190,7 +151,7 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
 
     def place_state(state):
-        return jax.device_put(jax.tree.map(_fresh, state), device)
+        return jax.device_put(jax.tree.map(fresh, state), device)
 
     def place(tree):
         return jax.device_put(tree, device)
@@ -198,7 +159,7 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     def abstract_state(state):
         return jax.tree.map(lambda leaf: _shaped(leaf, np.shape(leaf), SingleDeviceSharding(device)), state)
 
-    return Compiled(compiled, place_state, _to_host, place, place, abstract_state, lambda state: state)
+    return Compiled(compiled, place_state, to_host, place, place, abstract_state, lambda state: state)
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
@@ -231,10 +192,10 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
         return compiled(len(constants))(state, rows, *constants)
 
     def place_state(state):
-        return replicate(np.arange(n), jax.tree.map(_fresh, state))
+        return replicate(np.arange(n), jax.tree.map(fresh, state))
 
     def fetch_state(state):
-        return _to_host(jax.tree.map(lambda leaf: leaf[0], state))
+        return to_host(jax.tree.map(lambda leaf: leaf[0], state))
 
     return Compiled(run, place_state, fetch_state, lambda constants: jax.device_put(constants, replicated), place_batch)
 
@@ -268,25 +229,25 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
 
     def place_batch(batch):
         _check_batch(batch, n_rows)
-        return jax.tree.map(lambda leaf: _spread(leaf, by_rows), batch)
+        return jax.tree.map(lambda leaf: spread(leaf, by_rows), batch)
 
     def run(state, batch, *constants):
         return compiled(state, place_batch(batch), *place_constants(constants))
 
     def place_state(state, *, copy=True):
         return jax.tree.map(
-            lambda leaf, layout: _spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=copy),
+            lambda leaf, layout: spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=copy),
             state,
             lay_out(state),
         )
 
     def fetch_state(state):
         # Leaf by leaf: gathered all at once, a state would have to fit on every device.
-        host = jax.tree.map(lambda leaf: _to_host(_gathered(leaf, replicated)), state)
+        host = jax.tree.map(lambda leaf: to_host(gathered(leaf, replicated)), state)
         return _unpadded(host, layout_of(state))
 
     def place_constants(constants):
-        return jax.tree.map(lambda leaf: _spread(leaf, replicated), constants)
+        return jax.tree.map(lambda leaf: spread(leaf, replicated), constants)
 
     def abstract_state(state):
         return jax.tree.map(
@@ -339,39 +300,6 @@ def _shaped(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf), sharding=sharding)
 
 
-def _spread(leaf: Any, sharding: NamedSharding, shape: tuple | None = None, *, copy: bool = False) -> jax.Array:
-    """Puts a leaf where the sharding says, each device's part by itself; `shape` adds rows of zeros."""
-    if isinstance(leaf, jax.Array):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = _spread(jax.random.key_data(leaf), sharding, copy=copy)
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim) and shape in (None, leaf.shape):
-            return leaf
-        if len(leaf.sharding.device_set) > 1:  # it may be too large for any one place
-            pad = [(0, n - m) for n, m in zip(shape or leaf.shape, leaf.shape)]
-            return jax.jit(lambda x: jnp.pad(x, pad) if any(map(any, pad)) else jnp.copy(x), out_shardings=sharding)(
-                leaf
-            )
-    host = np.asarray(leaf, dtype=jnp.result_type(leaf))
-    shape = host.shape if shape is None else shape
-
-    def part(index):
-        found = host[index]
-        rows = index[0].indices(shape[0]) if index else (0, 0, 1)
-        missing = rows[1] - rows[0] - len(found) if index else 0
-        # A copy: on the CPU the array may alias the NumPy buffer, and a later donation must not write into it.
-        return np.array(found) if not missing else np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1))
-
-    return jax.make_array_from_callback(shape, sharding, part)
-
-
-def _gathered(tree: Any, replicated: NamedSharding) -> Any:
-    """Brings what other processes hold here; what this process can read stays as it is."""
-    return jax.tree.map(
-        lambda leaf: leaf if leaf.is_fully_addressable else jax.jit(lambda x: x, out_shardings=replicated)(leaf), tree
-    )
-
-
 def _padded(state: Any, layout: Any) -> Any:
     return jax.tree.map(lambda leaf, to: _with_rows(leaf, to.padded), state, layout)
 
@@ -395,20 +323,3 @@ def _check_batch(batch: Any, n_devices: int) -> None:
                 f"The batch's {name or 'array'} of shape {shape} cannot be split over {n_devices} devices; "
                 "make the batch size a multiple of them."
             )
-
-
-def _fresh(leaf: Any) -> jax.Array:
-    # Strong types: a weakly typed scalar would come back strong from the first step, and the second call recompile.
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.array(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return jnp.array(leaf, dtype=jnp.result_type(leaf))
-
-
-def _to_host(tree: Any) -> Any:
-    def host(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(leaf))
-        return np.asarray(leaf)
-
-    return jax.tree.map(host, tree)
