@@ -62,8 +62,9 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
-            # A short stack runs a tenth faster without a loop on CPU; a deep one would take long to compile.
-            unroll=c.n_layers if c.n_layers <= _UNROLLED_LAYERS else 1,
+            # A short stack runs a tenth faster without a loop on CPU; a deep one would take long to compile. What is to
+            # be computed again needs the loop: without it the compiler finds that it has it already.
+            unroll=1 if c.remat or c.n_layers > _UNROLLED_LAYERS else c.n_layers,
         )(c, self.keep_kv, name="layers")
         scanned = (jnp.arange(c.n_layers), prefix, jnp.asarray(c.is_local) if _mixed(c) else None)
         x, kv = layers(x, scanned, _ropes(c, positions), mask, prefix_mask, slot, dropout_key_B)

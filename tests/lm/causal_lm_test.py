@@ -138,6 +138,19 @@ def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
 
 
+def test_remat_keeps_less_of_a_short_stack_too():
+    config = LMConfig(vocab_size=16, width=16, n_layers=4, n_heads=2, n_kv_heads=2, mlp_width=64)
+    params = jax.eval_shape(partial(init_lm, config=config), jax.random.key(0))
+    row = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+    def temporaries(**options):
+        chosen = dataclasses.replace(config, **options)
+        loss = jax.jit(jax.grad(lambda p, t: jnp.sum(lm_hidden(p, chosen, t, t, t, jnp.zeros((1, 16))) ** 2)))
+        return loss.lower(params, row).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=True) < 0.5 * temporaries()
+
+
 def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
     row = _row([1, 40, 5, 9], length=4)
     looped = hidden_of(params, CONFIG, *row, id_rows_XM)
