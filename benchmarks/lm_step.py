@@ -239,7 +239,7 @@ def time_products(config, *, n_rows, repeats=8):
     """Times the matrix products of a step alone, ours and torch's: each weight's forward and both its gradients.
 
     Returns:
-        {(rows, in, out): (how many weights, seconds ours, seconds torch's)}, medians, calls alternating.
+        {(rows, in, out): (how many weights, seconds ours, seconds torch's)}, medians of each in a row.
     """
     import torch
 
@@ -247,29 +247,28 @@ def time_products(config, *, n_rows, repeats=8):
     weights = [(c.width, heads), (c.width, c.n_kv_heads * c.head_dim)] * 2 + [(c.width, c.mlp_width)] * 3
     counts = {(n_in, n_out): c.n_layers * weights.count((n_in, n_out)) for n_in, n_out in weights}
     counts[c.width, c.vocab_size] = counts.get((c.width, c.vocab_size), 0) + 1
-    ours = jax.jit(lambda x, w, g: (x @ w, g @ w.T, x.T @ g))
-
-    def theirs(x, w, g):
-        return x @ w, g @ w.T, x.T @ g
-
+    kinds = (lambda x, w, g: x @ w), (lambda x, w, g: g @ w.T), (lambda x, w, g: x.T @ g)
+    compiled = [jax.jit(kind) for kind in kinds]
     table = {}
     for (n_in, n_out), count in counts.items():
         arrays = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(n_rows, n_in), (n_in, n_out)])]
         arrays.append(arrays[0] @ arrays[1])
         tensors = [torch.from_numpy(np.array(x)) for x in arrays]
-        calls = {
-            "ours": lambda arrays=arrays: jax.block_until_ready(ours(*arrays)),
-            "theirs": lambda x=tensors: theirs(*x),
-        }
-        seconds = {name: [] for name in calls}
-        for number in range(2 + repeats):
-            for name, call in calls.items():
-                begin = time.perf_counter()
-                call()
-                if number >= 2:
-                    seconds[name].append(time.perf_counter() - begin)
-        table[n_rows, n_in, n_out] = (count, *(statistics.median(seconds[name]) for name in calls))
+        ours = sum(time_alone(product, arrays, repeats=repeats) for product in compiled)
+        theirs = sum(time_alone(product, tensors, repeats=repeats) for product in kinds)
+        table[n_rows, n_in, n_out] = count, ours, theirs
     return table
+
+
+def time_alone(product, arrays, *, repeats):
+    """Median seconds of a short call, a while after what was before it: threads of torch wait without sleeping."""
+    time.sleep(0.05)
+    seconds = []
+    for _ in range(1 + repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(product(*arrays))
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
 
 
 def format_products(table):
