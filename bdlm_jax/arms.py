@@ -148,7 +148,8 @@ def init_domain_params(run: Run, arm: DomainArm, stage: str) -> Params:
 def load_weights(run: Run) -> Params | None:
     """Loads the decoder of `lm.path` in the vocabulary's number of rows; None where no path is given.
 
-    On a mesh that cuts weights each part goes to its own device: no device, nor the host, ever holds the whole model.
+    On a mesh that cuts weights each part goes to its own device: loading puts the whole model neither on one device nor
+    on the host.
     """
     c = run.config.lm
     if not c.path:
