@@ -120,6 +120,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.domain_learning_rate = 1e-3
     mutual.kl_users = 256  # users a step in the domain arm's score-level term
     mutual.kl_items = 0  # items drawn a step in that term; 0: the whole catalogue
+    # Of users the LM hears at the end of a history alone, which is where it is asked: set align_user and kl to 0 where
+    # the domain model is much the weaker of the two (experiments/ml1m.py).
     mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 2.0, "kl": 0.1})
     mutual.domain = ml_collections.ConfigDict({"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0})
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
