@@ -3,27 +3,16 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax import arms, lm_rows, sharing
+from bdlm_jax import arms, sharing
 from bdlm_jax.config_check import check_config
 from bdlm_jax.lm import families
-from bdlm_jax.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError
 from experiments import tiny
-
-
-def make_run(folder, **lm):
-    config = tiny.get_config()
-    config.lm.update(lm)
-    config.prompts.length = 64
-    data = prepare_data(config, folder / "data")
-    texts = lm_rows.encode_texts(config, data, prepare_vocabulary(config, data, folder / "tokenizer"))
-    return arms.Run(config, folder, data, texts, None, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +23,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"), path=str(model[0]), trains="lora", row_std=0.0)
+    return own_lm.make_run(tmp_path_factory.mktemp("run"), path=str(model[0]), trains="lora", row_std=0.0)
 
 
 def test_a_path_gives_shape_and_weights(run, model):
@@ -74,7 +63,7 @@ def test_a_config_json_alone_is_trained_from_scratch_in_our_own_words(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(families.hf_config(dataclasses.replace(own_lm.GPT2, vocab_size=50257)))
     )
-    run = make_run(tmp_path, config=str(tmp_path / "config.json"), param_dtype="bfloat16")
+    run = own_lm.make_run(tmp_path, config=str(tmp_path / "config.json"), param_dtype="bfloat16")
     shape = arms.lm_config(run)
     assert shape.family == "gpt2" and shape.vocab_size == run.texts.vocabulary.n_text < 400
     assert arms.load_weights(run) is None

@@ -7,11 +7,13 @@ import jax
 import small_bdlm
 from safetensors.numpy import save_file
 
-from bdlm_jax import arms, mutual, optimizers, sharing
+from bdlm_jax import arms, lm_rows, mutual, optimizers, sharing
 from bdlm_jax.lm import causal_lm, families, huggingface, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
 from bdlm_jax.mutual import LMWeights
+from bdlm_jax.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.runtime.parallel import compile_step
+from experiments import tiny
 
 WORDS = ["blue wool scarf", "red wool hat", "a user buys a scarf and then a hat"]
 GPT2 = LMConfig(
@@ -47,6 +49,16 @@ def write_model(folder, shape: LMConfig, *, seed: int = 0, tokenizer=True):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(str(folder))
     return params
+
+
+def make_run(folder, **lm):
+    """Returns a run of experiments/tiny.py with some settings of `lm`."""
+    config = tiny.get_config()
+    config.lm.update(lm)
+    config.prompts.length = 64
+    data = prepare_data(config, folder / "data")
+    texts = lm_rows.encode_texts(config, data, prepare_vocabulary(config, data, folder / "tokenizer"))
+    return arms.Run(config, folder, data, texts, None, jax.random.key(0))
 
 
 def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.0):

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import own_lm
 import pytest
-from arms_test import make_run
 
 from bdlm_jax import arms
 
@@ -16,7 +15,7 @@ def model(tmp_path_factory):
 
 
 def make_mesh_run(folder, model, **mesh):
-    run = make_run(folder, path=str(model[0]))
+    run = own_lm.make_run(folder, path=str(model[0]))
     run.config.parallel = "mesh"
     run.config.mesh.update(mesh)
     return run
