@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bdlm_jax import scoring, serving
-from bdlm_jax.serving import Catalogue, ServedLM
+from bdlm_jax.serving import artefact as serving
+from bdlm_jax.serving import scores as scoring
+from bdlm_jax.serving.artefact import Catalogue, ServedLM
 from bdlm_jax.types import InputError
 
 FORMATS = ("domain", "hf")

@@ -15,7 +15,9 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the LM step needs on 
 
 
 def main(argv: list[str]) -> None:
-    from bdlm_jax import config_check, dry_run, train  # here, so that a slip in the flags is answered at once
+    from bdlm_jax import train
+    from bdlm_jax.run import checks as config_check
+    from bdlm_jax.run import plan as dry_run
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bdlm_jax import scoring, serving
-from bdlm_jax.serving import Catalogue
+from bdlm_jax.serving import artefact as serving
+from bdlm_jax.serving import scores as scoring
+from bdlm_jax.serving.artefact import Catalogue
 from bdlm_jax.types import InputError
 
 ARMS = ("domain", "lm")

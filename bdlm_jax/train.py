@@ -16,14 +16,21 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from bdlm_jax import __version__, config_check, evaluate, lm_rows, models, report, serving, stages
-from bdlm_jax.data import synthetic
+from bdlm_jax import __version__
+from bdlm_jax.data import twins as synthetic
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
-from bdlm_jax.fit import write_json
-from bdlm_jax.prepare import KNOWN, prepare_data, prepare_vocabulary
+from bdlm_jax.evaluation import evaluate
+from bdlm_jax.evaluation import scorers as models
+from bdlm_jax.report import __main__ as report
+from bdlm_jax.run import checks as config_check
+from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run import stages
+from bdlm_jax.run.prepare import KNOWN, prepare_data, prepare_vocabulary
+from bdlm_jax.run.stages import DOT_ARM, Run
 from bdlm_jax.runtime import distributed, parallel
+from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.progress import StopSignal, progress
-from bdlm_jax.stages import DOT_ARM, Run
+from bdlm_jax.serving import artefact as serving
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ Suffixes of array names: B batch, L length, V text vocabulary, U users, I items,
 C candidates, D sharing width, M LM width, H heads, K head width, T targets, X id rows (users then items).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,25 @@ Params = Any  # a pytree of arrays: nested dicts
 IntArray = np.ndarray
 
 
+class TrainState(NamedTuple):
+    """What a step carries and a checkpoint holds."""
+
+    params: Params
+    opt_state: Any
+    step: Array
+    key: Array
+
+
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence that says what, where and what to do."""
 
 
 class LeakError(RuntimeError):
     """Held-out information was about to reach a model: a bug in the caller, never something to catch."""
+
+
+def leaf_name(path: Any) -> str:
+    """Joins a JAX key path into "params/lm/embedding"."""
+    import jax  # here: a served domain arm needs no JAX
+
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -17,11 +17,12 @@ import numpy as np
 import optax
 import torch
 
-from bdlm_jax import mutual, sharing
 from bdlm_jax.data import splits
 from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.sources import load_source
 from bdlm_jax.domain import graph, lightgcn
+from bdlm_jax.mutual import domain_epoch, options, sharing
+from bdlm_jax.types import TrainState
 
 WIDTH, LAYERS, REGULARISATION, LEARNING_RATE = 64, 3, 1e-4, 1e-3
 
@@ -108,7 +109,7 @@ class OurLightGCN:
         self.backend = chosen if backend == "auto" else backend
         propagate = graph.make_propagate(g, n_users=n_users, n_items=n_items, backend=self.backend)
         self.arm = lightgcn.lightgcn_arm(propagate, n_layers=LAYERS)
-        self.constants = mutual.make_epoch_constants(user_E, item_E, n_users=n_users, n_items=n_items)
+        self.constants = domain_epoch.make_epoch_constants(user_E, item_E, n_users=n_users, n_items=n_items)
         self.user_E, self.item_E = user_E, item_E
         shared = sharing.init_shared(jax.random.key(0), n_users=n_users, n_items=n_items, width=WIDTH)
         self.params = {"shared": shared, "domain": {}}
@@ -125,16 +126,16 @@ class OurLightGCN:
         """Compiles an epoch over n random edges and returns a function that runs it once more and gives its seconds."""
         optimizer = optax.adam(LEARNING_RATE)
         pick = np.random.default_rng(0).permutation(self.user_E.size)[:n]
-        weights = mutual.DomainWeights(regularisation=REGULARISATION)
-        step = mutual.make_domain_step(arm=self.arm, bridge=None, weights=weights, optimizer=optimizer)
-        epoch = jax.jit(mutual.make_domain_epoch(step, batch_size=batch_size), donate_argnums=0)
+        weights = options.DomainWeights(regularisation=REGULARISATION)
+        step = domain_epoch.make_domain_step(arm=self.arm, bridge=None, weights=weights, optimizer=optimizer)
+        epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=batch_size), donate_argnums=0)
         # Every interaction is seen, but only n of them are gone through.
         constants = self.constants | {
             "edge_user_E": jnp.asarray(self.user_E[pick]), "edge_item_E": jnp.asarray(self.item_E[pick])
         }  # fmt: skip
-        slots = mutual.make_slots(batch_size=batch_size)
+        slots = domain_epoch.make_slots(batch_size=batch_size)
         params = jax.tree.map(jnp.copy, self.params)
-        state = mutual.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(1))
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(1))
         state, _ = epoch(state, slots, {}, constants)
         jax.block_until_ready(state)
 

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 import transformers
 
-from bdlm_jax.data.batches import pack
-from bdlm_jax.lm import families
+from bdlm_jax.lm import hf_config as families
 from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
-from bdlm_jax.lm.pretrain import text_cross_entropy, text_loss
+from bdlm_jax.lm.packing import pack
 from bdlm_jax.lm.prompts import history_prompt
 from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
+from bdlm_jax.mutual.losses import text_cross_entropy, text_loss
 
 # The first three have about as many decoder parameters as the name says (embeddings not counted); the others are the
 # shapes of SmolLM-135M, Qwen2.5-0.5B, Llama-3.2-1B and Vicuna-7B.

@@ -26,8 +26,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from bdlm_jax.lm.families import lm_config_from_hf
-    from bdlm_jax.lm.huggingface import tensor_map
+    from bdlm_jax.lm.hf_config import lm_config_from_hf
+    from bdlm_jax.lm.hf_weights import tensor_map
 
     sizes = [2 * count_parameters(tensor_map(lm_config_from_hf({**SHAPE, "num_hidden_layers": n}))) for n in (1, 2)]
     n_layers = max(1, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0])) + 1)
@@ -60,8 +60,8 @@ def load_ours(folder: Path, dtype: str):
     """Loads with bdlm_jax; returns ((seconds, of the CPU), MB before, peak MB, bytes of the parameters)."""
     import jax
 
-    from bdlm_jax.lm.families import lm_config_from_hf
-    from bdlm_jax.lm.huggingface import load_lm
+    from bdlm_jax.lm.hf_config import lm_config_from_hf
+    from bdlm_jax.lm.hf_weights import load_lm
 
     config = lm_config_from_hf(folder)
     jax.numpy.zeros(()).block_until_ready()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bdlm_jax.config_check import check_config
 from bdlm_jax.data.splits import TRAIN
-from bdlm_jax.prepare import prepare_data
+from bdlm_jax.run.checks import check_config
+from bdlm_jax.run.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bdlm_jax import export, recommend, scoring, serving
+from bdlm_jax import export, recommend
+from bdlm_jax.serving import artefact as serving
+from bdlm_jax.serving import scores as scoring
 from bdlm_jax.types import InputError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -139,7 +141,9 @@ def test_the_card_holds_the_runs_numbers(hf, tiny_run):
 
 
 def test_without_torch_the_folders_tokens_and_rows_are_ours(hf):
-    from bdlm_jax.lm import families, huggingface, vocabulary
+    from bdlm_jax.lm import hf_config as families
+    from bdlm_jax.lm import hf_weights as huggingface
+    from bdlm_jax.lm import vocabulary
 
     workdir, folder = hf
     served = serving.load_lm_arm(workdir)

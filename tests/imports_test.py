@@ -10,22 +10,18 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["types"],
     ["runtime"],
-    ["data", "losses", "metrics", "optimizers"],
+    ["data"],
     ["domain", "lm"],
-    ["sharing"],
-    ["mutual", "evaluate"],
-    ["fit", "lm_rows", "models", "prepare"],
-    ["arms"],
-    ["stages"],
-    ["config_check", "finished", "plots", "serving"],
-    ["sections", "scoring"],
-    ["report"],
-    ["dry_run", "train", "recommend", "export"],
+    ["mutual"],
+    ["evaluation"],
+    ["run"],
+    ["report", "serving"],
+    ["train", "recommend", "export"],
     ["main"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# ConfigDict stops at train and the rooms that it is made of (data, rows, stages): below, functions take scalars.
-READS_CONFIGS = {"config_check", "arms", "dry_run", "lm_rows", "prepare", "stages", "train", "main"}
+# ConfigDict stops at run/: below, functions take scalars.
+READS_CONFIGS = {"run", "train", "main"}
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -82,8 +78,8 @@ def forbidden(room, names):
         ("lm", "from bdlm_jax import domain", ["bdlm_jax.domain"]),
         ("runtime", "import bdlm_jax.data.splits", ["bdlm_jax.data.splits"]),
         ("data", "from ..lm import vocabulary", ["bdlm_jax.lm.vocabulary"]),
-        ("sharing", "from bdlm_jax.mutual import lm_step", ["bdlm_jax.mutual.lm_step"]),
-        ("mutual", "from bdlm_jax import sharing\nfrom bdlm_jax.lm import causal_lm\nimport jax", []),
+        ("mutual", "from bdlm_jax.run import build", ["bdlm_jax.run.build"]),
+        ("mutual", "from bdlm_jax.domain import arm\nfrom bdlm_jax.lm import causal_lm\nimport jax", []),
         ("data", "from bdlm_jax.data.splits import Split\nfrom bdlm_jax.types import InputError", []),
     ],
 )

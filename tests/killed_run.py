@@ -10,9 +10,10 @@ import signal
 import sys
 import traceback
 
-from bdlm_jax import arms as arms_room
-from bdlm_jax import evaluate, train
+from bdlm_jax import train
 from bdlm_jax.data import candidates
+from bdlm_jax.evaluation import evaluate
+from bdlm_jax.run import build as arms_room
 from bdlm_jax.runtime import checkpoint
 from experiments import tiny
 

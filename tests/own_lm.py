@@ -7,11 +7,16 @@ import jax
 import small_bdlm
 from safetensors.numpy import save_file
 
-from bdlm_jax import arms, lm_rows, mutual, optimizers, sharing
-from bdlm_jax.lm import causal_lm, families, huggingface, lora, vocabulary
+from bdlm_jax.lm import causal_lm, lora, vocabulary
+from bdlm_jax.lm import hf_config as families
+from bdlm_jax.lm import hf_weights as huggingface
 from bdlm_jax.lm.causal_lm import LMConfig
-from bdlm_jax.mutual import LMWeights
-from bdlm_jax.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.mutual import domain_epoch, lm_step, sharing
+from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual.options import LMWeights
+from bdlm_jax.run import build as arms
+from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.runtime.parallel import compile_step
 from experiments import tiny
 
@@ -95,7 +100,7 @@ def train_round(arm, bridge, params, trains, *, parallel="jit", n_steps=2, accum
       (params, metrics of every unit).
     """
     optimizer, rules = make_optimizer(trains)
-    step = mutual.make_lm_step(
+    step = lm_step.make_lm_step(
         arm=arm, bridge=bridge, weights=weights, optimizer=optimizer,
         rules=None if trains == "full" else rules, accumulate=accumulate,
     )  # fmt: skip
@@ -121,7 +126,7 @@ def train_round(arm, bridge, params, trains, *, parallel="jit", n_steps=2, accum
             small_bdlm.make_domain_epoch(arm, bridge, optimizer=other), parallel=parallel, **PARALLEL[parallel]
         )
         view = small_bdlm.make_views(arm, bridge, state.params)[1]
-        slots = [mutual.make_slots(batch_size=16, kl_users=8)]
+        slots = [domain_epoch.make_slots(batch_size=16, kl_users=8)]
         mine = run(epoch, small_bdlm.make_state(state.params, other), slots, view, small_bdlm.domain_constants())
         state = train_lm(state._replace(params=mine.params), n_steps)
     return state.params, seen

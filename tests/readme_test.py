@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bdlm_jax import export, recommend, report
-from bdlm_jax.data import downloads
+from bdlm_jax import export, recommend
+from bdlm_jax.data import download as downloads
+from bdlm_jax.report import __main__ as report
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +63,7 @@ def test_a_command_names_what_exists(line):
 
 
 def test_downloads_are_called_as_they_are_defined():
-    calls = re.findall(r"from bdlm_jax\.data\.downloads import (\w+); (\w+)\(", TEXT)
+    calls = re.findall(r"from bdlm_jax\.data\.download import (\w+); (\w+)\(", TEXT)
     assert calls
     for imported, called in calls:
         assert imported == called

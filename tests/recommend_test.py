@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from bdlm_jax import recommend, serving
+from bdlm_jax import recommend
+from bdlm_jax.serving import artefact as serving
 from bdlm_jax.types import InputError
 
 TITLES = ["The Good, the Bad and the Ugly", "Alien", "Aliens", "Heat; and Dust", "Shoe", "shoe", "12 Monkeys", "Bad"]

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdlm_jax import models, mutual, optimizers, sharing
-from bdlm_jax.data import batches
-from bdlm_jax.domain import graph, lightgcn, sampling
+from bdlm_jax.domain import graph, lightgcn
+from bdlm_jax.domain import negatives as sampling
+from bdlm_jax.evaluation import scorers as models
 from bdlm_jax.lm import causal_lm, prompts
+from bdlm_jax.lm import packing as batches
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.mutual import Bridge, DomainWeights, LMWeights, TrainState
+from bdlm_jax.mutual import domain_epoch, lm_step, sharing
+from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
+from bdlm_jax.types import TrainState
 
 N_USERS, N_ITEMS, N_TEXT, D, M = 9, 10, 16, 4, 8
 COLD = 9
@@ -105,13 +109,13 @@ def make_state(params, optimizer):
 
 
 def make_lm_step(arm, bridge, *, weights=LM_ALL, optimizer=None):
-    return mutual.make_lm_step(
+    return lm_step.make_lm_step(
         arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(domain=optimizers.FROZEN)
     )
 
 
 def make_domain_epoch(arm, bridge, *, weights=DOMAIN_ALL, optimizer=None, batch_size=16, kl_users=8, kl_items=0):
-    step = mutual.make_domain_step(
+    step = domain_epoch.make_domain_step(
         arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(lm=optimizers.FROZEN)
     )
-    return mutual.make_domain_epoch(step, batch_size=batch_size, kl_users=kl_users, kl_items=kl_items)
+    return domain_epoch.make_domain_epoch(step, batch_size=batch_size, kl_users=kl_users, kl_items=kl_items)

@@ -218,6 +218,17 @@ def from_parts(
     return Split(dataclasses.replace(interactions, **columns), part_E[keep_E])
 
 
+def seen_mask(seen, user_B: np.ndarray, n_items: int) -> np.ndarray:
+    """Returns the (B, I) bool mask of the items in the users' histories `seen` = (indptr, item)."""
+    indptr, item = seen
+    mask_BI = np.zeros((len(user_B), n_items), bool)
+    lengths = indptr[user_B + 1] - indptr[user_B]
+    row = np.repeat(np.arange(len(user_B)), lengths)
+    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    mask_BI[row, item[np.repeat(indptr[user_B], lengths) + offset]] = True
+    return mask_BI
+
+
 def check_training_edges(
     split: Split, user: np.ndarray, item: np.ndarray, *, allowed: Sequence[int] = (TRAIN,)
 ) -> None:

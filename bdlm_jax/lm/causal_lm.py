@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from bdlm_jax.lm import lora
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.decoder import Decoder, normal, window_masks
-from bdlm_jax.lm.lm_config import LMConfig
 from bdlm_jax.types import Array, InputError, Params
 
 __all__ = [

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from bdlm_jax.lm.attention import attend, attend_cached, attend_with_prefix
-from bdlm_jax.lm.lm_config import LMConfig
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.lora import LORA
 from bdlm_jax.lm.rotary import rope_angles, rotate
-from bdlm_jax.runtime.mesh import split_rows
+from bdlm_jax.runtime.sharding import split_rows
 
 _DROPOUT_LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold: half the random words of a float
 _UNROLLED_LAYERS = 12

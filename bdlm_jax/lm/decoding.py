@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from bdlm_jax.lm.causal_lm import segment_masks
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.decoder import Decoder, window_masks
-from bdlm_jax.lm.lm_config import LMConfig
 from bdlm_jax.types import Array, InputError, Params
 
 

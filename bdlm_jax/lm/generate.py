@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdlm_jax.lm.causal_lm import text_logits
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.decoding import Cache, decode_token, prefill
-from bdlm_jax.lm.lm_config import LMConfig
 from bdlm_jax.types import Array, InputError, Params
 
 

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from bdlm_jax.lm import families, huggingface
-from bdlm_jax.lm.lm_config import LMConfig
+from bdlm_jax.lm import hf_config as families
+from bdlm_jax.lm import hf_weights as huggingface
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.types import Array, InputError, Params
 

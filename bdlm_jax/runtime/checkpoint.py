@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdlm_jax.runtime import distributed
-from bdlm_jax.runtime.mesh import leaf_name
-from bdlm_jax.types import InputError
+from bdlm_jax.types import InputError, leaf_name
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
@@ -140,78 +139,6 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
         for i, (entry, (_, leaf)) in enumerate(zip(entries, wanted))
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def save_safetensors(path: str | Path, tree: Any) -> None:
-    """Writes nested dicts of arrays as one flat safetensors file with names "a/b/c", by temporary file and rename.
-
-    Args:
-        path: the file.
-        tree: nested dicts with string keys and lists, of arrays (NumPy or JAX, bfloat16 too); a list's levels are
-            named 0, 1, ….
-    """
-    from safetensors.numpy import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + _PARTIAL)
-    flat: dict[str, np.ndarray] = {}
-    _flatten(tree, "", flat)
-    save_file(flat, partial)
-    _flush_to_disk(partial)
-    partial.replace(path)
-
-
-def load_safetensors(path: str | Path, *, prefix: str = "") -> dict[str, Any]:
-    """Reads what `save_safetensors` wrote.
-
-    Args:
-        path: the file.
-        prefix: only the subtree below this name ("params/shared"); tensors outside it are not read.
-
-    Returns:
-        Nested dicts of NumPy arrays; a level whose names are 0, 1, … is a list.
-
-    Raises:
-        InputError: the file is missing or is no safetensors file, or nothing stands below `prefix`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tree: dict[str, Any] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no dict)
-                if not prefix or name.startswith(prefix.rstrip("/") + "/"):
-                    *parents, last = name.removeprefix(prefix).strip("/").split("/")
-                    node = tree
-                    for parent in parents:
-                        node = node.setdefault(parent, {})
-                    node[last] = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a safetensors file: {error}.") from error
-    if prefix and not tree:
-        raise InputError(f"{path} holds nothing below {prefix!r}; it was written by another configuration.")
-    return _lists(tree)
-
-
-def _flatten(tree: Any, prefix: str, flat: dict[str, np.ndarray]) -> None:
-    for name, value in tree.items():
-        if "/" in name:
-            raise InputError(f"The name {name!r} holds a slash, which separates the levels; rename that entry.")
-        if isinstance(value, list | tuple):
-            value = {str(i): element for i, element in enumerate(value)}
-        if isinstance(value, dict):
-            _flatten(value, prefix + name + "/", flat)
-        else:
-            flat[prefix + name] = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
-
-
-def _lists(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    tree = {name: _lists(value) for name, value in tree.items()}
-    numbers = [str(i) for i in range(len(tree))]
-    return [tree[i] for i in numbers] if tree and set(tree) == set(numbers) else tree
 
 
 def _pack(path: str, leaf: Any) -> tuple[dict[str, Any], np.ndarray | None]:

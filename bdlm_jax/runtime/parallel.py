@@ -16,10 +16,10 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from bdlm_jax.runtime import mesh as mesh_lib
-from bdlm_jax.runtime.mesh import BATCH_AXES
+from bdlm_jax.runtime import sharding as mesh_lib
 from bdlm_jax.runtime.placement import fresh, gathered, spread, to_host
-from bdlm_jax.types import InputError
+from bdlm_jax.runtime.sharding import BATCH_AXES
+from bdlm_jax.types import InputError, leaf_name
 
 AXIS = "data"
 
@@ -318,7 +318,7 @@ def _check_batch(batch: Any, n_devices: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         shape = np.shape(leaf)
         if not shape or shape[0] % n_devices:
-            name = mesh_lib.leaf_name(path)
+            name = leaf_name(path)
             raise InputError(
                 f"The batch's {name or 'array'} of shape {shape} cannot be split over {n_devices} devices; "
                 "make the batch size a multiple of them."

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bdlm_jax.runtime import mesh as mesh_lib
-from bdlm_jax.runtime.mesh import BATCH_AXES
+from bdlm_jax.runtime import sharding as mesh_lib
+from bdlm_jax.runtime.sharding import BATCH_AXES
 
 
 def place_as(tree: Any, shapes: Any) -> Any:

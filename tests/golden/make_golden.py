@@ -21,8 +21,8 @@ import optax
 from safetensors.numpy import load_file, save_file
 
 from bdlm_jax.lm.causal_lm import lm_hidden, text_logits
-from bdlm_jax.lm.families import lm_config_from_hf
-from bdlm_jax.lm.huggingface import export_tensors, load_lm
+from bdlm_jax.lm.hf_config import lm_config_from_hf
+from bdlm_jax.lm.hf_weights import export_tensors, load_lm
 
 HERE = Path(__file__).parent
 N_ROWS, LENGTH, N_TOKENS = 4, 11, 101

@@ -8,9 +8,9 @@ from golden import make_golden
 from safetensors import safe_open
 
 from bdlm_jax.lm.causal_lm import lm_hidden, text_logits
-from bdlm_jax.lm.families import lm_config_from_hf
+from bdlm_jax.lm.hf_config import lm_config_from_hf
 from bdlm_jax.lm.hf_folder import id_tokenizer, write_hf_folder
-from bdlm_jax.lm.huggingface import load_lm
+from bdlm_jax.lm.hf_weights import load_lm
 from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
 from bdlm_jax.types import InputError
 

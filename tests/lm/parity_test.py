@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from golden import make_golden
 
-from bdlm_jax.lm.families import lm_config_from_hf
-from bdlm_jax.lm.huggingface import export_tensors, load_lm
+from bdlm_jax.lm.hf_config import lm_config_from_hf
+from bdlm_jax.lm.hf_weights import export_tensors, load_lm
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mesh_test import OPTIMIZER, State, make_batch, make_state, mlp_step
 
-from bdlm_jax.fit import Arm, Phase, fit
-from bdlm_jax.mutual import TrainState
+from bdlm_jax.runtime.fit import Arm, Phase, fit
 from bdlm_jax.runtime.parallel import compile_step
+from bdlm_jax.types import TrainState
 
 PHASES = [Phase("a", 3, "first"), Phase("b", 2, "second"), Phase("a", 2, "third")]
 

@@ -5,7 +5,7 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax import arms
+from bdlm_jax.run import build as arms
 
 
 @pytest.fixture(scope="module")

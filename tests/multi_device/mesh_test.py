@@ -9,9 +9,8 @@ import optax
 import pytest
 
 from bdlm_jax.runtime import checkpoint
-from bdlm_jax.runtime.mesh import leaf_name
 from bdlm_jax.runtime.parallel import compile_step
-from bdlm_jax.types import InputError
+from bdlm_jax.types import InputError, leaf_name
 
 OPTIMIZER = optax.adam(0.05)
 WIDTH, INNER = 4, 8

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import small_bdlm
 
-from bdlm_jax import mutual, optimizers
-from bdlm_jax.losses import ALIGNMENTS
+from bdlm_jax.mutual import domain_epoch
+from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual.losses import ALIGNMENTS
 from bdlm_jax.runtime.parallel import compile_step
 
 LM_OPTIMIZER = small_bdlm.make_optimizer(domain=optimizers.FROZEN)
@@ -27,7 +28,7 @@ def train_domain(parallel, bridge, params, view):
         ARM, bridge, optimizer=DOMAIN_OPTIMIZER, kl_items=6 if bridge.align == "cosine" else 0
     )
     compiled = compile_step(epoch, parallel=parallel)
-    batches = [mutual.make_slots(batch_size=16, kl_users=8)] * 2
+    batches = [domain_epoch.make_slots(batch_size=16, kl_users=8)] * 2
     return run(compiled, params, DOMAIN_OPTIMIZER, batches, view, small_bdlm.domain_constants())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from bdlm_jax.runtime import checkpoint
+from bdlm_jax.runtime import checkpoint, files
 from bdlm_jax.types import InputError
 
 
@@ -174,28 +174,28 @@ def test_safetensors_names_and_subtrees(tmp_path):
         }
     }
     path = tmp_path / "deep" / "model.safetensors"
-    checkpoint.save_safetensors(path, tree)
-    everything = checkpoint.load_safetensors(path)
+    files.save_safetensors(path, tree)
+    everything = files.load_safetensors(path)
     assert jax.tree.structure(everything) == jax.tree.structure(tree)
     np.testing.assert_array_equal(everything["params"]["shared"]["user"], tree["params"]["shared"]["user"])
     assert everything["params"]["shared"]["scale"].shape == ()
     assert everything["params"]["lm"]["embedding"].dtype == jnp.bfloat16
     assert float(everything["params"]["lm"]["embedding"][0, 1]) == -2.25
-    shared = checkpoint.load_safetensors(path, prefix="params/shared")
+    shared = files.load_safetensors(path, prefix="params/shared")
     assert sorted(shared) == ["scale", "user"]
     # A column of a row-major table is not contiguous, and safetensors writes raw memory.
-    checkpoint.save_safetensors(path, {"t": tree["params"]["shared"]["user"].T})
-    np.testing.assert_array_equal(checkpoint.load_safetensors(path)["t"], tree["params"]["shared"]["user"].T)
+    files.save_safetensors(path, {"t": tree["params"]["shared"]["user"].T})
+    np.testing.assert_array_equal(files.load_safetensors(path)["t"], tree["params"]["shared"]["user"].T)
 
 
 def test_safetensors_errors(tmp_path):
     (tmp_path / "broken").write_bytes(b"no tensors here")
     with pytest.raises(InputError, match="broken cannot be read"):
-        checkpoint.load_safetensors(tmp_path / "broken")
+        files.load_safetensors(tmp_path / "broken")
     with pytest.raises(InputError, match="missing cannot be read"):
-        checkpoint.load_safetensors(tmp_path / "missing")
-    checkpoint.save_safetensors(tmp_path / "one", {"a": np.ones(2)})
+        files.load_safetensors(tmp_path / "missing")
+    files.save_safetensors(tmp_path / "one", {"a": np.ones(2)})
     with pytest.raises(InputError, match="nothing below 'b'"):
-        checkpoint.load_safetensors(tmp_path / "one", prefix="b")
+        files.load_safetensors(tmp_path / "one", prefix="b")
     with pytest.raises(InputError, match="slash"):
-        checkpoint.save_safetensors(tmp_path / "one", {"a/b": np.ones(2)})
+        files.save_safetensors(tmp_path / "one", {"a/b": np.ones(2)})

@@ -1,0 +1,43 @@
+"""What a step of either arm is told: the weights of its losses, and how the two arms meet."""
+
+import dataclasses
+
+from bdlm_jax.lm import causal_lm
+
+
+@dataclasses.dataclass(frozen=True)
+class LMWeights:
+    """Weights of the LM arm's losses; 0 leaves a term out of the compiled program."""
+
+    item: float = 1.0
+    text: float = 0.1
+    align_user: float = 0.0
+    align_item: float = 0.0
+    kl: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainWeights:
+    """Weights of the domain arm's losses; `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it."""
+
+    bpr: float = 1.0
+    regularisation: float = 1e-4
+    align_user: float = 0.0
+    align_item: float = 0.0
+    kl: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bridge:
+    """How the two arms meet: static facts of the model that every step needs.
+
+    `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGNMENTS`; `temperature`
+    the T of the score-level term; capacities are those of the vocabulary.
+    """
+
+    lm: causal_lm.LMConfig
+    user_capacity: int
+    item_capacity: int
+    reads: str = "layer0"
+    align: str = "mse"
+    temperature: float = 1.0

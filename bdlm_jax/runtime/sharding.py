@@ -1,0 +1,186 @@
+"""Where every leaf of a state lies on a mesh of devices: data x fsdp x tensor, by patterns on the leaf's path.
+
+Nothing here needs a device: sizes and shapes are enough, so that a dry run and a refusal cost nothing. The layout of
+matrices is Megatron's over `tensor` (Shoeybi et al., arXiv 1909.08053) and ZeRO-3's over `fsdp` (Rajbhandari et al.,
+arXiv 1910.02054).
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bdlm_jax.types import InputError, leaf_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # a batch is split over both: fsdp shards the rows as well as the weights
+Rules = Sequence[tuple[str, tuple[str | tuple[str, ...] | None, ...]]]
+
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_INTO, _OUT_OF = "(q|k|v|gate|up)_proj", "(o|down)_proj"
+RULES: Rules = (
+    # Layers are stacked, so that a kernel is (depth, in, out). A block's first matrices are split by columns over
+    # tensor and its last by rows: one sum over tensor a block. The other axis is fsdp's.
+    (rf"lora/.*{_INTO}/.*\ba$", (None, "fsdp", None)),
+    (rf"lora/.*{_INTO}/.*\bb$", (None, None, "tensor")),
+    (rf"lora/.*{_OUT_OF}/.*\ba$", (None, "tensor", None)),
+    (rf"lora/.*{_OUT_OF}/.*\bb$", (None, None, "fsdp")),
+    (rf"{_INTO}/kernel$", (None, "fsdp", "tensor")),
+    (rf"{_OUT_OF}/kernel$", (None, "tensor", "fsdp")),
+    (rf"{_INTO}/bias$", (None, "tensor")),
+    # Tables go by rows: a lookup and a softmax over the vocabulary then need no row on two devices.
+    (r"lm/(embedding|head)$", (("fsdp", "tensor"), None)),
+    (r"shared/(user|item)$", ("fsdp", None)),
+    # Norms, biases of the residual stream, learned positions, the bridge, the domain arm: replicated, they are small.
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One leaf's place: its own shape, the mesh axes of each dimension, and the shape with rows added to divide."""
+
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    padded: tuple[int, ...]
+
+    def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the part that one device holds."""
+        parts = [n_parts(axes, sizes) for axes in self.spec] + [1] * (len(self.padded) - len(self.spec))
+        return tuple(size // n for size, n in zip(self.padded, parts))
+
+
+def mesh_sizes(wanted: Mapping[str, int], n_devices: int) -> dict[str, int]:
+    """Fills in the one axis that is -1, and refuses sizes whose product is not the number of devices.
+
+    Args:
+        wanted: {"data": …, "fsdp": …, "tensor": …}; what is missing is 1.
+        n_devices: how many devices there are.
+
+    Returns:
+        The sizes of all three axes.
+
+    Raises:
+        InputError: an unknown axis, a size of 0, two axes of -1, or another product.
+    """
+    unknown = sorted(set(wanted) - set(AXES))
+    sizes = {axis: wanted.get(axis, 1) for axis in AXES}
+    told = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if unknown:
+        raise InputError(f"config.mesh.{unknown[0]} is no axis of the mesh; it has {', '.join(AXES)}.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise InputError(f"config.mesh is {told}; sizes are whole numbers from 1, and one of them may be -1.")
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if n_devices % product or (not free and product != n_devices):
+        need = f"a multiple of {product}" if free else f"{product}"
+        raise InputError(
+            f"config.mesh is {told}, which needs {need} devices, but there are {n_devices}; "
+            "change an axis, or set one of them to -1."
+        )
+    return {axis: n_devices // product if size == -1 else size for axis, size in sizes.items()}
+
+
+def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> Any:
+    """Gives every leaf of a state its layout; optimiser state lies as the parameter that it belongs to.
+
+    A leaf takes the axes of the first rule whose pattern is found in its path; without a rule it is replicated. What
+    an optimiser keeps of a parameter is known by the end of its path; where it has a dimension less (Adafactor's means
+    over rows or columns), that dimension's axes are left out.
+
+    Args:
+        state: pytree of arrays or of their shapes; parameters lie below `params`.
+        sizes: of the mesh's axes.
+        rules: `(pattern, axes)` pairs.
+
+    Returns:
+        A pytree of `Layout`. Rows (dimension 0) are padded to a multiple of their parts.
+
+    Raises:
+        InputError: another sharded dimension that does not divide; names the leaf, its shape and the axis.
+    """
+    named = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    shapes = {name.removeprefix("params/"): np.shape(leaf) for name, leaf in named if name.startswith("params/")}
+
+    def layout(path, leaf):
+        name, shape = leaf_name(path), tuple(np.shape(leaf))
+        pattern, axes = next(((p, axes) for p, axes in rules if re.search(p, name)), ("", ()))
+        parts = name.split("/")
+        owner = next((shapes[tail] for i in range(1, len(parts)) if (tail := "/".join(parts[i:])) in shapes), shape)
+        if shape != owner:
+            axes = _axes_of_reduced(shape, owner, axes)
+        return _fit(name, shape, axes, sizes, pattern)
+
+    return jax.tree_util.tree_map_with_path(layout, state)
+
+
+def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
+    """Returns into how many parts a dimension with this entry of a spec is cut."""
+    return math.prod(sizes[axis] for axis in _names(entry))
+
+
+@contextlib.contextmanager
+def traced_on(mesh: Mesh) -> Iterator[None]:
+    """Within it `split_rows` knows the mesh; around the trace of a step."""
+    before = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(before)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations split by the rows of the batch, and is the identity where no mesh is traced.
+
+    Left alone, the compiler splits a residual stream by its width, as the weights lie, and then sums every product over
+    the devices; told where the rows are, it gathers the weights instead, which are fewer.
+
+    Args:
+        x: (B, ...).
+
+    Returns:
+        The same numbers.
+    """
+    mesh = _MESH.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
+def _axes_of_reduced(shape: tuple, owner: tuple, axes: tuple) -> tuple:
+    axes = (*axes, *[None] * (len(owner) - len(axes)))
+    for i in range(len(owner)):
+        if shape == owner[:i] + owner[i + 1 :]:
+            return axes[:i] + axes[i + 1 :]
+    return ()
+
+
+def _fit(name: str, shape: tuple, axes: tuple, sizes: Mapping[str, int], pattern: str) -> Layout:
+    if len(axes) > len(shape) or any(axis not in sizes for entry in axes for axis in _names(entry)):
+        raise InputError(
+            f"The sharding rule {pattern!r} -> {axes} does not fit {name} of shape {shape} on a mesh of "
+            f"{dict(sizes)}; change the rule."
+        )
+    padded = list(shape)
+    for i, entry in enumerate(axes):
+        n = n_parts(entry, sizes)
+        if shape[i] % n and i == 0:
+            padded[0] = -(-shape[0] // n) * n
+        elif shape[i] % n:
+            raise InputError(
+                f"{name} of shape {shape} does not divide over the mesh: its dimension {i} of {shape[i]} is split into "
+                f"{n} by {' x '.join(_names(entry))}; choose a divisor of {shape[i]} for that axis of config.mesh."
+            )
+    # An axis of one device shards nothing; left out, an unsharded state has the plain layout.
+    spec = [entry if n_parts(entry, sizes) > 1 else None for entry in axes]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return Layout(shape, PartitionSpec(*spec), tuple(padded))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,170 @@
+"""Scores of the served arms: for a known user or a new one by history, one at a time and without a run's data.
+
+Inner-product models need NumPy alone, microseconds a user; what needs JAX is imported where it is used.
+"""
+
+import numpy as np
+
+from bdlm_jax.serving.artefact import ServedDomain, ServedLM
+from bdlm_jax.types import Array
+
+DOT_MODELS = ("lightgcn", "mf", "sasrec")  # score = inner product
+
+
+def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array | None = None) -> np.ndarray:
+    """Scores the catalogue for a known user, or for a new one by history.
+
+    A new user of an inner-product model stands where one propagation over the finished item table puts a new node:
+        e_new = 1/√|h| · Σ_{i in h} e_i / √(deg_i + 1).
+    That is LightGCN's rule (He et al. 2020, equation 3) for a node whose own layer-0 row is unknown and zero, with the
+    new edges counted in the degrees; that the finished rows stand in for those of each layer, and the same rule for MF
+    and NCF, is ours. SASRec reads the history, as it does for everybody.
+
+    Args:
+        arm: of `serving.load_domain_arm`.
+        user: index of a known user, or
+        history: (n,) item indices, oldest first.
+
+    Returns:
+        (I,) float32 scores.
+    """
+    if user is not None:
+        state_D = arm.user_UD[user]
+    elif arm.model == "sasrec":
+        state_D = _sasrec_state(arm, np.asarray(history, np.int64))
+    else:
+        history = np.asarray(history, np.int64)
+        weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
+        state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
+    if arm.model in DOT_MODELS:
+        return arm.item_ID @ state_D
+    from bdlm_jax.domain import ncf
+
+    scores = ncf.ncf_arm(width=arm.options["width"]).score(arm.domain, state_D[None], arm.item_ID)
+    return np.asarray(scores[0], np.float32)
+
+
+def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.ndarray:
+    """Scores the catalogue by the LM's state after the history: logits restricted to the item tokens.
+
+    Args:
+        arm: of `serving.load_lm_arm`.
+        history: (n,) item indices, oldest first.
+        user: index of a known user, whose <uid> and context are shown where the run reads them; None for a new one.
+
+    Returns:
+        (I,) float32 scores.
+    """
+    from bdlm_jax.lm import packing as batches
+
+    prompt = _history_prompt(arm, history, user=user)
+    packed = batches.pack([prompt], arm.prompts["max_tokens"], pad=arm.vocabulary.pad)
+    first = arm.vocabulary.item_tokens.start - arm.vocabulary.n_text
+    rows_IM = arm.id_rows_XM[first : first + len(arm.titles)]
+    state_M = _last_state(arm, packed.rows(np.zeros(1, np.int64)), len(prompt) - 1)
+    return rows_IM @ state_M
+
+
+def lm_words(
+    arm: ServedLM,
+    history: Array,
+    items: Array,
+    *,
+    user: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Lets the LM write behind each item's token, where its training has the item's text.
+
+    Where prompts hold titles, what is read is the history and then <iid>; where they hold none, <bos> <iid>, the card
+    on which such a run learns what an <iid> is called. No special token is written; the text ends at <eos> or with as
+    many tokens as the longest title has.
+
+    Args:
+        arm: of `serving.load_lm_arm`.
+        history: (n,) item indices, oldest first.
+        items: (k,) item indices to write about.
+        user: as in `lm_scores`.
+        temperature: see `lm.generate.generate`.
+        top_p: see there.
+        seed: of what is drawn.
+
+    Returns:
+        k texts.
+    """
+    import jax
+
+    from bdlm_jax.lm import generate
+
+    vocabulary, max_new = arm.vocabulary, max([1, *map(len, arm.titles)])
+    prefix = np.array([vocabulary.bos], np.int32)
+    if arm.prompts["kind"] == "ids_titles":
+        # An item never follows a user token that ends a prompt.
+        before = {"user_token": "none"} if arm.prompts["user_token"] == "end" else {}
+        prefix = _history_prompt(arm, history, user=user, room=1 + max_new, **before).tokens
+    marks = vocabulary.item_token(np.asarray(items, np.int32))
+    tokens = np.concatenate([np.tile(prefix, (len(marks), 1)), marks[:, None]], axis=1)
+    specials = set(vocabulary.tokenizer.all_special_ids) | {vocabulary.unnamed_user, vocabulary.unnamed_item}
+    allowed_V = np.arange(arm.config.vocab_size) < len(vocabulary.tokenizer)
+    allowed_V[list(specials - {vocabulary.eos})] = False
+    written = generate.generate(
+        arm.params, arm.config, tokens, np.ones_like(tokens, bool), max_new=max_new, eos=vocabulary.eos,
+        pad=vocabulary.pad, key=jax.random.key(seed), temperature=temperature, top_p=top_p, allowed_V=allowed_V,
+        id_rows_XM=arm.id_rows_XM,
+    )  # fmt: skip
+    rows = zip(np.asarray(written.tokens_BT).tolist(), np.asarray(written.length_B).tolist())
+    return [vocabulary.decode([t for t in row[:n] if t != vocabulary.eos]).strip() for row, n in rows]
+
+
+def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
+    """Returns the indices of the k best items outside `seen`, best first; equal scores in catalogue order.
+
+    Args:
+        scores_I: (I,) scores.
+        seen: item indices to leave out.
+        k: how many; fewer come back where fewer are left.
+
+    Returns:
+        (≤ k,) int64.
+    """
+    scores_I = np.array(scores_I, np.float64)
+    open_I = np.ones(len(scores_I), bool)
+    open_I[np.asarray(seen, np.int64)] = False
+    items = np.flatnonzero(open_I)
+    if k < len(items):
+        least = np.partition(scores_I[items], -k)[-k]
+        items = items[scores_I[items] >= least]
+    return items[np.argsort(-scores_I[items], kind="stable")][:k]
+
+
+def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: int = 0, **changes):
+    """The prompt behind which a user's state is read, or one that leaves room for what follows on the history."""
+    from bdlm_jax.lm import prompts
+
+    context = arm.contexts[user] if arm.contexts and user is not None and arm.prompts["kind"] != "ids" else None
+    max_tokens = arm.prompts["max_tokens"]
+    options = {**arm.prompts, **changes, "max_tokens": max_tokens - min(room, max_tokens // 2)}
+    return prompts.history_prompt(
+        arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **options
+    )
+
+
+def _sasrec_state(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
+    import jax
+
+    from bdlm_jax.domain import sasrec
+
+    rows_1L = sasrec.recent_history(np.array([0, len(history)]), history, length=arm.options["length"])
+    made = sasrec.sasrec_arm(rows_1L, width=arm.options["width"])
+    return np.asarray(jax.jit(made.encode)({"item": arm.item_ID}, arm.domain)[0][0])
+
+
+def _last_state(arm: ServedLM, batch: dict, at: int) -> np.ndarray:
+    import jax
+
+    from bdlm_jax.lm import causal_lm
+
+    hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
+    rows = (batch["tokens"], batch["positions"], batch["segments"])
+    return np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, at], np.float32)

@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from golden import make_golden
+from safetensors.numpy import load_file, save_file
+
+from bdlm_jax.lm.hf_config import lm_config_from_hf
+from bdlm_jax.lm.hf_weights import export_tensors, find_folder, load_lm, tensor_map
+from bdlm_jax.types import InputError
+
+LLAMA, GPT2, QWEN2 = (make_golden.HERE / case for case in ("llama", "gpt2", "qwen2"))
+
+
+@pytest.fixture(scope="module")
+def llama_config():
+    return lm_config_from_hf(LLAMA)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable copy of the stored Llama."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(LLAMA / name, tmp_path / name)
+    return tmp_path
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder, n_shards):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for n in range(n_shards):
+        part = dict(list(tensors.items())[n::n_shards])
+        save_file(part, folder / f"model-{n}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{n}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def assert_equal_trees(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_leaves_stand_where_they_belong(llama_config):
+    stored, params = load_file(LLAMA / "model.safetensors"), load_lm(LLAMA, llama_config)
+    layer = stored["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
+    np.testing.assert_array_equal(params["layers"]["self_attn"]["k_proj"]["kernel"][1], layer.T)
+    np.testing.assert_array_equal(params["head"], stored["lm_head.weight"].astype(np.float32))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_gpt_2s_fused_projection_is_three_of_ours():
+    params = load_lm(GPT2, lm_config_from_hf(GPT2))
+    fused = load_file(GPT2 / "model.safetensors")["transformer.h.1.attn.c_attn.weight"].astype(np.float32)
+    parts = [params["layers"]["self_attn"][f"{x}_proj"]["kernel"][1] for x in "qkv"]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), fused)
+
+
+def test_shards_give_the_same_as_one_file(folder, llama_config):
+    whole = load_lm(folder, llama_config)
+    shard(folder, 3)
+    assert_equal_trees(load_lm(folder, llama_config), whole)
+
+
+def test_a_base_models_names_and_old_buffers_are_understood(tmp_path):
+    config = lm_config_from_hf(GPT2)
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(GPT2 / "model.safetensors").items()}
+    save_file({**tensors, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, tmp_path / "model.safetensors")
+    assert_equal_trees(load_lm(tmp_path, config), load_lm(GPT2, config))
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2"])
+def test_spare_rows_start_as_the_mean_of_the_others(case):
+    folder = make_golden.HERE / case
+    plain, wide = (load_lm(folder, lm_config_from_hf(folder, vocab_size=n)) for n in (None, 104))
+    for leaf in ("embedding",) if case == "qwen2" else ("embedding", "head"):
+        np.testing.assert_array_equal(wide[leaf][:101], plain[leaf])
+        mean = np.broadcast_to(np.mean(plain[leaf], axis=0), (3, 24))
+        np.testing.assert_allclose(wide[leaf][101:], mean, atol=1e-3)  # of bfloat16 rows
+
+
+def test_each_leaf_goes_where_it_is_placed(llama_config):
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    asked = []
+
+    def placement(path):
+        asked.append(path)
+        axes = ("fsdp",) if path == "embedding" else (None, "fsdp")
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    params = load_lm(LLAMA, llama_config, placement=lambda path: placement(path) if "norm" not in path else None)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert tuple(kernel.sharding.spec) == (None, "fsdp") and {"embedding", "layers/mlp/up_proj/kernel"} < set(asked)
+    assert_equal_trees(params, load_lm(LLAMA, llama_config))
+
+
+def test_further_subtrees_are_not_exported(llama_config):
+    params = load_lm(LLAMA, llama_config)
+    names = [name for name, _ in export_tensors({**params, "bridge": {"into": np.ones(3)}}, llama_config)]
+    assert names == list(tensor_map(llama_config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"lacks the tensor model\.norm\.weight: "),
+        (lambda t: t.update(extra=np.ones(2)), "has the tensor extra, which a llama"),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(25, np.float32)}),
+            r"model\.norm\.weight has the shape \(25,\), the config asks for \(24,\)",
+        ),
+        (lambda t: t.update({"lm_head.weight": np.ones((102, 24), np.float32)}), r"\(102, 24\), the config asks"),
+        (lambda t: t.update({"model.norm.weight": np.ones(24, np.int8)}), "dtype I8"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(folder, llama_config, edit, words):
+    change(folder, edit)
+    with pytest.raises(InputError, match=words):
+        load_lm(folder, llama_config)
+
+
+def test_broken_and_missing_files_are_named(folder, llama_config, tmp_path):
+    whole = (folder / "model.safetensors").read_bytes()
+    for broken in (whole[:-10], whole[:4], b"\xff" * 64):
+        (folder / "model.safetensors").write_bytes(broken)
+        with pytest.raises(InputError, match=r"model\.safetensors cannot be read as a safetensors file"):
+            load_lm(folder, llama_config)
+    (folder / "model.safetensors").write_bytes(whole)
+    shard(folder, 2)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"names model-1\.safetensors, which is not in the folder"):
+        load_lm(folder, llama_config)
+
+
+def test_pickles_are_never_opened(tmp_path, llama_config):
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
+        load_lm(tmp_path, llama_config)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"\.bin pickles only.*convert them"):
+        load_lm(tmp_path, llama_config)
+
+
+def test_a_hub_id_without_a_network_is_refused_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_folder(tmp_path) == tmp_path
+    with pytest.raises(InputError, match="nobody/nothing is no folder here, and the hub cannot be reached"):
+        find_folder("nobody/nothing")
+    with pytest.raises(InputError, match="no folder here and no hub id"):
+        find_folder("a/b/c")

@@ -1,0 +1,128 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from bdlm_jax.mutual.losses import ALIGNMENTS, align_loss, bpr_loss, catalogue_loss, kl_loss
+
+N, N_ITEMS, M = 7, 5, 3
+
+
+def draw(number, *shape):
+    return jax.random.normal(jax.random.key(number), shape)
+
+
+def test_bpr_weighs_the_softplus_of_the_margin():
+    total, weight = bpr_loss(jnp.array([2.0, 0.0, 9.0]), jnp.array([1.0, 3.0, 0.0]), jnp.array([1.0, 2.0, 0.0]))
+    expected = -math.log(1 / (1 + math.exp(-(2.0 - 1.0)))) + 2 * -math.log(1 / (1 + math.exp(3.0)))
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert weight == 3.0
+
+
+def full_catalogue_loss(state_NM, rows_IM, bias_I, target_N):
+    logits = state_NM @ rows_IM.T + bias_I
+    rows = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target_N, 0))
+    return jnp.sum(jnp.where(target_N >= 0, rows, 0.0))
+
+
+# Logits at a time: all, two chunks of 4 rows for 7 states, one row, less than one row.
+@pytest.mark.parametrize("chunk_entries", [1000, 4 * N_ITEMS, N_ITEMS, 1])
+def test_catalogue_loss_and_its_gradient_equal_the_full_softmax(chunk_entries):
+    arrays = draw(0, N, M), draw(1, N_ITEMS, M), draw(2, N_ITEMS)
+    target = jnp.array([0, 4, -1, 2, 2, -1, 3])
+    loss = lambda *a: catalogue_loss(*a, target, chunk_entries=chunk_entries)[0]  # noqa: E731
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+    oracle = jax.jit(jax.value_and_grad(full_catalogue_loss, argnums=(0, 1, 2)))
+    wanted, wanted_gradients = oracle(*arrays, target)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    for actual, expected in zip(gradients, wanted_gradients):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    assert catalogue_loss(*arrays, target)[1] == 5
+
+
+def test_a_barred_item_takes_no_share_and_gets_no_gradient():
+    state, rows, target = draw(0, N, M), draw(1, N_ITEMS, M), jnp.array([0, 1, 2, 3, 0, 1, 2])
+    bias = jnp.array([0.0, 0.0, 0.0, 0.0, -1e9])
+    loss = lambda rows: catalogue_loss(state, rows, bias, target)[0]  # noqa: E731
+    without = catalogue_loss(state, rows[:4], bias[:4], target)[0]
+    np.testing.assert_allclose(loss(rows), without, rtol=1e-6)
+    gradient = jax.grad(loss)(rows)
+    assert not gradient[4].any() and gradient[3].any()
+
+
+def test_large_logits_do_not_overflow():
+    state, rows = jnp.array([[100.0]]), jnp.array([[1.0], [2.0]])
+    total, _ = catalogue_loss(state, rows, jnp.zeros(2), jnp.array([0]))
+    np.testing.assert_allclose(total, 200.0 - 100.0, rtol=1e-6)
+
+
+def test_mse_and_cosine_by_hand():
+    student, teacher = jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([[0.0, 2.0], [0.0, 5.0]])
+    weight = jnp.array([2.0, 1.0])
+    total, count = align_loss(student, teacher, weight, kind="mse")
+    np.testing.assert_allclose(total, 2 * (3**2 + 2**2) / 2 + (1**2 + 5**2) / 2, rtol=1e-6)
+    assert count == 3.0
+    total, _ = align_loss(student, teacher, weight, kind="cosine")
+    np.testing.assert_allclose(total, 2 * (1 - (4 * 2) / (5 * 2)) + (1 - 0), rtol=1e-6)
+
+
+def test_infonce_by_hand_and_rows_of_weight_zero_are_no_negatives():
+    student = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    teacher = jnp.array([[3.0, 0.0], [3.0, 3.0], [0.0, 1.0]])
+    weight = jnp.array([1.0, 2.0, 0.0])
+    t, half = 0.5, 1 / math.sqrt(2)
+    # cosines of row 0 with teachers 0, 1: 1, 1/√2; of row 1: 0, 1/√2; teacher 2 has no weight.
+    first = -math.log(math.exp(1 / t) / (math.exp(1 / t) + math.exp(half / t)))
+    second = -math.log(math.exp(half / t) / (math.exp(0 / t) + math.exp(half / t)))
+    total, count = align_loss(student, teacher, weight, kind="infonce", temperature=t)
+    np.testing.assert_allclose(total, first + 2 * second, rtol=1e-5)
+    assert count == 3.0
+
+
+def test_unknown_alignment_is_refused():
+    with pytest.raises(ValueError, match="'l1' is none of"):
+        align_loss(jnp.ones((1, 1)), jnp.ones((1, 1)), jnp.ones(1), kind="l1")
+
+
+def test_kl_by_hand():
+    teacher, student = jnp.log(jnp.array([[0.75, 0.25]])), jnp.log(jnp.array([[0.5, 0.5]]))
+    total, count = kl_loss(student, teacher, jnp.array([2.0]), temperature=1.0)
+    np.testing.assert_allclose(total, 2 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)), rtol=1e-5)
+    assert count == 2.0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_kl_is_zero_with_zero_gradient_at_equal_scores(temperature):
+    scores, weight = draw(3, N, N_ITEMS), jnp.ones(N)
+    value, gradient = jax.value_and_grad(lambda s: kl_loss(s, scores + 7.0, weight, temperature=temperature)[0])(scores)
+    np.testing.assert_allclose(value, 0.0, atol=1e-5)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
+
+
+def test_kl_scales_with_the_square_of_the_temperature():
+    student, teacher, weight, t = draw(4, N, N_ITEMS), draw(5, N, N_ITEMS), jnp.ones(N), 4.0
+    hot = kl_loss(t * student, t * teacher, weight, temperature=t)[0]
+    np.testing.assert_allclose(hot, t**2 * kl_loss(student, teacher, weight, temperature=1.0)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_gradient_of_align_by_finite_differences(kind):
+    teacher, weight = draw(7, N, M), jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 0.5, 1.0])
+    loss = lambda student: align_loss(student, teacher, weight, kind=kind, temperature=0.5)[0]  # noqa: E731
+    check_grads(jax.jit(loss), (draw(6, N, M),), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_gradients_of_the_other_losses_by_finite_differences():
+    target, weight = jnp.array([0, 4, -1, 2, 2, -1, 3]), jnp.abs(draw(8, N))
+    check = lambda loss, *arrays: check_grads(jax.jit(loss), arrays, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)  # noqa: E731
+    check(lambda p, n: bpr_loss(p, n, weight)[0], draw(0, N), draw(1, N))
+    check(
+        lambda s, r: catalogue_loss(s, r, jnp.zeros(N_ITEMS), target, chunk_entries=10)[0],
+        draw(0, N, M),
+        draw(1, N_ITEMS, M),
+    )
+    check(lambda s: kl_loss(s, draw(1, N, N_ITEMS), weight, temperature=2.0)[0], draw(0, N, N_ITEMS))

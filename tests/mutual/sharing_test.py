@@ -1,0 +1,137 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_bdlm
+from small_bdlm import COLD, N_ITEMS, N_USERS, D, M
+
+from bdlm_jax.mutual import domain_epoch, lm_step, options, sharing
+from bdlm_jax.mutual.optimizer import FROZEN
+from bdlm_jax.mutual.options import LMWeights
+
+ARM = small_bdlm.make_arm()
+
+
+def lm_gradient(bridge, params, batch, weights=small_bdlm.LM_ALL):
+    view, _ = small_bdlm.make_views(ARM, bridge, params)
+
+    def objective(params):
+        terms = lm_step.lm_losses(
+            params, batch, view, small_bdlm.lm_constants(),
+            arm=ARM, bridge=bridge, weights=weights, keys_B=None, axis_name=None,
+        )  # fmt: skip
+        return sum(total for total, _ in terms.values())
+
+    return jax.jit(jax.grad(objective))(params)
+
+
+def domain_gradient(bridge, params):
+    _, view = small_bdlm.make_views(ARM, bridge, params)
+    user_E, item_E = small_bdlm.make_edges()
+    batch = {
+        "user": user_E, "positive": item_E, "negative": (item_E + 1) % COLD, "weight": np.ones(len(user_E), np.float32),
+        "align_item": np.arange(N_ITEMS), "kl_user": np.arange(N_USERS),
+    }  # fmt: skip
+
+    def objective(params):
+        terms = domain_epoch.domain_losses(
+            params, batch, view, small_bdlm.domain_constants(),
+            arm=ARM, bridge=bridge, weights=small_bdlm.DOMAIN_ALL, axis_name=None,
+        )  # fmt: skip
+        return sum(total for total, _ in terms.values())
+
+    return jax.jit(jax.grad(objective))(params)
+
+
+def all_rows():
+    rows = small_bdlm.make_rows()
+    return rows.rows(np.arange(len(rows)))
+
+
+def test_the_tables_are_one_leaf_each():
+    params = small_bdlm.make_params(ARM, small_bdlm.make_bridge())
+    for shape, name in (((N_USERS, D), "user"), ((N_ITEMS, D), "item")):
+        found = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.shape == shape]
+        assert [jax.tree_util.keystr(p, simple=True, separator="/") for p in found] == [f"shared/{name}"]
+
+
+@pytest.mark.parametrize("reads", sharing.READS)
+def test_both_arms_send_their_gradient_into_the_same_leaves(reads):
+    bridge = small_bdlm.make_bridge(reads=reads)
+    params = small_bdlm.make_params(ARM, bridge)
+    of_lm, of_domain = lm_gradient(bridge, params, all_rows()), domain_gradient(bridge, params)
+    for gradient in (of_lm, of_domain):
+        for table in ("user", "item"):
+            rows = np.abs(gradient["shared"][table]).max(axis=1)
+            known = rows if table == "user" else np.delete(rows, COLD)
+            assert known.min() > 0, (reads, table)
+    # Nothing else gives the tables a way into the losses: with other tables the same other leaves give other numbers.
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(of_lm["lm"]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_domain["lm"]))
+    assert bool(np.any(of_lm["domain"]["layer_weights"])) == (reads == "propagated")
+    assert np.any(of_domain["domain"]["layer_weights"])
+
+
+def test_a_cold_item_gets_no_gradient_from_the_next_item_loss():
+    bridge = small_bdlm.make_bridge(reads="propagated")
+    params = small_bdlm.make_params(ARM, bridge)
+    gradient = lm_gradient(bridge, params, all_rows(), LMWeights(item=1.0, text=0.0))
+    assert not np.any(gradient["shared"]["item"][COLD])
+    assert np.all(np.any(np.delete(gradient["shared"]["item"], COLD, axis=0), axis=1))
+
+
+LEAN_LM = LMWeights(item=1.0, text=0.0)
+MOVES = [
+    # what the step is, groups, (shared, domain, lm) move
+    ("lm", {"domain": FROZEN}, (True, False, True)),
+    ("domain", {"lm": FROZEN, "shared": FROZEN}, (False, True, False)),
+]
+
+
+@pytest.mark.parametrize(("which", "groups", "moves"), MOVES)
+def test_a_step_moves_its_own_groups_and_nothing_else(which, groups, moves):
+    bridge = small_bdlm.make_bridge(reads="propagated")
+    params = small_bdlm.make_params(ARM, bridge)
+    optimizer = small_bdlm.make_optimizer(**groups)
+    state = small_bdlm.make_state(params, optimizer)
+    if which == "lm":
+        step = small_bdlm.make_lm_step(ARM, bridge, weights=LEAN_LM, optimizer=optimizer)
+        batch, view, constants = all_rows(), {}, small_bdlm.lm_constants()
+    else:
+        weights = options.DomainWeights()
+        step = small_bdlm.make_domain_epoch(ARM, bridge, weights=weights, optimizer=optimizer, kl_users=0)
+        batch, view, constants = domain_epoch.make_slots(batch_size=16), {}, small_bdlm.domain_constants()
+    after, _ = jax.jit(step)(state, batch, view, constants)
+    for name, moved in zip(("shared", "domain", "lm"), moves):
+        changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after.params[name], params[name])))]
+        assert any(changed) == moved, name
+    assert after.step > state.step
+
+
+def test_the_bridges_begin_orthogonal_with_scales_of_their_own():
+    bridge = sharing.init_bridge(jax.random.key(0), width=D, lm_width=M, gain=3.0, out_std=0.5)
+    table_ID = jax.random.normal(jax.random.key(1), (N_ITEMS, D))
+    rows_IM = sharing.item_rows(bridge, table_ID)
+    np.testing.assert_allclose(rows_IM @ rows_IM.T, 3.0**2 * table_ID @ table_ID.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sharing.bridge_out(bridge, rows_IM), 3.0 * 0.5 * table_ID, rtol=1e-4, atol=1e-4)
+    states = jax.random.normal(jax.random.key(2), (2000, M))
+    np.testing.assert_allclose(np.std(sharing.bridge_out(bridge, states)), 0.5, rtol=0.05)
+
+
+def test_write_back_replaces_the_cold_rows_only():
+    shared = {"user": jnp.ones((2, 1)), "item": jnp.array([[1.0], [2.0], [3.0]])}
+    made = sharing.write_back(shared, jnp.array([[7.0], [8.0], [9.0]]), jnp.array([False, True, False]))
+    assert made["item"].tolist() == [[1], [8], [3]] and made["user"] is shared["user"]
+
+
+def test_id_rows_put_users_first_and_leave_spare_rows_zero():
+    bridge = {"into": jnp.array([[1.0, 10.0]])}
+    rows = sharing.id_rows(bridge, jnp.array([[1.0], [2.0]]), jnp.array([[3.0]]), user_capacity=3, item_capacity=2)
+    assert rows.tolist() == [[1, 10], [2, 20], [0, 0], [3, 30], [0, 0]]
+
+
+def test_tables_are_drawn_with_the_wanted_deviation_and_differ():
+    shared = sharing.init_shared(jax.random.key(0), n_users=400, n_items=400, width=16, std=0.3)
+    for table in shared.values():
+        np.testing.assert_allclose(np.std(table), 0.3, rtol=0.03)
+    assert not np.allclose(shared["user"], shared["item"])

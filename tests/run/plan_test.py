@@ -1,0 +1,143 @@
+"""The tables of docs/scale.md against arithmetic, and XLA's count of the same step against them."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bdlm_jax.run import plan as dry_run
+from bdlm_jax.types import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+M, F, V, DEPTH, D, N_USERS, N_ITEMS = 4096, 11008, 32000, 32, 64, 6040, 3706
+KERNELS = DEPTH * (4 * M * M + 3 * M * F)
+TABLES, NORMS, BRIDGE = 2 * V * M, (2 * DEPTH + 1) * M, 2 * D * M + D
+LORA = {"trains": "lora", "param_dtype": "bfloat16", "lora_rank": 16}
+
+
+def plan(experiment="ml1m_vicuna7b", *, devices, device="h200", parallel="mesh", **lm):
+    config = importlib.import_module(f"experiments.{experiment}").get_config()
+    config.parallel = parallel
+    config.dry_run.update({"devices": devices, "device": device})
+    config.lm.update(lm)
+    return dry_run.make_plan(config)
+
+
+@pytest.fixture(scope="module")
+def eight_h200():
+    return plan(devices=8)
+
+
+def test_eight_h200_full_fine_tuning(eight_h200):
+    counted = {name: 1 for name, *_ in eight_h200.leaves}
+    assert len(counted) == len(eight_h200.leaves)
+    assert "| decoder | 6,738,415,616 | 6,738,415,616 |" in dry_run.describe(eight_h200, None)
+    assert KERNELS + TABLES + NORMS == 6_738_415_616  # as Llama 7B is published
+    # 6040 users are 755 a device, 3706 items are padded to 464 a device.
+    one = (KERNELS + TABLES) // 8 + NORMS + BRIDGE + (755 + 464) * D
+    found = dry_run.bytes_per_device(eight_h200)
+    assert found["parameters"] == found["gradients"] == 4 * one
+    assert found["optimiser state"] == pytest.approx(2 * 4 * one, abs=64)  # two moments, and the steps' counters
+    assert found["gathered weights of two layers"] == pytest.approx(2 * 4 * (KERNELS + 2 * DEPTH * M) / DEPTH)
+    # 8 rows of 512 tokens a device: the stream of each layer in bfloat16, and twice what one layer holds.
+    tokens = 8 * 512
+    layer = 6 * tokens * M * 2 + 2 * tokens * 3 * M * 2 + 8 * 32 * 512**2 * (4 + 2) + tokens * 3 * F * 2
+    assert found["activations"] == DEPTH * tokens * M * 2 + 2 * layer
+    assert sum(found.values()) < 141e9
+
+
+def test_flops_and_bytes_of_a_step(eight_h200):
+    tokens = 64 * 512
+    products, square = 2 * tokens * KERNELS, 4 * tokens * 512 * M * DEPTH
+    heads = 2 * M * 64 * (40 * N_ITEMS + 16 * V)  # 40 item targets and 16 text targets a row
+    found = dry_run.flops_per_step(eight_h200)
+    assert found["model"] == 3 * (products + square + heads)
+    assert found["hardware"] == found["model"] + products + square + heads
+    assert found["model"] == pytest.approx(6 * tokens * 6.74e9, rel=0.03)
+    moved = dry_run.bytes_moved(eight_h200)
+    sharded = 4 * (KERNELS + TABLES + (N_USERS + N_ITEMS) * D)
+    assert moved["all-gather of weights"] == pytest.approx(2 * 7 / 8 * sharded)
+    assert moved["reduce-scatter of gradients"] == pytest.approx(7 / 8 * sharded)
+    assert moved["all-reduce of gradients"] == pytest.approx(2 * 7 / 8 * 4 * (NORMS + BRIDGE))
+    assert moved["all-reduce of activations"] == 0
+
+
+def test_one_h200_with_lora():
+    found = plan(devices=1, parallel="jit", batch_rows=16, **LORA)
+    adapters = DEPTH * 16 * (4 * 2 * M + 3 * (M + F))
+    assert f"| adapters | {adapters + 1:,} | {adapters:,} |" in dry_run.describe(found, None)  # and their scale
+    parts = dry_run.bytes_per_device(found)
+    trained = adapters + BRIDGE + (N_USERS + N_ITEMS) * D
+    assert parts["parameters"] == 2 * (KERNELS + TABLES + NORMS) + 4 * (trained + 1)
+    assert parts["gradients"] == 4 * trained
+    assert parts["optimiser state"] == pytest.approx(8 * trained, abs=64)
+    # Nothing as large as the weights beside them: what else there is are activations, of 16 rows here.
+    assert set(parts) == {"parameters", "gradients", "optimiser state", "activations"}
+    # Forward, the gradient of the states and, of the adapters alone, that of the weights; all but the last once again.
+    tokens, flops = 16 * 512, dry_run.flops_per_step(found)
+    products, square, heads = 2 * tokens * KERNELS, 4 * tokens * 512 * M * DEPTH, 2 * M * 16 * (40 * N_ITEMS + 16 * V)
+    assert flops["model"] == 2 * products + 3 * (2 * tokens * adapters + square + heads)
+    assert flops["hardware"] == flops["model"] + products + 2 * tokens * adapters + square + heads
+    assert dry_run.bytes_moved(found) == dict.fromkeys(dry_run.bytes_moved(found), 0)
+
+
+def test_a_v5e_16_holds_adam_in_float32_by_arithmetic():
+    parts = dry_run.bytes_per_device(plan(devices=16, device="tpu_v5e"))
+    state = parts["parameters"] + parts["optimiser state"] + parts["gradients"]
+    assert state == pytest.approx(16 * 6.7396e9 / 16, rel=0.01)
+    assert sum(parts.values()) < 16e9
+    assert sum(dry_run.bytes_per_device(plan(devices=8, device="tpu_v5e")).values()) > 16e9
+
+
+def test_qwen_has_its_published_size():
+    found = plan("ml1m_qwen_0_5b", devices=1, parallel="jit")
+    assert "| decoder | 494,032,768 | 494,032,768 |" in dry_run.describe(found, None)
+
+
+def test_a_leaf_that_does_not_divide_is_refused_before_any_work():
+    with pytest.raises(InputError, match=r"kernel of shape .* by fsdp"):
+        plan(devices=12)
+
+
+def run(*words):
+    command = [sys.executable, "-m", "bdlm_jax.main", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def number(text, name):
+    return float(re.search(rf"\| {re.escape(name)} \| ([\d.,]+)", text)[1].replace(",", ""))
+
+
+def test_the_command_compiles_on_pretended_devices_what_it_counts():
+    words = ["parallel=mesh", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "dry_run.devices=4", "lm.width=512"]
+    words += ["tokenizer.vocab_size=8192", "lm.mlp_width=1024", "lm.n_heads=8", "lm.n_kv_heads=2"]
+    done = run("--config=experiments/tiny.py", "--dry_run", *[f"--config.{word}" for word in words])
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    by_hand = number(told, "parameters") + number(told, "optimiser state")
+    assert by_hand > 0.01
+    # The batch and the constants of a tiny world are small beside the state: XLA sees the shards that were counted.
+    assert number(told, "arguments (state, batch, constants)") == pytest.approx(by_hand, rel=0.02, abs=0.001)
+    assert number(told, "collectives") > 0
+    assert "least time of moving" in told
+
+
+def test_a_wrong_mesh_is_one_sentence_and_exit_code_2():
+    done = run("--config=experiments/ml1m_vicuna7b.py", "--dry_run", "--config.mesh.data=3")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "config.mesh is data 3 x fsdp -1 x tensor 1, which needs a multiple of 3 devices, but there are 8" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["ml1m_vicuna7b", "ml1m_qwen_0_5b"])
+def test_the_experiments_compile_whole(experiment):
+    done = run(f"--config=experiments/{experiment}.py", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    by_hand = number(done.stdout, "parameters") + number(done.stdout, "optimiser state")
+    assert number(done.stdout, "arguments (state, batch, constants)") == pytest.approx(by_hand, rel=0.02)

@@ -1,0 +1,133 @@
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import own_lm
+import pytest
+
+from bdlm_jax.data.candidates import load_candidates
+from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.lm.vocabulary import load_tokenizer, save_tokenizer, train_tokenizer
+from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.types import InputError
+from experiments import tiny
+
+
+@pytest.fixture
+def config():
+    return tiny.get_config()
+
+
+@pytest.fixture
+def table(tmp_path, config):
+    """A config of a table of 12 users and 10 items, the item i9 only in the last user's last place."""
+    generator = np.random.default_rng(0)
+    lines = ["user,item,time,rating"]
+    for user in range(12):
+        items = [*generator.permutation(9)[:5], *([9] if user == 11 else [])]
+        lines += [f"u{user},i{item},{time},{4 if time else 3}" for time, item in enumerate(items)]
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(lines) + "\n")
+    config.data.kind, config.data.path, config.data.options = "table", str(path), {}
+    config.data.candidates = {"cand3": 2}
+    return config
+
+
+def test_a_second_start_finds_the_same_data(config, tmp_path):
+    first = prepare_data(config, tmp_path / "data")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.npz")}
+    again = prepare_data(config, tmp_path / "data")
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*.npz")}
+    assert json.loads(json.dumps(again.fingerprint)) == json.loads((tmp_path / "data" / "fingerprint.json").read_text())
+    for part in ("validation", "test"):
+        frozen = load_candidates(tmp_path / "data" / f"{part}_cand20.npz")
+        assert (
+            frozen.sha256
+            == first.fingerprint["candidates"][f"{part}/cand20"]
+            == again.candidates[part]["cand20"].sha256
+        )
+    assert set(first.slices) == {"all", "twins", "cold", "knowledge"}
+    assert first.slices["all"].all() and not first.slices["cold"].all()
+    assert len(first.item_texts) == first.n_items and first.user_texts is None
+    assert first.corpus == first.world.corpus
+
+
+def test_other_data_in_a_begun_folder_are_refused(config, tmp_path):
+    prepare_data(config, tmp_path)
+    config.seed = 1
+    with pytest.raises(InputError, match=r"fingerprint.json was written for other data"):
+        prepare_data(config, tmp_path)
+
+
+def test_a_table_has_a_cold_slice_of_what_nobody_had_before_test(table, tmp_path):
+    data = prepare_data(table, tmp_path / "data")
+    cold = np.flatnonzero(data.slices["cold"])
+    assert [data.split.interactions.item_ids[i] for i in cold] == ["i9"]
+    assert data.world is None and data.corpus == []
+    assert data.candidates["test"]["cand3"].items_NC.shape == (12, 3)
+
+
+def test_ratings_and_core_are_filtered(table, tmp_path):
+    table.data.min_rating = 4.0
+    table.data.min_item = 2
+    data = prepare_data(table, tmp_path / "data")
+    item = data.split.interactions.item_E
+    assert data.fingerprint["interactions"] == len(item) <= 12 * 4
+    assert np.bincount(item).min() >= 2
+
+
+@pytest.mark.parametrize("split", ["global_time", "ratio"])
+def test_the_split_of_the_config_is_taken(table, tmp_path, split):
+    table.data.split, table.data.validation, table.data.test = split, 0.2, 0.2
+    data = prepare_data(table, tmp_path / "data")
+    shares = np.bincount(data.split.part_E, minlength=3) / len(data.split.part_E)
+    np.testing.assert_allclose(shares, [0.6, 0.2, 0.2], atol=0.1)
+    assert data.split.degree(TRAIN).sum() == data.fingerprint["parts"]["train"]
+
+
+def test_a_corpus_is_read_as_far_as_its_limit(table, tmp_path):
+    path = tmp_path / "corpus.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("one two three\n\nfour five\nsix\n" + "more and more\n" * 100)
+    table.pretrain.corpus, table.pretrain.max_tokens = str(path), 6
+    assert prepare_data(table, tmp_path / "data").corpus == ["one two three", "four five", "six"][:3]
+    table.pretrain.corpus = str(tmp_path / "none.txt")
+    with pytest.raises(InputError, match=r"none\.txt"):
+        prepare_data(table, tmp_path / "data")
+
+
+def test_the_tokenizer_is_trained_once(config, tmp_path):
+    data = prepare_data(config, tmp_path / "data")
+    first = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    data = data._replace(item_texts=["other words"] * data.n_items)
+    again = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert (again.n_users, again.n_items) == (data.n_users, data.n_items)
+    title = data.world.corpus[0]
+    assert first.encode_text([title])[0].tolist() == again.encode_text([title])[0].tolist()
+
+
+def test_a_users_model_brings_its_own_tokenizer_untouched(config, tmp_path):
+    own_lm.write_model(tmp_path / "model", dataclasses.replace(own_lm.LLAMA, vocab_size=301))
+    config.lm.path = str(tmp_path / "model")
+    data = prepare_data(config, tmp_path / "data")
+    made = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert made.n_text == 304  # the model's 301 rows, rounded up to 8, though the tokenizer has fewer tokens
+    assert made.tokenizer.chat_template == own_lm.TEMPLATE
+    assert len({made.pad, made.bos, made.eos, made.unnamed_user, made.unnamed_item}) == 5
+    assert not (tmp_path / "tokenizer").exists()
+    own = load_tokenizer(tmp_path / "model")
+    assert made.tokenizer.get_vocab() == own.get_vocab()
+    config.tokenizer.path = str(tmp_path / "other")
+    save_tokenizer(config.tokenizer.path, train_tokenizer(["other words"], 262))
+    other = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert len(other.tokenizer) < len(own) and other.n_text == 304
+
+
+def test_padding_never_is_a_models_end(tmp_path):
+    tokenizer = train_tokenizer(own_lm.WORDS, 270)
+    tokenizer.pad_token = tokenizer.eos_token  # as GPT-2's users do
+    own_lm.write_model(tmp_path, own_lm.GPT2, tokenizer=tokenizer)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_token == "<eos>" and loaded.pad_token_id != loaded.eos_token_id

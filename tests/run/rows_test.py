@@ -1,0 +1,184 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bdlm_jax.data.interactions import make_interactions
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
+from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.types import LeakError
+from experiments import tiny
+
+N_USERS, N_ITEMS, LENGTH = 12, 40, 16
+GENERATOR = np.random.default_rng(4)
+
+
+def make_split():
+    pairs = [(u, i) for u in range(N_USERS) for i in GENERATOR.permutation(N_ITEMS)[: 4 + 2 * u]]
+    rows = [
+        *pairs,
+        *((N_USERS - 1, i) for i in range(N_ITEMS)),
+    ]  # the last user has everything, so that all items exist
+    return leave_one_out(make_interactions([u for u, _ in rows], [i for _, i in rows], time=range(len(rows))))
+
+
+SPLIT = make_split()
+DATA = SimpleNamespace(split=SPLIT, n_users=N_USERS, n_items=N_ITEMS)
+VOCABULARY = Vocabulary(None, N_USERS, N_ITEMS, user_capacity=N_USERS + 1)
+VOCABULARY.__dict__.update(n_text=64, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
+TITLES = [np.arange(5 + i, 6 + i + i % 4, dtype=np.int32) for i in range(N_ITEMS)]
+TEXTS = lm_rows.Texts(VOCABULARY, TITLES, None)
+
+
+@pytest.fixture
+def config():
+    made = tiny.get_config()
+    made.prompts.length, made.prompts.max_items = LENGTH, 6
+    return made
+
+
+def history(user, *parts):
+    indptr, item = SPLIT.histories(*parts)
+    return item[indptr[user] : indptr[user + 1]].tolist()
+
+
+def prompts_of(packed):
+    """(tokens, item targets at each place) of every prompt, in the order in which they were given to pack."""
+    for row, begin, end in zip(packed.prompt_row, packed.prompt_start, packed.prompt_stop):
+        place = (packed.item_index[row] >= begin) & (packed.item_index[row] < end) & (packed.item_target[row] >= 0)
+        yield packed.tokens[row, begin:end], packed.item_target[row][place].tolist()
+
+
+@pytest.mark.parametrize("kind", ["ids", "ids_titles"])
+@pytest.mark.parametrize("user_token", ["start", "end", "none"])
+def test_windows_show_every_training_interaction_once_and_no_other(config, kind, user_token):
+    config.prompts.user_token = user_token
+    packed = lm_rows.training_rows(config, DATA, TEXTS, kind=kind)
+    windows = [(VOCABULARY.items_of(tokens).tolist(), targets) for tokens, targets in prompts_of(packed)]
+    for user in range(N_USERS):
+        left = wanted = history(user, TRAIN)
+        # Windows come from the history's end; all but its first item are predicted, and the very first where it begins.
+        while left:
+            shown, targets = windows.pop(0)
+            assert shown == left[-len(shown) :] and 0 < len(shown) <= 6
+            left = left[: -len(shown)]
+            assert targets == (shown if not left else shown[1:])
+        assert not set(wanted) & set(history(user, VALIDATION, TEST))
+    assert not windows
+
+
+def test_windows_are_as_long_as_a_row_allows(config):
+    config.prompts.max_items = 100
+    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
+    shown = [VOCABULARY.items_of(tokens) for tokens, _ in prompts_of(packed)]
+    at = 0
+    for user in range(N_USERS):
+        stop = len(history(user, TRAIN))
+        while stop:
+            start = stop - len(shown[at])
+            sizes = [1 + len(TITLES[i]) for i in history(user, TRAIN)]
+            assert 2 + sum(sizes[start:stop]) <= LENGTH
+            assert start == 0 or 2 + sum(sizes[start - 1 : stop]) > LENGTH
+            stop, at = start, at + 1
+
+
+def test_every_user_is_read_once_behind_the_whole_training_history(config):
+    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="ids")
+    check_reads(packed, TRAIN)
+
+
+def check_reads(packed, *parts, named=True):
+    row, slot = np.nonzero(packed.user >= 0)
+    assert sorted(packed.user[row, slot].tolist()) == list(range(N_USERS))
+    for r, s in zip(row, slot):
+        user, at = int(packed.user[r, s]), int(packed.user_index[r, s])
+        segment = packed.segments[r, at]
+        inside = np.flatnonzero(packed.segments[r] == segment)
+        assert at == inside[-1]
+        assert VOCABULARY.items_of(packed.tokens[r, inside]).tolist() == history(user, *parts)[-6:]
+        shown = VOCABULARY.user_token(user) if named else VOCABULARY.unnamed_user
+        assert packed.tokens[r, inside[1]] == shown
+
+
+@pytest.mark.parametrize(("parts", "named"), [((TRAIN,), True), ((TRAIN, VALIDATION), False)])
+def test_reading_rows_end_with_the_last_known_item(config, parts, named):
+    config.prompts.read_named = named
+    packed = lm_rows.reading_rows(config, DATA, TEXTS, kind="ids", parts=parts)
+    check_reads(packed, *parts, named=named)
+    assert len(packed.prompt_row) == N_USERS
+    for user, (tokens, _) in enumerate(prompts_of(packed)):
+        assert VOCABULARY.items_of(tokens)[-1] == history(user, *parts)[-1]
+
+
+def test_text_rows_name_no_item(config):
+    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="text")
+    assert packed.tokens.max() < VOCABULARY.n_text and not (packed.item_target >= 0).any()
+    assert (packed.tokens == VOCABULARY.eos).sum() == len(SPLIT.edges(TRAIN)[0])
+
+
+def test_a_later_item_in_a_training_prompt_raises(config, monkeypatch):
+    right = lm_rows._history_prompt
+
+    def wrong(config, texts, user, items, kind, **options):
+        target = history(3, TEST)[0]
+        items = np.append(items, target) if user == 3 and options["read_user"] else items
+        return right(config, texts, user, items, kind, **options)
+
+    monkeypatch.setattr(lm_rows, "_history_prompt", wrong)
+    with pytest.raises(LeakError, match="user 3"):
+        lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
+
+
+def test_cards_read_every_item_once_without_naming_it(config):
+    packed = lm_rows.card_rows(config, TEXTS)
+    row, slot = np.nonzero(packed.card_item >= 0)
+    assert sorted(packed.card_item[row, slot].tolist()) == list(range(N_ITEMS))
+    assert not len(VOCABULARY.items_of(packed.tokens))
+    assert (packed.tokens[row, packed.card_index[row, slot]] == VOCABULARY.unnamed_item).all()
+    named = lm_rows.card_rows(config, TEXTS, named=True)
+    assert sorted(VOCABULARY.items_of(named.tokens).tolist()) == list(range(N_ITEMS))
+    assert not (named.card_item >= 0).any()
+
+
+def test_mix_takes_whole_copies_and_a_drawn_part(config):
+    cards = lm_rows.card_rows(config, TEXTS)
+    histories = lm_rows.training_rows(config, DATA, TEXTS, kind="ids")
+    mixed = lm_rows.mix([(cards, 2.5), (None, 3), (histories, 1), (histories, 0)], seed=0)
+    part = round(0.5 * len(cards))
+    assert len(mixed) == 2 * len(cards) + part + len(histories)
+    np.testing.assert_array_equal(mixed.tokens[: 2 * len(cards)], np.tile(cards.tokens, (2, 1)))
+    drawn = {row.tobytes() for row in mixed.tokens[2 * len(cards) :][:part]}
+    assert len(drawn) == part and drawn < {row.tobytes() for row in cards.tokens}
+    again = lm_rows.mix([(cards, 2.5), (None, 3), (histories, 1), (histories, 0)], seed=0)
+    np.testing.assert_array_equal(again.tokens, mixed.tokens)
+
+
+def test_taken_rows_keep_their_prompts(config):
+    cards = lm_rows.card_rows(config, TEXTS)
+    taken = lm_rows.take_rows(cards, np.array([2, 0]))
+    np.testing.assert_array_equal(taken.tokens, cards.tokens[[2, 0]])
+    wanted = {row: {tuple(t) for (t, _), r in zip(prompts_of(cards), cards.prompt_row) if r == row} for row in (0, 2)}
+    made = {row: {tuple(t) for (t, _), r in zip(prompts_of(taken), taken.prompt_row) if r == row} for row in (0, 1)}
+    assert made == {0: wanted[2], 1: wanted[0]}
+
+
+def test_text_prefixes_hold_the_last_titles(config):
+    config.evaluate.text_history = 3
+    tokens, mask = lm_rows.text_prefixes(config, DATA, TEXTS, parts=(TRAIN, VALIDATION))
+    for user in range(N_USERS):
+        last = history(user, TRAIN, VALIDATION)[-3:]
+        wanted = [VOCABULARY.bos, *(t for i in last for t in [*TITLES[i], VOCABULARY.eos])]
+        assert tokens[user][mask[user]].tolist() == wanted
+    titles, mask = lm_rows.title_continuations(TEXTS)
+    assert [t[m].tolist() for t, m in zip(titles, mask)] == [[*title, VOCABULARY.eos] for title in TITLES]
+
+
+def test_a_context_stands_before_the_titles_but_not_before_bare_ids(config):
+    context = np.array([60, 61], np.int32)
+    texts = TEXTS._replace(contexts=[context] * N_USERS)
+    config.prompts.length = 24
+    for kind, wanted in (("ids_titles", True), ("ids", False)):
+        packed = lm_rows.reading_rows(config, DATA, texts, kind=kind, parts=(TRAIN,))
+        for tokens, _ in prompts_of(packed):
+            assert (tokens[2:4].tolist() == [60, 61]) == wanted

@@ -1,0 +1,78 @@
+"""What trains of a language model, and how its rows and states meet the tables; `multi_device` has the steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_bdlm
+
+from bdlm_jax.mutual import lm_step, options, sharing
+from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.run import build as arms
+from bdlm_jax.types import leaf_name
+
+TREE = {
+    "shared": {"user": 0, "item": 0},
+    "domain": {"weights": 0},
+    "lm": {
+        "embedding": 0,
+        "layers": {"mlp": {"up_proj": {"kernel": 0}}},
+        "lora": {"alpha": 0, "layers": {"mlp": {"up_proj": {"kernel": {"a": 0, "b": 0}}}}},
+        "bridge": {"into": 0, "out": 0},
+    },
+}
+ADAPTERS = {f"lm/lora/layers/mlp/up_proj/kernel/{name}" for name in "ab"}
+ALWAYS = {"lm/bridge/into", "lm/bridge/out"}
+TABLES = {"shared/user", "shared/item"}
+
+
+@pytest.mark.parametrize(
+    ("trains", "own"),
+    [("full", {"lm/embedding", "lm/layers/mlp/up_proj/kernel"}), ("lora", ADAPTERS), ("bridge", set())],
+)
+def test_one_word_says_what_trains(trains, own):
+    for train_shared, tables in ((True, TABLES), (False, set())):
+        labels = optimizers.label_params(TREE, arms.lm_rules(trains, train_shared=train_shared))
+        named = jax.tree_util.tree_flatten_with_path(labels)[0]
+        found = {leaf_name(path) for path, label in named if label != optimizers.FROZEN}
+        assert found == own | ALWAYS | tables
+
+
+def test_rows_without_items_go_through_in_parts_too():
+    arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
+    optimizer = small_bdlm.make_optimizer(shared=optimizers.FROZEN, domain=optimizers.FROZEN)
+    weights = options.LMWeights(item=0.0, text=1.0)
+    step = lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, accumulate=2)
+    batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
+    batch |= {name: np.zeros((8, 0), np.int32) for name in ("item_index", "item_target", "card_index", "card_item")}
+    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), optimizer))
+    _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
+    assert set(metrics) == {"text", "loss", "gradient_norm"}
+
+
+def test_item_logits_of_a_model_that_scales_its_embedding_are_those_of_its_head():
+    arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
+    params = small_bdlm.make_params(arm, bridge)
+    rows_XM, rows_IM = lm_step.id_rows(params, bridge=bridge, arm=arm)
+    np.testing.assert_array_equal(rows_IM, rows_XM[bridge.user_capacity :][: small_bdlm.N_ITEMS])
+    gemma = dataclasses.replace(bridge, lm=dataclasses.replace(bridge.lm, scale_embedding=True))
+    scaled_XM, scaled_IM = lm_step.id_rows(params, bridge=gemma, arm=arm)
+    np.testing.assert_array_equal(scaled_XM, rows_XM)
+    np.testing.assert_allclose(scaled_IM, rows_IM / small_bdlm.M**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "lm_width"), [(6, 16), (16, 6), (8, 8)])
+def test_the_bridge_keeps_the_size_of_rows_and_states_in_either_direction(width, lm_width):
+    bridge = sharing.init_bridge(jax.random.key(0), width=width, lm_width=lm_width, gain=0.5, out_std=0.3)
+    inner = min(width, lm_width)
+    for name in ("into", "out"):
+        values = np.linalg.svd(np.asarray(bridge[name]), compute_uv=False)
+        np.testing.assert_allclose(values, values[0], rtol=1e-5)
+        assert len(values) == inner
+    row_ND = jax.random.normal(jax.random.key(1), (4000, width))
+    state_NM = jax.random.normal(jax.random.key(2), (4000, lm_width))
+    norm = float(jnp.linalg.norm(row_ND @ bridge["into"], axis=1).mean())
+    assert norm == pytest.approx(0.5 * inner**0.5, rel=0.1)
+    assert float(sharing.bridge_out(bridge, state_NM).std()) == pytest.approx(0.3, rel=0.05)

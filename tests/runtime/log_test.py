@@ -1,0 +1,93 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bdlm_jax.runtime.log import MetricLog, read_metrics
+from bdlm_jax.types import InputError
+
+
+def write(folder, *steps, resume=None, **options):
+    with MetricLog(folder, resume=resume, tensorboard=False, **options) as log:
+        for stage, step in steps:
+            log.write(stage, step, {"loss": step / 2})
+
+
+def kept(folder):
+    return [(row["stage"], row["step"]) for row in read_metrics(folder)]
+
+
+def test_rows_hold_plain_numbers_and_are_there_at_once(tmp_path):
+    with MetricLog(tmp_path, tensorboard=False) as log:
+        log.write("lm", np.int64(3), {"loss": np.float32(0.5), "hits": 2})
+        (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row.pop("time") > 1.7e9
+    assert row == {"stage": "lm", "step": 3, "loss": 0.5, "hits": 2.0}
+
+
+def test_not_finite_stays_valid_json(tmp_path):
+    with MetricLog(tmp_path, tensorboard=False) as log:
+        log.write("lm", 1, {"loss": math.nan, "norm": math.inf})
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("resume", "stay"),
+    [
+        (("lm", 2), [("domain", 1), ("domain", 2), ("lm", 1), ("lm", 2)]),
+        (("lm", -1), [("domain", 1), ("domain", 2)]),
+        (("domain", 1), [("domain", 1)]),
+        (("mutual", 9), [("domain", 1), ("domain", 2), ("lm", 1), ("lm", 2), ("lm", 3), ("mutual", 1)]),
+        (("report", 0), [("domain", 1), ("domain", 2), ("lm", 1), ("lm", 2), ("lm", 3), ("mutual", 1)]),
+        (None, []),
+    ],
+)
+def test_a_resumed_run_drops_what_it_writes_again(tmp_path, resume, stay):
+    write(tmp_path, ("domain", 1), ("domain", 2), ("lm", 1), ("lm", 2), ("lm", 3), ("mutual", 1))
+    write(tmp_path, resume=resume)
+    assert kept(tmp_path) == stay
+
+
+def test_a_killed_and_resumed_run_holds_each_step_once(tmp_path):
+    write(tmp_path, ("lm", 1), ("lm", 2), ("lm", 3))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "lm", "st')
+    assert kept(tmp_path) == [("lm", 1), ("lm", 2), ("lm", 3)]
+    write(tmp_path, ("lm", 3), ("lm", 4), resume=("lm", 2))
+    assert kept(tmp_path) == [("lm", 1), ("lm", 2), ("lm", 3), ("lm", 4)]
+
+
+def test_errors(tmp_path):
+    assert read_metrics(tmp_path) == []
+    with MetricLog(tmp_path, tensorboard=False) as log, pytest.raises(InputError, match="called 'step'"):
+        log.write("lm", 1, {"step": 2.0})
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "lm", "step": 1}\n[1]\n{"stage": "lm", "step": 2}\n')
+    with pytest.raises(InputError, match="line 2: not a row"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_holds_the_rows_that_stay(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricLog(tmp_path, tensorboard=True) as log:
+        log.write("lm", 1, {"loss": 0.5})
+        log.write("lm", 2, {"loss": 0.25})
+    with MetricLog(tmp_path, resume=("lm", 1), tensorboard=True) as log:
+        log.write("lm", 2, {"loss": 0.125})
+    (path,) = (tmp_path / "tensorboard" / "lm").iterdir()
+    data, place, found = path.read_bytes(), 0, []
+    while place < len(data):
+        # A record: length (8 bytes), its checksum (4), the event, its checksum (4).
+        length = int.from_bytes(data[place : place + 8], "little")
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        place += 12 + length + 4
+    assert found == [("loss", 1, 0.5), ("loss", 2, 0.125)]
