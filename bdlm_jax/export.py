@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from bdlm_jax.serving import artefact as serving
-from bdlm_jax.serving import scores as scoring
-from bdlm_jax.serving.artefact import Catalogue, ServedLM
+from bdlm_jax.serving.artefact import ServedLM
+from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import InputError
 
 FORMATS = ("domain", "hf")
@@ -67,10 +67,10 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path
         InputError: no finished run, a domain model whose score is no inner product, or `out` is taken.
     """
     arm, catalogue = serving.load_domain_arm(workdir), serving.load_catalogue(workdir)
-    if arm.model not in scoring.DOT_MODELS:
+    if not arm.dot:
         raise InputError(
             f'{workdir} has the domain model "{arm.model}", whose score is no inner product of two rows: '
-            f"export a run with one of {', '.join(scoring.DOT_MODELS)}, or use bdlm_jax.recommend."
+            "export a run whose domain model scores by inner products, or use bdlm_jax.recommend."
         )
 
     def write(folder: Path) -> None:

@@ -5,22 +5,17 @@ line calls; with the domain arm neither needs JAX or the language model.
 """
 
 import argparse
-import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from bdlm_jax.serving import artefact as serving
 from bdlm_jax.serving import scores as scoring
-from bdlm_jax.serving.artefact import Catalogue
+from bdlm_jax.serving.catalogue import Catalogue, find_item, find_items, find_user, one_line
 from bdlm_jax.types import InputError
 
 ARMS = ("domain", "lm")
-_SUGGESTIONS = 5
 
 
 def recommend(
@@ -113,7 +108,7 @@ def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict
         InputError: see `recommend`.
     """
     catalogue, arm = serving.load_catalogue(workdir), serving.load_domain_arm(workdir)
-    target, found = _find_item(catalogue, item), []
+    target, found = find_item(catalogue, item), []
     for user, raw in enumerate(catalogue.user_ids):
         seen = catalogue.history(user)
         if target not in seen:
@@ -123,112 +118,22 @@ def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict
     return sorted(found, key=lambda one: one["rank"])[:k]
 
 
-def find_user(catalogue: Catalogue, user: str) -> int:
-    """Returns the index of a raw user id.
-
-    Raises:
-        InputError: it is not known; the message names ids that look alike.
-    """
-    user = str(user).strip()
-    if user not in catalogue.user_index:
-        near = _near(user, catalogue.user_ids) or catalogue.user_ids[:_SUGGESTIONS]
-        raise InputError(
-            f"user {user!r} is none of the {len(catalogue.user_ids)} of this run (known are {', '.join(near)}, …): "
-            "give a known id, or --history for a new user."
-        )
-    return catalogue.user_index[user]
-
-
-def find_items(catalogue: Catalogue, history: str | Sequence[str]) -> np.ndarray:
-    """Finds the items of a history given by raw ids and titles.
-
-    A string is cut at ; and , but a title may hold either: from the left, the longest run of pieces that is an id or a
-    title is taken, else the longest that is part of a title. Case does not matter in titles.
-
-    Args:
-        catalogue: of `serving.load_catalogue`.
-        history: one string, or a sequence of single names.
-
-    Returns:
-        (n,) int64 item indices in the order given, each once.
-
-    Raises:
-        InputError: nothing given, or an entry that names no item or several.
-    """
-    if isinstance(history, str):
-        found = _find_all(catalogue, history)
-    else:
-        found = [_find_item(catalogue, str(entry)) for entry in history]
-    if not found:
-        raise InputError("the history is empty: name at least one item by id or title.")
-    return np.array(list(dict.fromkeys(found)), np.int64)
-
-
-def _find_all(catalogue: Catalogue, text: str) -> list[int]:
-    pieces = re.split("([;,])", text)  # names at even places, the separators between them
-    found, start = [], 0
-    while start < len(pieces):
-        if not pieces[start].strip():
-            start += 2
-            continue
-        runs = {stop: "".join(pieces[start:stop]) for stop in range(len(pieces), start, -2)}
-        known = ((stop, name) for find in (_exact, _part) for stop, name in runs.items() if find(catalogue, name))
-        stop, name = next(known, (start + 1, pieces[start]))
-        found.append(_find_item(catalogue, name))
-        start = stop + 1
-    return found
-
-
-def _find_item(catalogue: Catalogue, name: str) -> int:
-    name = name.strip()
-    items = _exact(catalogue, name) or _part(catalogue, name)
-    if len(items) == 1:
-        return items[0]
-    if items:
-        shown = ", ".join(f"{catalogue.item_ids[i]} ({_line(catalogue.titles[i])})" for i in items[:_SUGGESTIONS])
-        raise InputError(f"{name!r} names {len(items)} items, such as {shown}: give the id of one.")
-    items = [catalogue.title_index[near][0] for near in _near(name.casefold(), catalogue.title_index)]
-    items += [catalogue.item_index[near] for near in _near(name, catalogue.item_index)]
-    shown = "; ".join(f"{_line(catalogue.titles[i])} ({catalogue.item_ids[i]})" for i in items[:_SUGGESTIONS])
-    hint = f"did you mean {shown}?" if shown else "give an id or a title of the run's catalogue."
-    raise InputError(f"{name!r} is no item id and no part of a title: {hint}")
-
-
-def _exact(catalogue: Catalogue, name: str) -> list[int]:
-    name = name.strip()
-    if name in catalogue.item_index:
-        return [catalogue.item_index[name]]
-    return catalogue.title_index.get(name.casefold(), [])
-
-
-def _part(catalogue: Catalogue, name: str) -> list[int]:
-    name = name.strip().casefold()
-    return [i for title, items in catalogue.title_index.items() if name and name in title for i in items]
-
-
-def _near(name: str, names) -> list[str]:
-    return difflib.get_close_matches(name, names, _SUGGESTIONS, cutoff=0.5)
-
-
 def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:
     return {"rank": rank, "item": catalogue.item_ids[item], "title": catalogue.titles[item], **more}
-
-
-def _line(text: str) -> str:
-    """A title on one line, without what a terminal would obey."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _table(rows: list[dict]) -> str:
     width = max([4, *(len(row["item"]) for row in rows)])
     lines = [f"rank  {'item':<{width}}  {'score':>9}  title"]
-    lines += [f"{row['rank']:>4}  {row['item']:<{width}}  {row['score']:>9.4f}  {_line(row['title'])}" for row in rows]
+    lines += [
+        f"{row['rank']:>4}  {row['item']:<{width}}  {row['score']:>9.4f}  {one_line(row['title'])}" for row in rows
+    ]
     return "\n".join(lines)
 
 
 def _explained(rows: list[dict]) -> str:
     lines = [
-        f"recommended: {row['item']} {_line(row['title'])} | in the LM's own words: {_line(row['words'])}"
+        f"recommended: {row['item']} {one_line(row['title'])} | in the LM's own words: {one_line(row['words'])}"
         for row in rows
     ]
     return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])

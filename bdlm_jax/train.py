@@ -24,13 +24,15 @@ from bdlm_jax.evaluation import scorers as models
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.run import checks as config_check
 from bdlm_jax.run import rows as lm_rows
-from bdlm_jax.run import stages
+from bdlm_jax.run import served, stages
 from bdlm_jax.run.prepare import KNOWN, prepare_data, prepare_vocabulary
 from bdlm_jax.run.stages import DOT_ARM, Run
 from bdlm_jax.runtime import distributed, parallel
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.progress import StopSignal, progress
-from bdlm_jax.serving import artefact as serving
+from bdlm_jax.serving import artefact
+from bdlm_jax.serving.artefact import ServedDomain, ServedLM
+from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
@@ -117,7 +119,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
             at_test = stages.make_test_arm(run)
             rows += _test(run, "bdlm_domain", lambda: models.domain_scorer(at_test, refreshed.params["domain"]))
             rows += _test(run, "bdlm_domain_unrefreshed", lambda: models.domain_scorer(arm, distilled.params["domain"]))
-            serving.write_serving(run, fitted.params["lm"], refreshed.params["domain"])
+            if not artefact.is_served(folder):
+                artefact.write_serving(
+                    folder,
+                    Catalogue(**served.catalogue_fields(run)),
+                    ServedDomain(**served.domain_fields(run, refreshed.params["domain"])),
+                    ServedLM(**served.lm_fields(run, fitted.params["lm"])),
+                )
 
         # Report.
         results = {"data": {**data.fingerprint, "name": _data_name(config)}, "rows": rows}

@@ -63,7 +63,7 @@ def test_a_model_that_is_no_inner_product_is_refused(tiny_run, tmp_path):
     _, workdir, _ = tiny_run
     shutil.copytree(workdir / "serving", tmp_path / "serving")
     path = tmp_path / "serving" / "serving.json"
-    path.write_text(re.sub('"lightgcn"', '"ncf"', path.read_text()))
+    path.write_text(path.read_text().replace('"lightgcn"', '"ncf"').replace('"dot": true', '"dot": false'))
     with pytest.raises(InputError, match='domain model "ncf", whose score is no inner product'):
         export.export_domain(workdir=tmp_path, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

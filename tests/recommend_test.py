@@ -5,6 +5,7 @@ import pytest
 
 from bdlm_jax import recommend
 from bdlm_jax.serving import artefact as serving
+from bdlm_jax.serving.catalogue import Catalogue, find_items, find_user, one_line
 from bdlm_jax.types import InputError
 
 TITLES = ["The Good, the Bad and the Ugly", "Alien", "Aliens", "Heat; and Dust", "Shoe", "shoe", "12 Monkeys", "Bad"]
@@ -13,7 +14,7 @@ TITLES = ["The Good, the Bad and the Ugly", "Alien", "Aliens", "Heat; and Dust",
 @pytest.fixture
 def catalogue():
     item_ids = [str(100 + i) for i in range(len(TITLES))]
-    return serving.Catalogue(["ann", "bob"], item_ids, TITLES, np.array([0, 1, 1]), np.array([0]))
+    return Catalogue(["ann", "bob"], item_ids, TITLES, np.array([0, 1, 1]), np.array([0]))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def catalogue():
     ],
 )
 def test_histories_are_read_by_id_and_title(catalogue, history, expected):
-    assert recommend.find_items(catalogue, history).tolist() == expected
+    assert find_items(catalogue, history).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -50,13 +51,13 @@ def test_histories_are_read_by_id_and_title(catalogue, history, expected):
 )
 def test_what_is_unknown_or_ambiguous_is_said_with_suggestions(catalogue, history, message):
     with pytest.raises(InputError, match=message):
-        recommend.find_items(catalogue, history)
+        find_items(catalogue, history)
 
 
 def test_an_unknown_user_is_said_with_ids_that_look_alike(catalogue):
-    assert recommend.find_user(catalogue, " bob ") == 1
+    assert find_user(catalogue, " bob ") == 1
     with pytest.raises(InputError, match=r"user 'anne' is none of the 2 of this run \(known are ann"):
-        recommend.find_user(catalogue, "anne")
+        find_user(catalogue, "anne")
 
 
 def test_a_title_cannot_drive_the_terminal():
@@ -121,8 +122,7 @@ def test_the_lm_explains_in_generated_words(tiny_run, capsys):
     plain = recommend.recommend(workdir=workdir, user="u004", arm="lm", k=3)
     assert [{name: row[name] for name in plain[0]} for row in rows] == plain
     assert lines == [
-        f"recommended: {row['item']} {row['title']} | in the LM's own words: {recommend._line(row['words'])}"
-        for row in rows
+        f"recommended: {row['item']} {row['title']} | in the LM's own words: {one_line(row['words'])}" for row in rows
     ]
     assert "generated" in last
     drawn = [*ask, "--temperature", "2", "--top_p", "0.9", "--format", "json"]

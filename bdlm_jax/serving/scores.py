@@ -8,8 +8,6 @@ import numpy as np
 from bdlm_jax.serving.artefact import ServedDomain, ServedLM
 from bdlm_jax.types import Array
 
-DOT_MODELS = ("lightgcn", "mf", "sasrec")  # score = inner product
-
 
 def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array | None = None) -> np.ndarray:
     """Scores the catalogue for a known user, or for a new one by history.
@@ -30,18 +28,15 @@ def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array 
     """
     if user is not None:
         state_D = arm.user_UD[user]
-    elif arm.model == "sasrec":
+    elif arm.reads_history:
         state_D = _sasrec_state(arm, np.asarray(history, np.int64))
     else:
         history = np.asarray(history, np.int64)
         weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
         state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
-    if arm.model in DOT_MODELS:
+    if arm.dot:
         return arm.item_ID @ state_D
-    from bdlm_jax.domain import ncf
-
-    scores = ncf.ncf_arm(width=arm.options["width"]).score(arm.domain, state_D[None], arm.item_ID)
-    return np.asarray(scores[0], np.float32)
+    return np.asarray(arm.arm.score(arm.domain, state_D[None], arm.item_ID)[0], np.float32)
 
 
 def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.ndarray:
@@ -156,7 +151,7 @@ def _sasrec_state(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
     from bdlm_jax.domain import sasrec
 
     rows_1L = sasrec.recent_history(np.array([0, len(history)]), history, length=arm.options["length"])
-    made = sasrec.sasrec_arm(rows_1L, width=arm.options["width"])
+    made = sasrec.sasrec_arm(rows_1L, width=arm.item_ID.shape[1])
     return np.asarray(jax.jit(made.encode)({"item": arm.item_ID}, arm.domain)[0][0])
 
 

@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,11 +10,12 @@ import pytest
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.evaluation import scorers as models
-from bdlm_jax.run import prepare, stages
+from bdlm_jax.run import prepare, served, stages
 from bdlm_jax.run import rows as lm_rows
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.serving import artefact as serving
 from bdlm_jax.serving import scores as scoring
+from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import InputError
 
 EVERYTHING = (TRAIN, VALIDATION, TEST)
@@ -99,16 +99,9 @@ def test_the_domain_arm_loads_without_jax_and_without_the_lm(run, tmp_path):
     assert done.stdout.strip() == "4 []", done.stderr
 
 
-def test_a_second_start_keeps_what_is_written(run):
-    before = (run.folder / "serving" / "serving.json").stat().st_mtime_ns
-    serving.write_serving(run, None, None)
-    assert (run.folder / "serving" / "serving.json").stat().st_mtime_ns == before
-    assert not (run.folder / "serving.partial").exists()
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, 'no finished run with "bdlm"'), ('{"format": 0}', "another version"), ('{"format"', "is no JSON")],
+    [(None, 'no finished run with "bdlm"'), ('{"format": 0}', "another version"), ('{"format"', "cannot be read")],
 )
 def test_what_cannot_be_served_is_said_in_a_sentence(tmp_path, text, message):
     if text is not None:
@@ -134,13 +127,18 @@ def test_params_with_lists_come_back_from_serving(run, tmp_path):
     """NCF's layers are a list: written as the run writes them, they score the same after loading."""
     config = run.config.copy_and_resolve_references()
     config.domain.model = "ncf"
-    changed = run._replace(config=config, folder=tmp_path)
+    changed = run._replace(config=config)
     own = params_of(run, "bdlm", "lm")
     params = own | {"domain": stages.make_arm(changed, "ncf").init(jax.random.key(3))}
-    serving.write_serving(changed, own | {"domain": {}}, params)
-    served = serving.load_domain_arm(tmp_path)
+    serving.write_serving(
+        tmp_path,
+        Catalogue(**served.catalogue_fields(run)),
+        serving.ServedDomain(**served.domain_fields(changed, params)),
+        serving.ServedLM(**served.lm_fields(run, own)),
+    )
+    loaded = serving.load_domain_arm(tmp_path)
     expected_UI = models.domain_scorer(stages.make_arm(changed, "ncf"), params).score(np.array([0, 1]))
-    np.testing.assert_allclose(scoring.domain_scores(served, user=1), expected_UI[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scoring.domain_scores(loaded, user=1), expected_UI[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_manifest_holds_what_the_lm_needs(run):
@@ -150,4 +148,4 @@ def test_the_manifest_holds_what_the_lm_needs(run):
     assert manifest["lm"]["prompts"]["max_tokens"] == run.config.prompts.length
     assert served.vocabulary.n_tokens == run.texts.vocabulary.n_tokens
     assert all(np.array_equal(a, b) for a, b in zip(served.titles, run.texts.titles, strict=True))
-    assert SimpleNamespace(**serving.load_domain_arm(run.folder).options).width == run.config.shared.width
+    assert serving.load_domain_arm(run.folder).options == {"length": run.config.prompts.max_items}

@@ -12,9 +12,11 @@ from bdlm_jax.serving import scores as scoring
 
 def served_domain(model, item_ID, degree_I, *, user_UD=None, domain=None, length=4):
     item_ID = np.asarray(item_ID, np.float32)
-    options = {"width": item_ID.shape[1], "length": length}
     user_UD = np.zeros((1, item_ID.shape[1]), np.float32) if user_UD is None else np.asarray(user_UD, np.float32)
-    return serving.ServedDomain(model, user_UD, item_ID, np.asarray(degree_I), domain or {}, options)
+    return serving.ServedDomain(
+        model, user_UD, item_ID, np.asarray(degree_I), domain or {}, {"length": length},
+        dot=model != "ncf", reads_history=model == "sasrec",
+    )  # fmt: skip
 
 
 def test_a_new_node_is_one_propagation_over_its_history():

@@ -1,0 +1,59 @@
+"""What a finished run hands to serving: the fields of its records, as plain arrays and facts."""
+
+import jax
+import numpy as np
+
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
+from bdlm_jax.lm import lora
+from bdlm_jax.mutual import lm_step
+from bdlm_jax.run.build import Run, lm_config, make_arm, make_bridge, make_test_arm
+from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.types import Params
+
+
+def catalogue_fields(run: Run) -> dict:
+    """Raw ids, titles and all that is known of who had what."""
+    table = run.data.split.interactions
+    indptr, item = run.data.split.histories(TRAIN, VALIDATION, TEST)
+    names = {"user_ids": table.user_ids, "item_ids": table.item_ids, "titles": table.item_fields["title"]}
+    return {**{name: column.tolist() for name, column in names.items()}, "indptr": indptr, "item": item}
+
+
+def domain_fields(run: Run, params: Params) -> dict:
+    """The domain arm's tables as they stand at test time, and what rebuilds the model."""
+    c = run.config
+    user_UD, item_ID = jax.jit(make_test_arm(run).encode)(params["shared"], params["domain"])
+    known = KNOWN["test"] if c.domain.test_graph == "train+validation" else KNOWN["validation"]
+    return {
+        "model": c.domain.model,
+        "user_UD": np.asarray(user_UD, np.float32),
+        "item_ID": np.asarray(item_ID, np.float32),
+        "degree_I": run.data.split.degree(*known),
+        "domain": params["domain"],
+        "options": {"length": c.prompts.max_items},
+        "dot": c.domain.model != "ncf",
+        "reads_history": c.domain.model == "sasrec",
+    }
+
+
+def lm_fields(run: Run, params: Params) -> dict:
+    """The decoder with its adapters merged, the rows of the id tokens, and what makes prompts."""
+    c = run.config
+    id_rows = jax.jit(lm_step.id_rows, static_argnames=("bridge", "arm"))
+    bridge = make_bridge(run, reads=c.mutual.reads)
+    rows_XM, _ = id_rows(params, bridge=bridge, arm=make_arm(run, c.domain.model))
+    return {
+        "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
+        "config": lm_config(run),
+        "id_rows_XM": np.asarray(rows_XM, np.float32),
+        "vocabulary": run.texts.vocabulary,
+        "titles": run.texts.titles,
+        "contexts": run.texts.contexts,
+        "prompts": {
+            "kind": c.prompts.kind,
+            "user_token": c.prompts.user_token,
+            "unnamed": not c.prompts.read_named,
+            "max_items": c.prompts.max_items,
+            "max_tokens": c.prompts.length,
+        },
+    }
