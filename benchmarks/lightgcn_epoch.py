@@ -21,6 +21,7 @@ from bdlm_jax.data import splits
 from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.sources import load_source
 from bdlm_jax.domain import graph, lightgcn
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.mutual import domain_epoch, options, sharing
 from bdlm_jax.types import TrainState
 
@@ -104,11 +105,10 @@ class OurLightGCN:
     """The package's LightGCN arm with the same width, depth, optimiser and regularisation."""
 
     def __init__(self, user_E, item_E, n_users, n_items, backend):
-        g = graph.make_graph(user_E, item_E, n_users=n_users, n_items=n_items)
         chosen = graph.choose_backend(n_users=n_users, n_items=n_items, n_edges=user_E.size)
         self.backend = chosen if backend == "auto" else backend
-        propagate = graph.make_propagate(g, n_users=n_users, n_items=n_items, backend=self.backend)
-        self.arm = lightgcn.lightgcn_arm(propagate, n_layers=LAYERS)
+        inputs = Inputs(WIDTH, n_users, n_items, user_E, item_E)
+        self.arm = lightgcn.lightgcn_arm(inputs, n_layers=LAYERS, backend=self.backend)
         self.constants = domain_epoch.make_epoch_constants(user_E, item_E, n_users=n_users, n_items=n_items)
         self.user_E, self.item_E = user_E, item_E
         shared = sharing.init_shared(jax.random.key(0), n_users=n_users, n_items=n_items, width=WIDTH)

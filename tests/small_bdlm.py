@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdlm_jax.domain import graph, lightgcn
+from bdlm_jax.domain import lightgcn
 from bdlm_jax.domain import negatives as sampling
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers as models
 from bdlm_jax.lm import causal_lm, prompts
 from bdlm_jax.lm import packing as batches
@@ -42,9 +43,8 @@ def make_edges():
 
 
 def make_arm(layer_weights="learned"):
-    sizes = {"n_users": N_USERS, "n_items": N_ITEMS}
-    propagate = graph.make_propagate(graph.make_graph(*make_edges(), **sizes), **sizes, backend="dense")
-    return lightgcn.lightgcn_arm(propagate, n_layers=2, layer_weights=layer_weights)
+    inputs = Inputs(D, N_USERS, N_ITEMS, *make_edges())
+    return lightgcn.lightgcn_arm(inputs, n_layers=2, layer_weights=layer_weights, backend="dense")
 
 
 def make_params(arm, bridge):

@@ -2,24 +2,24 @@
 
 import jax.numpy as jnp
 
-from bdlm_jax.domain.arm import DomainArm, dot_score
+from bdlm_jax.domain.arm import DomainArm, Inputs
+from bdlm_jax.domain.graph import make_graph, make_propagate
 
 LAYER_WEIGHTS = ("uniform", "learned")
 
 
-def lightgcn_arm(propagate, *, n_layers: int = 3, layer_weights: str = "uniform") -> DomainArm:
+def lightgcn_arm(
+    inputs: Inputs, *, n_layers: int = 3, layer_weights: str = "uniform", backend: str = "auto"
+) -> DomainArm:
     """Makes LightGCN: E⁰ = shared rows, Eᵏ⁺¹ = Â·Eᵏ, e = Σ_k α_k·Eᵏ, score = e_u·e_i.
 
-    Args:
-      propagate: (user_UD, item_ID) -> (user_UD, item_ID), one multiplication by Â (`graph.make_propagate`).
-      n_layers: K.
-      layer_weights: "uniform" α_k = 1/(K + 1); "learned" starts there and keeps α in domain["layer_weights"] (K+1,).
-
-    Returns:
-      A DomainArm. Source: He et al. 2020 (LightGCN), equations 3, 4 and 7; the learned weights are ours.
+    Weights are α_k = 1/(n_layers + 1), where "learned" ones start, kept in domain["layer_weights"]. Source: He et al.
+    2020 (LightGCN), equations 3, 4 and 7; the learned weights are ours.
     """
     if layer_weights not in LAYER_WEIGHTS:
         raise ValueError(f"layer_weights {layer_weights!r} is none of {LAYER_WEIGHTS}")
+    sizes = {"n_users": inputs.n_users, "n_items": inputs.n_items}
+    propagate = make_propagate(make_graph(inputs.user_E, inputs.item_E, **sizes), **sizes, backend=backend)
     uniform = 1.0 / (n_layers + 1)
 
     def init(key):
@@ -35,4 +35,4 @@ def lightgcn_arm(propagate, *, n_layers: int = 3, layer_weights: str = "uniform"
             user_UD, item_ID = user_UD + weights[layer] * user, item_ID + weights[layer] * item
         return user_UD, item_ID
 
-    return DomainArm(init=init, encode=encode, score=dot_score)
+    return DomainArm(init=init, encode=encode)

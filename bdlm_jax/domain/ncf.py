@@ -3,30 +3,22 @@
 import jax
 import jax.numpy as jnp
 
-from bdlm_jax.domain.arm import DomainArm
+from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.types import InputError
 
 
-def ncf_arm(*, width: int, hidden: tuple[int, ...] = (64, 32)) -> DomainArm:
+def ncf_arm(inputs: Inputs, *, hidden: tuple[int, ...] = (64, 32)) -> DomainArm:
     """Makes NeuMF over one embedding: score = Σ_d g_d·u_d·v_d + MLP([u; v]), relu between the layers.
 
     Both branches read the shared rows (the paper gives the MLP a second table; one table keeps everything that the
     model knows of a user where the LM can read it: ours). It starts as matrix factorisation: g = 1, last layer small.
     The first layer is split into a part of the user and a part of the item, so that scoring all pairs of (B, C) costs
-    B + C products of its width; memory is B·C·hidden[0], so score a large catalogue in chunks.
-
-    Args:
-      width: D of the shared rows.
-      hidden: widths of the MLP's hidden layers, at least one.
-
-    Returns:
-      A DomainArm. Source: He et al. 2017 (NCF), equations 9 to 12.
-
-    Raises:
-      InputError: no hidden layer.
+    B + C products of its width; memory is B·C·hidden[0], so score a large catalogue in chunks. Source: He et al. 2017
+    (NCF), equations 9 to 12.
     """
     if not hidden:
         raise InputError("ncf needs at least one hidden layer: give hidden=(64, 32), say.")
+    width = inputs.width
 
     def init(key):
         sizes = (2 * width, *hidden, 1)
@@ -38,6 +30,7 @@ def ncf_arm(*, width: int, hidden: tuple[int, ...] = (64, 32)) -> DomainArm:
         layers[-1]["kernel"] = 0.1 * layers[-1]["kernel"]
         return {"gmf": jnp.ones((width,)), "mlp": layers}
 
+    @jax.default_matmul_precision("highest")
     def score(domain, user_BD, item_CD):
         first, *rest = domain["mlp"]
         of_user_BH = user_BD @ first["kernel"][:width] + first["bias"]

@@ -3,118 +3,83 @@
 Rows are padded on the right: a causal state never looks at what stands after it, so padding needs no mask.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdlm_jax.domain.arm import DomainArm, dot_score
-from bdlm_jax.types import Array, InputError, Params
+from bdlm_jax.domain.arm import DomainArm, Inputs
+from bdlm_jax.types import Array, InputError
 
 PAD = -1
+KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+POSITION = nn.initializers.normal(0.02)
 
 
-def sasrec_arm(history_UL: Array, *, width: int, n_layers: int = 2, n_heads: int = 2, chunk: int = 512) -> DomainArm:
-    """Makes SASRec over fixed histories; score = state_u · shared item row.
+class States(nn.Module):
+    """(I, D) item rows and (B, L) histories -> (B, L+1, D): state t has read t items, so it is what predicts item t."""
 
-    Its `encode` reads the whole history, so training triples must take `user_before`: the state just before the
-    positive's place in the history, or the empty history's where the positive is older than the window.
+    n_blocks: int
+    n_heads: int
 
-    Args:
-      history_UL: (U, L) item indices in time order from the left, -1 after the end; `recent_history` builds it.
-      width: D of the shared rows.
-      n_layers: transformer blocks.
-      n_heads: heads, a divisor of `width`.
-      chunk: users encoded at a time; bounds memory at chunk · L · D and chunk · heads · L².
+    @nn.compact
+    def __call__(self, item_ID, history_BL):
+        (n_rows, length), width = history_BL.shape, item_ID.shape[1]
+        # An item row of LightGCN's scale (0.1) would drown in the positions; √D is the transformer's own remedy.
+        item_BLD = item_ID[jnp.maximum(history_BL, 0)] * width**0.5
+        start_B1D = jnp.broadcast_to(self.param("start", POSITION, (width,)), (n_rows, 1, width))
+        x = jnp.concatenate([start_B1D, item_BLD], axis=1) + self.param("position", POSITION, (length + 1, width))
+        causal = nn.make_causal_mask(x[..., 0])
+        for _ in range(self.n_blocks):
+            y = nn.LayerNorm()(x)
+            x += nn.MultiHeadDotProductAttention(self.n_heads, kernel_init=KERNEL, use_bias=False)(y, mask=causal)
+            y = nn.relu(nn.Dense(width, kernel_init=KERNEL)(nn.LayerNorm()(x)))
+            x += nn.Dense(width, kernel_init=KERNEL)(y)
+        return nn.LayerNorm()(x)
 
-    Returns:
-      A DomainArm; shared["user"] takes no part. Source: Kang and McAuley 2018, section III, with pre-normalisation, a
-      learned start token and without dropout (ours).
 
-    Raises:
-      InputError: n_heads does not divide width, or an item stands after padding.
+def sasrec_arm(inputs: Inputs, *, length: int, n_blocks: int = 2, n_heads: int = 2, chunk: int = 512) -> DomainArm:
+    """Makes SASRec over the last `length` items of each history; score = state_u · shared item row.
+
+    Its `encode` reads the whole history, so training triples take `user_before`: the state just before the positive's
+    place in the history, or the empty history's where the positive is older than the window. shared["user"] takes no
+    part. `chunk` users are encoded at a time. Source: Kang and McAuley 2018, section III, with pre-normalisation, a
+    learned start token and without dropout (ours).
     """
-    history = np.asarray(history_UL, np.int32)
-    if width % n_heads:
-        raise InputError(f"sasrec's width {width} is no multiple of its {n_heads} heads: change one of them.")
-    if np.any((history[:, 1:] >= 0) & (history[:, :-1] < 0)):
-        raise InputError("history_UL has an item after padding: fill rows from the left, with -1 after the end.")
-    history_UL = jnp.asarray(history)
+    if inputs.width % n_heads:
+        raise InputError(f"sasrec's width {inputs.width} is no multiple of its {n_heads} heads: change one of them.")
+    history_UL = jnp.asarray(recent_history(*inputs.histories, length=length))
+    states = States(n_blocks, n_heads)
 
     def init(key):
-        return init_sasrec(key, width=width, length=history.shape[1], n_layers=n_layers)
+        return states.init(key, jnp.zeros((1, inputs.width)), jnp.full((1, length), PAD))["params"]
 
-    def states(shared, domain, history_BL):
-        return sasrec_states(domain, jnp.asarray(shared["item"]), history_BL, n_heads=n_heads)
+    @jax.jit
+    def last_state(domain, item_ID, row_L):
+        return states.apply({"params": domain}, item_ID, row_L[None])[0, jnp.sum(row_L != PAD)]
 
     def encode(shared, domain):
-        @jax.checkpoint
-        def last_state(row_L):
-            return states(shared, domain, row_L[None])[0, jnp.sum(row_L >= 0)]
-
-        return jax.lax.map(last_state, history_UL, batch_size=chunk), shared["item"]
+        item_ID = jnp.asarray(shared["item"])
+        read_row = jax.checkpoint(lambda row_L: last_state(domain, item_ID, row_L))
+        return jax.lax.map(read_row, history_UL, batch_size=chunk), item_ID
 
     def user_before(shared, domain, user_B, positive_B):
         history_BL = history_UL[user_B]
         here_BL = history_BL == positive_B[:, None]
         place_B = jnp.where(here_BL.any(axis=1), jnp.argmax(here_BL, axis=1), 0)
-        return jnp.take_along_axis(states(shared, domain, history_BL), place_B[:, None, None], axis=1)[:, 0]
+        states_BLD = states.apply({"params": domain}, shared["item"], history_BL)
+        return jnp.take_along_axis(states_BLD, place_B[:, None, None], axis=1)[:, 0]
 
-    return DomainArm(init=init, encode=encode, score=dot_score, user_before=user_before)
+    def read(domain, item_ID, history_n):
+        return last_state(domain, item_ID, recent_history([0, len(history_n)], history_n, length=length)[0])
+
+    return DomainArm(init=init, encode=encode, user_before=user_before, read=read)
 
 
 def recent_history(indptr: Array, item: Array, *, length: int) -> np.ndarray:
-    """Keeps each user's last `length` items: CSR rows in time order -> (U, length) int32, -1 after the end."""
-    indptr, item = np.asarray(indptr), np.asarray(item)
-    count_U = np.minimum(np.diff(indptr), length)
-    rows_UL = np.full((count_U.size, length), PAD, np.int32)
-    for user, count in enumerate(count_U):
-        rows_UL[user, :count] = item[indptr[user + 1] - count : indptr[user + 1]]
-    return rows_UL
-
-
-def init_sasrec(key: Array, *, width: int, length: int, n_layers: int) -> Params:
-    """Draws the transformer's parameters: kernels with standard deviation 1/√fan-in, positions and start 0.02."""
-    keys = iter(jax.random.split(key, 2 + 6 * n_layers))
-
-    def kernel():
-        return jax.random.normal(next(keys), (width, width)) * width**-0.5
-
-    def norm():
-        return {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
-
-    start_D = 0.02 * jax.random.normal(next(keys), (width,))
-    position = 0.02 * jax.random.normal(next(keys), (length + 1, width))
-    blocks = [
-        {
-            "attention_norm": norm(),
-            **{name: kernel() for name in ("query", "key", "value", "out")},
-            "mlp_norm": norm(),
-            "up": {"kernel": kernel(), "bias": jnp.zeros((width,))},
-            "down": {"kernel": kernel(), "bias": jnp.zeros((width,))},
-        }
-        for _ in range(n_layers)
-    ]
-    return {"start": start_D, "position": position, "blocks": blocks, "final_norm": norm()}
-
-
-def sasrec_states(domain: Params, item_ID: Array, history_BL: Array, *, n_heads: int) -> Array:
-    """Returns (B, L+1, D): state t has read the first t items of the row, so it is what predicts item t."""
-    n_rows, length = history_BL.shape
-    width = item_ID.shape[1]
-    # An item row of LightGCN's scale (0.1) would drown in the positions; √D is the transformer's own remedy.
-    item_BLD = item_ID[jnp.maximum(history_BL, 0)] * width**0.5
-    start_B1D = jnp.broadcast_to(domain["start"], (n_rows, 1, width))
-    x = jnp.concatenate([start_B1D, item_BLD], axis=1) + domain["position"][: length + 1]
-    for block in domain["blocks"]:
-        y = _layer_norm(x, block["attention_norm"])
-        heads = [(y @ block[name]).reshape(n_rows, length + 1, n_heads, -1) for name in ("query", "key", "value")]
-        x = x + jax.nn.dot_product_attention(*heads, is_causal=True).reshape(x.shape) @ block["out"]
-        y = _layer_norm(x, block["mlp_norm"])
-        y = jax.nn.relu(y @ block["up"]["kernel"] + block["up"]["bias"])
-        x = x + y @ block["down"]["kernel"] + block["down"]["bias"]
-    return _layer_norm(x, domain["final_norm"])
-
-
-def _layer_norm(x, params):
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * params["scale"] + params["bias"]
+    """Keeps each user's last `length` items: rows in time order -> (U, length) int32, -1 after the end."""
+    indptr, item = np.asarray(indptr), np.append(np.asarray(item, np.int32), PAD)
+    count_U1 = np.minimum(np.diff(indptr), length)[:, None]
+    place_L = np.arange(length)
+    at_UL = np.where(place_L < count_U1, indptr[1:, None] - count_U1 + place_L, -1)
+    return item[at_UL]

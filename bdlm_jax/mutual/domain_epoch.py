@@ -33,6 +33,8 @@ def domain_losses(params, batch, view, constants, *, arm, bridge: Bridge | None,
             jnp.sum(jnp.square(rows), axis=-1) for rows in (shared["user"][u], shared["item"][i], shared["item"][j])
         )
         terms["regularisation"] = 0.5 * jnp.sum(w * norms_B), jnp.sum(w)
+    if arm.auxiliary and weights.auxiliary:
+        terms["auxiliary"] = arm.auxiliary(shared, domain, **batch["auxiliary"])
     if weights.align_item:
         n = batch["align_item"]
         scale = table_scale(item_ID)
@@ -103,21 +105,24 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
         def body(state, inputs):
             edge_B, key = inputs
             keys = jax.random.split(key, 4)
-            user_B = constants["edge_user_E"][edge_B]
+            user_B, item_B = constants["edge_user_E"][edge_B], constants["edge_item_E"][edge_B]
             drawn = (keys[0], constants["seen"])
             if "popularity" in constants:
                 negative_B = sampling.sample_popular_negatives(*drawn, constants["popularity"], user_B)
             else:
                 negative_B = sampling.sample_negatives(*drawn, user_B)
             negative_B = constants["warm_item_W"][negative_B]
-            pick = slots["bpr"]
+            weight_B, pick = (edge_B >= 0).astype(jnp.float32), slots["bpr"]
             batch = {
                 "user": user_B[pick],
-                "positive": constants["edge_item_E"][edge_B][pick],
+                "positive": item_B[pick],
                 "negative": negative_B[pick],
-                "weight": (edge_B >= 0).astype(jnp.float32)[pick],
+                "weight": weight_B[pick],
                 "align_item": jax.random.randint(keys[3], (batch_size,), 0, n_items)[pick],
             }
+            # Whole on every device, which may compare its rows; the key is none of those above.
+            auxiliary_key = jax.random.fold_in(key, len(keys))
+            batch["auxiliary"] = {"user_B": user_B, "item_B": item_B, "weight_B": weight_B, "key": auxiliary_key}
             if kl_users:
                 batch["kl_user"] = jax.random.randint(keys[1], (kl_users,), 0, n_users)[slots["kl"]]
             if kl_items:

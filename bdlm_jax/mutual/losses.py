@@ -12,7 +12,6 @@ from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, lm_hidden, text_lo
 from bdlm_jax.types import Array, Params
 
 NEVER = -1e9  # the logit of an item that cannot be the answer
-ALIGNMENTS = ("mse", "cosine", "infonce")
 
 
 def bpr_loss(positive_B: Array, negative_B: Array, weight_B: Array) -> tuple[Array, Array]:
@@ -129,42 +128,43 @@ def text_loss(
     return text_cross_entropy(params, config, hidden_BLM, batch["text_index"], batch["text_target"], chunk=chunk)
 
 
+def mse_align(student_ND: Array, teacher_ND: Array, **_) -> Array:
+    """Mean over dimensions of (s - t)²."""
+    return jnp.mean(jnp.square(student_ND - teacher_ND), axis=-1)
+
+
+def cosine_align(student_ND: Array, teacher_ND: Array, **_) -> Array:
+    """1 - cos(s, t)."""
+    return 1.0 - jnp.sum(_unit(student_ND) * _unit(teacher_ND), axis=-1)
+
+
+def infonce_align(
+    student_ND: Array, teacher_ND: Array, *, weight_N: Array, axis_name: str | None = None, temperature: float = 0.1
+) -> Array:
+    """Cross-entropy of cos(s, t)/temperature, the negatives the teachers of all devices' other rows above weight 0."""
+    negatives, allowed, offset = _unit(teacher_ND), weight_N > 0, 0
+    if axis_name is not None:
+        negatives = jax.lax.all_gather(negatives, axis_name, tiled=True)
+        allowed = jax.lax.all_gather(allowed, axis_name, tiled=True)
+        offset = jax.lax.axis_index(axis_name) * student_ND.shape[0]
+    logits = _unit(student_ND) @ negatives.T / temperature
+    own = jnp.arange(student_ND.shape[0]) + offset
+    allowed = allowed[None, :] | (own[:, None] == jnp.arange(negatives.shape[0])[None, :])
+    return optax.softmax_cross_entropy_with_integer_labels(jnp.where(allowed, logits, NEVER), own)
+
+
+ALIGN = {"mse": mse_align, "cosine": cosine_align, "infonce": infonce_align}
+WHOLE_BATCH = frozenset({"infonce"})  # those that compare a row with the other rows of the batch
+
+
 def align_loss(
-    student_ND: Array, teacher_ND: Array, weight_N: Array, *, kind: str, temperature: float = 0.1, axis_name=None
+    student_ND: Array, teacher_ND: Array, weight_N: Array, *, kind: str, axis_name: str | None = None
 ) -> tuple[Array, Array]:
-    """Pulls one arm's representations towards the other's (METHOD `align`; the paper's exact form is unknown: ours).
+    """Pulls one arm's representations towards the other's, as ALIGN[kind] says for each row.
 
-    mse: mean over dimensions of (s - t)²; cosine: 1 - cos(s, t); infonce: cross-entropy of cos(s, t)/temperature with
-    the other rows' teachers of the whole batch as negatives.
-
-    Args:
-      student_ND: (N, D) representations that receive the gradient.
-      teacher_ND: (N, D) targets; the caller has stopped their gradient.
-      weight_N: (N,) row weights; 0 leaves a row out, as a negative too.
-      kind: "mse", "cosine" or "infonce".
-      temperature: of infonce only.
-      axis_name: the mapped axis over which infonce gathers its negatives, or None.
-
-    Returns:
-      (weighted sum over rows, sum of weights).
+    METHOD `align`; the paper's exact form is unknown: ours. A row of weight 0 is left out, as a negative too.
     """
-    if kind == "mse":
-        rows_N = jnp.mean(jnp.square(student_ND - teacher_ND), axis=-1)
-    elif kind == "cosine":
-        rows_N = 1.0 - jnp.sum(_unit(student_ND) * _unit(teacher_ND), axis=-1)
-    elif kind == "infonce":
-        negatives, allowed = _unit(teacher_ND), weight_N > 0
-        offset = 0
-        if axis_name is not None:
-            negatives = jax.lax.all_gather(negatives, axis_name, tiled=True)
-            allowed = jax.lax.all_gather(allowed, axis_name, tiled=True)
-            offset = jax.lax.axis_index(axis_name) * student_ND.shape[0]
-        logits = _unit(student_ND) @ negatives.T / temperature
-        own = jnp.arange(student_ND.shape[0]) + offset
-        allowed = allowed[None, :] | (own[:, None] == jnp.arange(negatives.shape[0])[None, :])
-        rows_N = optax.softmax_cross_entropy_with_integer_labels(jnp.where(allowed, logits, -1e9), own)
-    else:
-        raise ValueError(f"align kind {kind!r} is none of {ALIGNMENTS}")
+    rows_N = ALIGN[kind](student_ND, teacher_ND, weight_N=weight_N, axis_name=axis_name)
     return jnp.sum(weight_N * rows_N), jnp.sum(weight_N)
 
 

@@ -18,20 +18,24 @@ class LMWeights:
 
 @dataclasses.dataclass(frozen=True)
 class DomainWeights:
-    """Weights of the domain arm's losses; `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it."""
+    """Weights of the domain arm's losses; `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it.
+
+    `auxiliary` is the domain model's own loss, which the model has weighted already.
+    """
 
     bpr: float = 1.0
     regularisation: float = 1e-4
     align_user: float = 0.0
     align_item: float = 0.0
     kl: float = 0.0
+    auxiliary: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Bridge:
     """How the two arms meet: static facts of the model that every step needs.
 
-    `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGNMENTS`; `temperature`
+    `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGN`; `temperature`
     the T of the score-level term; capacities are those of the vocabulary.
     """
 

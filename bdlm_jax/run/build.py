@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data.splits import TRAIN, check_training_edges, seen_mask
-from bdlm_jax.domain import graph, lightgcn, mf, ncf, sasrec
-from bdlm_jax.domain.arm import DomainArm
+from bdlm_jax.domain import models
+from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.lm import hf_config as families
 from bdlm_jax.lm import hf_weights as huggingface
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
-DOT_ARM = mf.mf_arm()  # stands in where no domain model takes part
+DOT_ARM = models.make_arm("mf", Inputs(width=1), {})  # stands in where no domain model takes part
 
 
 def lm_config(run: Run) -> causal_lm.LMConfig:
@@ -122,17 +122,10 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = (TRAIN,)) -> Doma
     data, c = run.data, run.config.domain
     user_E, item_E = data.split.edges(*parts)
     check_training_edges(data.split, user_E, item_E, allowed=parts)
-    sizes = {"n_users": data.n_users, "n_items": data.n_items}
-    if model == "lightgcn":
-        made = graph.make_graph(user_E, item_E, **sizes)
-        propagate = graph.make_propagate(made, **sizes, backend=c.backend)
-        return lightgcn.lightgcn_arm(propagate, n_layers=c.n_layers, layer_weights=c.layer_weights)
-    if model == "mf":
-        return mf.mf_arm()
-    if model == "ncf":
-        return ncf.ncf_arm(width=run.config.shared.width)
-    history = sasrec.recent_history(*data.split.histories(*parts), length=run.config.prompts.max_items)
-    return sasrec.sasrec_arm(history, width=run.config.shared.width)
+    inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E)
+    settings = {name: c[name] for name in ("n_layers", "layer_weights", "backend")}
+    settings |= {"length": run.config.prompts.max_items, **c.get("options", {})}
+    return models.make_arm(model, inputs, settings)
 
 
 def make_test_arm(run: Run) -> DomainArm:

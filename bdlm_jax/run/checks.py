@@ -14,8 +14,10 @@ import ml_collections
 from bdlm_jax.data import amazon, movielens, sources
 from bdlm_jax.data import twins as synthetic
 from bdlm_jax.domain.graph import BACKENDS
+from bdlm_jax.domain.models import MODELS as DOMAIN_MODELS
 from bdlm_jax.lm.prompts import USER_TOKENS
 from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual.losses import ALIGN, WHOLE_BATCH
 from bdlm_jax.run import build as arms
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime import sharding as mesh
@@ -108,14 +110,14 @@ RULES = {
     "shared.width": _whole(1), "shared.std": _positive(), "shared.trained_by": _word("both", "lm", "domain", "none"),
     "shared.initial": _word("domain", "random"),
     "domain.popularity": _number(0),
-    "domain.model": _word("lightgcn", "mf", "ncf", "sasrec"), "domain.n_layers": _whole(0),
+    "domain.model": _word(*DOMAIN_MODELS), "domain.n_layers": _whole(0),
     "domain.layer_weights": _word("uniform", "learned"), "domain.backend": _word(*BACKENDS),
     "domain.learning_rate": _positive(), "domain.regularisation": _number(0), "domain.batch_size": _whole(1),
     "domain.epochs": _whole(1), "domain.evaluate_every": _whole(1),
     "domain.test_graph": _word("train", "train+validation"),
     "mf.learning_rate": _positive(), "mf.regularisation": _number(0), "mf.epochs": _whole(1),
     "lm_alone.ids_times": _positive(), "lm_alone.text_epochs": _positive(),
-    "mutual.reads": _word("layer0", "propagated"), "mutual.align": _word("mse", "cosine", "infonce"),
+    "mutual.reads": _word("layer0", "propagated"), "mutual.align": _word(*ALIGN),
     "mutual.user_dropout": _number(0, 1.0001), "mutual.learning_rate_bridge": _positive(),
     "mutual.temperature": _positive(), "mutual.rounds": _whole(0), "mutual.lm_epochs": _number(0),
     "mutual.lm_epochs_a_round": _number(0), "mutual.domain_epochs_a_round": _whole(0),
@@ -241,8 +243,11 @@ def _check_lm(config) -> None:
     lm = config.lm
     if lm.path and lm.config:
         raise InputError("config.lm.path and lm.config are both set; the weights of a path have their own config.json.")
-    if lm.accumulate > 1 and config.mutual.align == "infonce":
-        raise InputError("config.lm.accumulate needs mutual.align mse or cosine: infonce compares a whole batch.")
+    if lm.accumulate > 1 and config.mutual.align in WHOLE_BATCH:
+        others = " or ".join(name for name in ALIGN if name not in WHOLE_BATCH)
+        raise InputError(
+            f"config.lm.accumulate needs mutual.align {others}: {config.mutual.align} compares a whole batch."
+        )
     if lm.batch_rows % lm.accumulate:
         raise InputError(
             f"config.lm.batch_rows {lm.batch_rows} does not divide into lm.accumulate {lm.accumulate} parts."

@@ -21,8 +21,8 @@ def catalogue_fields(run: Run) -> dict:
 
 def domain_fields(run: Run, params: Params) -> dict:
     """The domain arm's tables as they stand at test time, and what rebuilds the model."""
-    c = run.config
-    user_UD, item_ID = jax.jit(make_test_arm(run).encode)(params["shared"], params["domain"])
+    c, arm = run.config, make_test_arm(run)
+    user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
     known = KNOWN["test"] if c.domain.test_graph == "train+validation" else KNOWN["validation"]
     return {
         "model": c.domain.model,
@@ -30,9 +30,9 @@ def domain_fields(run: Run, params: Params) -> dict:
         "item_ID": np.asarray(item_ID, np.float32),
         "degree_I": run.data.split.degree(*known),
         "domain": params["domain"],
-        "options": {"length": c.prompts.max_items},
-        "dot": c.domain.model != "ncf",
-        "reads_history": c.domain.model == "sasrec",
+        "options": {"length": c.prompts.max_items, **c.domain.get("options", {})},
+        "dot": arm.dot,
+        "reads_history": arm.read is not None,
     }
 
 

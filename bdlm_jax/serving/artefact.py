@@ -51,9 +51,9 @@ class ServedDomain:
     @cached_property
     def arm(self):
         """The model itself, over no interactions."""
-        from bdlm_jax.domain import ncf
+        from bdlm_jax.domain.models import Inputs, make_arm
 
-        return ncf.ncf_arm(width=self.item_ID.shape[1])
+        return make_arm(self.model, Inputs(self.item_ID.shape[1]), self.options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array 
     if user is not None:
         state_D = arm.user_UD[user]
     elif arm.reads_history:
-        state_D = _sasrec_state(arm, np.asarray(history, np.int64))
+        state_D = np.asarray(arm.arm.read(arm.domain, arm.item_ID, np.asarray(history, np.int64)))
     else:
         history = np.asarray(history, np.int64)
         weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
@@ -143,16 +143,6 @@ def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: in
     return prompts.history_prompt(
         arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **options
     )
-
-
-def _sasrec_state(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
-    import jax
-
-    from bdlm_jax.domain import sasrec
-
-    rows_1L = sasrec.recent_history(np.array([0, len(history)]), history, length=arm.options["length"])
-    made = sasrec.sasrec_arm(rows_1L, width=arm.item_ID.shape[1])
-    return np.asarray(jax.jit(made.encode)({"item": arm.item_ID}, arm.domain)[0][0])
 
 
 def _last_state(arm: ServedLM, batch: dict, at: int) -> np.ndarray:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdlm_jax.domain.graph import make_graph, make_propagate
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.lightgcn import lightgcn_arm
 from bdlm_jax.domain.mf import mf_arm
 from bdlm_jax.domain.ncf import ncf_arm
-from bdlm_jax.domain.sasrec import recent_history, sasrec_arm, sasrec_states
+from bdlm_jax.domain.sasrec import States, recent_history, sasrec_arm
 from bdlm_jax.types import InputError
 
 N_USERS, N_ITEMS, WIDTH, LENGTH = 6, 7, 4, 5
@@ -33,14 +33,13 @@ def history_rows():
 @pytest.fixture(scope="module")
 def arms():
     user = np.repeat(np.arange(N_USERS), [len(row) for row in HISTORY])
-    graph = make_graph(user, np.concatenate(HISTORY).astype(int), n_users=N_USERS, n_items=N_ITEMS)
-    propagate = make_propagate(graph, n_users=N_USERS, n_items=N_ITEMS, backend="dense")
+    inputs = Inputs(WIDTH, N_USERS, N_ITEMS, user, np.concatenate(HISTORY).astype(int))
     return {
-        "mf": mf_arm(),
-        "lightgcn": lightgcn_arm(propagate, n_layers=2),
-        "learned": lightgcn_arm(propagate, n_layers=2, layer_weights="learned"),
-        "ncf": ncf_arm(width=WIDTH, hidden=(6, 3)),
-        "sasrec": sasrec_arm(history_rows(), width=WIDTH, n_layers=1, n_heads=2, chunk=4),
+        "mf": mf_arm(inputs),
+        "lightgcn": lightgcn_arm(inputs, n_layers=2, backend="dense"),
+        "learned": lightgcn_arm(inputs, n_layers=2, layer_weights="learned"),
+        "ncf": ncf_arm(inputs, hidden=(6, 3)),
+        "sasrec": sasrec_arm(inputs, length=LENGTH, n_blocks=1, n_heads=2, chunk=4),
     }
 
 
@@ -81,7 +80,7 @@ def test_lightgcn_is_the_mean_of_the_powers(arms, shared):
     only_first = {"layer_weights": jnp.array([1.0, 0.0, 0.0])}
     np.testing.assert_allclose(arms["learned"].encode(shared, only_first)[0], shared["user"], atol=1e-7)
     with pytest.raises(ValueError, match="layer_weights"):
-        lightgcn_arm(None, layer_weights="softmax")
+        lightgcn_arm(Inputs(width=4), layer_weights="softmax")
 
 
 def test_ncf_equals_the_concatenated_form(arms, shared):
@@ -99,7 +98,7 @@ def test_ncf_equals_the_concatenated_form(arms, shared):
         )
         assert float(got[user, item]) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="hidden"):
-        ncf_arm(width=4, hidden=())
+        ncf_arm(Inputs(width=4), hidden=())
 
 
 def test_recent_history_keeps_the_last_in_order():
@@ -110,7 +109,7 @@ def test_recent_history_keeps_the_last_in_order():
 @pytest.fixture(scope="module")
 def sasrec(arms):
     domain = jax.jit(arms["sasrec"].init)(jax.random.key(1))
-    states = jax.jit(lambda item_ID, rows: sasrec_states(domain, item_ID, rows, n_heads=2))
+    states = jax.jit(lambda item_ID, rows: States(1, 2).apply({"params": domain}, item_ID, rows))
     before = jax.jit(lambda shared, user, positive: arms["sasrec"].user_before(shared, domain, user, positive))
     return domain, states, before
 
@@ -141,8 +140,6 @@ def test_sasrec_before_never_sees_the_positive(sasrec, shared):
     assert np.flatnonzero(np.abs(np.asarray(gradient)).sum(axis=1)).tolist() == [0, 1]
 
 
-def test_sasrec_refuses_holes_and_odd_heads():
-    with pytest.raises(InputError, match="after padding"):
-        sasrec_arm(np.array([[1, -1, 2]]), width=4)
+def test_sasrec_refuses_odd_heads():
     with pytest.raises(InputError, match="heads"):
-        sasrec_arm(np.array([[1, 2]]), width=5, n_heads=2)
+        sasrec_arm(Inputs(width=5), length=3, n_heads=2)

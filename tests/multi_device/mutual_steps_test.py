@@ -7,7 +7,7 @@ import small_bdlm
 
 from bdlm_jax.mutual import domain_epoch
 from bdlm_jax.mutual import optimizer as optimizers
-from bdlm_jax.mutual.losses import ALIGNMENTS
+from bdlm_jax.mutual.losses import ALIGN
 from bdlm_jax.runtime.parallel import compile_step
 
 LM_OPTIMIZER = small_bdlm.make_optimizer(domain=optimizers.FROZEN)
@@ -44,7 +44,7 @@ def run(compiled, params, optimizer, batches, view, constants):
 
 # "infonce" alone gathers over the devices; a case costs three compilations of four seconds.
 QUICK = [(train_lm, "infonce"), (train_domain, "cosine")]
-SLOW = [(train, align) for align in ALIGNMENTS for train in (train_lm, train_domain) if (train, align) not in QUICK]
+SLOW = [(train, align) for align in ALIGN for train in (train_lm, train_domain) if (train, align) not in QUICK]
 
 
 @pytest.mark.parametrize(("train", "align"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])

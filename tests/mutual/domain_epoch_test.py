@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from bdlm_jax.domain.graph import make_graph, make_propagate
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.lightgcn import lightgcn_arm
 from bdlm_jax.domain.mf import mf_arm
-from bdlm_jax.domain.sasrec import recent_history, sasrec_arm
+from bdlm_jax.domain.sasrec import sasrec_arm
 from bdlm_jax.mutual import domain_epoch, options
 from bdlm_jax.types import InputError, TrainState
 
@@ -47,8 +47,7 @@ def make_epoch(arm, optimizer, user, item, *, batch_size, regularisation=1e-4, p
 
 
 def lightgcn(user, item):
-    sizes = {"n_users": N_USERS, "n_items": N_ITEMS}
-    return lightgcn_arm(make_propagate(make_graph(user, item, **sizes), **sizes), n_layers=2)
+    return lightgcn_arm(Inputs(WIDTH, N_USERS, N_ITEMS, user, item), n_layers=2)
 
 
 def batch_terms(arm, params, u, i, j, weight):
@@ -62,7 +61,7 @@ def batch_terms(arm, params, u, i, j, weight):
 def test_loss_by_hand():
     shared = {"user": jnp.array([[1.0, 2.0]]), "item": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
     one = jnp.array([0])
-    terms = batch_terms(mf_arm(), {"shared": shared, "domain": {}}, one, one, jnp.array([1]), jnp.ones(1))
+    terms = batch_terms(mf_arm(Inputs(WIDTH)), {"shared": shared, "domain": {}}, one, one, jnp.array([1]), jnp.ones(1))
     assert float(terms["bpr"]) == pytest.approx(np.log(1 + np.exp(-(3.0 - 2.0))), rel=1e-6)
     assert float(terms["regularisation"]) == pytest.approx(((1 + 4) + 9 + 1) / 2)
 
@@ -112,7 +111,7 @@ def test_epoch_takes_every_edge_once_and_ignores_the_padding():
     table[:, 0] = np.sqrt(8.0 ** np.arange(4))
     params = {"shared": {"user": jnp.asarray(table), "item": jnp.zeros((7, WIDTH))}, "domain": {}}
     optimizer = optax.sgd(0.0)
-    epoch = make_epoch(mf_arm(), optimizer, user, item, batch_size=10, n=(4, 7))
+    epoch = make_epoch(mf_arm(Inputs(WIDTH)), optimizer, user, item, batch_size=10, n=(4, 7))
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))
     _, metrics = epoch(state)
     assert float(metrics["regularisation"]) == pytest.approx((2 * 1 + 1 * 8 + 3 * 64 + 1 * 512) / 2 / 7, rel=1e-5)
@@ -136,8 +135,8 @@ def test_cold_items_are_nobodys_negative():
 
 def test_sasrec_trains_through_the_state_before():
     user, item = blocks()
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=N_USERS))])
-    arm, optimizer = sasrec_arm(recent_history(indptr, item, length=8), width=WIDTH, n_layers=1), optax.adam(1e-2)
+    arm = sasrec_arm(Inputs(WIDTH, N_USERS, N_ITEMS, user, item), length=8, n_blocks=1)
+    optimizer = optax.adam(1e-2)
     epoch = make_epoch(arm, optimizer, user, item, batch_size=64)
     state, first = epoch(start(arm, optimizer))
     for _ in range(8):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bdlm_jax.domain import ncf, sasrec
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.lm import generate
 from bdlm_jax.serving import artefact as serving
 from bdlm_jax.serving import scores as scoring
@@ -30,17 +31,16 @@ def test_a_new_node_is_one_propagation_over_its_history():
 
 def test_sasrec_reads_a_new_history():
     length, width = 4, 4
-    domain = sasrec.init_sasrec(jax.random.key(0), width=width, length=length, n_layers=2)
+    domain = sasrec.sasrec_arm(Inputs(width=width), length=length).init(jax.random.key(0))
     item_ID = jax.random.normal(jax.random.key(1), (3, width))
-    states = jax.jit(sasrec.sasrec_states, static_argnames="n_heads")
-    state_D = states(domain, item_ID, np.array([[2, 0, 1, -1]]), n_heads=2)[0, 3]
+    state_D = sasrec.States(2, 2).apply({"params": domain}, item_ID, np.array([[2, 0, 1, -1]]))[0, 3]
     served = served_domain("sasrec", item_ID, [1, 1, 1], domain=domain, length=length)
     new_I = scoring.domain_scores(served, history=[2, 0, 1])
     np.testing.assert_allclose(new_I, item_ID @ state_D, rtol=1e-4, atol=1e-5)
 
 
 def test_ncf_scores_by_its_own_network():
-    arm = ncf.ncf_arm(width=4)
+    arm = ncf.ncf_arm(Inputs(width=4))
     domain = arm.init(jax.random.key(0))
     item_ID, user_UD = jax.random.normal(jax.random.key(1), (3, 4)), jax.random.normal(jax.random.key(2), (2, 4))
     served = served_domain("ncf", item_ID, [1, 1, 1], user_UD=user_UD, domain=domain)
