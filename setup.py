@@ -32,7 +32,6 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pandas>=2.2",
-        "rax>=0.4",
         "safetensors>=0.6",
         "scipy>=1.14",
         "tokenizers>=0.22",
@@ -52,6 +51,7 @@ setup(
             "nbformat>=5.10",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "rax>=0.4",
             # Its formatter changes with its minor version; .pre-commit-config.yaml names the same.
             "ruff~=0.17.0",
             "tensorboardX>=2.6",

@@ -191,7 +191,7 @@ def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
                 f"{path} was written with another config.{changed[0]}; choose a new --workdir, or the old settings."
             )
     write_json(path, resolved)
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy", "rax")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy")
     write_json(
         folder / "environment.json",
         {

@@ -2,6 +2,7 @@
 
 The LM arm reads every user once and scores the whole catalogue from that one state (restricted logits); the domain arm
 encodes once and takes inner products; the text-only LM weighs candidates by the likelihood of their titles.
+What is compiled stands here once, with the model as an argument: a later validation finds it compiled.
 """
 
 from functools import partial
@@ -10,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdlm_jax.domain.arm import DomainArm
+from bdlm_jax.domain.arm import DomainArm, dot_score
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.mutual import sharing
-from bdlm_jax.mutual.lm_step import id_rows
+from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import Bridge
 from bdlm_jax.runtime import placement
 from bdlm_jax.runtime.progress import progress
 from bdlm_jax.types import Array, Params
+
+# Neighbours in a ranking differ by less than an accelerator's default rounding (TF32, bfloat16).
+_exact = jax.default_matmul_precision("highest")
 
 
 def popularity_scorer(degree_I: np.ndarray) -> CatalogueScorer:
@@ -30,69 +33,12 @@ def popularity_scorer(degree_I: np.ndarray) -> CatalogueScorer:
 
 def domain_scorer(arm: DomainArm, params: Params) -> CatalogueScorer:
     """Scores items by the domain arm; the propagation runs once, here."""
-    params = _near(params)
-    user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
-    score = jax.jit(lambda user_B: arm.score(params["domain"], user_UD[user_B], item_ID))
-    return CatalogueScorer(score)
+    return _pair_scorer(domain_view(arm, params), arm.score)
 
 
 def state_scorer(state_UM: Array, rows_IM: Array) -> CatalogueScorer:
     """Scores items by h_u · row_i, the LM's logits restricted to the item tokens."""
-    state_UM, rows_IM = jnp.asarray(state_UM), jnp.asarray(rows_IM)
-    score = jax.jit(lambda user_B: state_UM[user_B] @ rows_IM.T)
-    return CatalogueScorer(score)
-
-
-def read_states(
-    params: Params, packed: Packed, *, arm: DomainArm, bridge: Bridge, n_users: int, n_items: int, batch_rows: int = 64
-) -> dict[str, np.ndarray]:
-    """Runs the LM over prompts and collects the states where users and items are read.
-
-    Args:
-      params: the whole tree.
-      packed: rows with `user` or `card_item` reads.
-      arm: the domain arm, for the rows that the LM reads.
-      bridge: static facts of the model.
-      n_users: U.
-      n_items: I.
-      batch_rows: rows a forward pass.
-
-    Returns:
-      {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
-    """
-    params = _near(params)
-    rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
-    state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
-    state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
-    batch_rows = min(batch_rows, max(len(packed), 1))
-    starts = range(0, len(packed), batch_rows)
-    for start in progress(starts, description="reading states"):
-        batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
-        placed = placement.spread_rows(batch, params["lm"]["embedding"])
-        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
-        for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
-            where = batch[target] >= 0
-            out[batch[target][where]] = np.asarray(states, np.float32)[where]
-    return {"user": state_UM, "item": state_IM, "rows_item": np.asarray(rows_IM, np.float32)}
-
-
-def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.ndarray]) -> Params:
-    """Makes what the domain arm learns from: the LM's user states and item rows, and both read in the sharing width."""
-    bridge = params["lm"]["bridge"]
-    return {
-        "state_user": states["user"],
-        "rows_item": states["rows_item"],
-        "z_user": sharing.bridge_out(bridge, states["user"]),
-        "z_item": sharing.bridge_out(bridge, cards["item"]),
-    }
-
-
-def domain_view(arm: DomainArm, params: Params) -> Params:
-    """Makes what the LM arm learns from: the domain arm's representations."""
-    params = _near(params)
-    user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
-    view = {"user": user_UD, "item": item_ID}
-    return view | ({"domain": params["domain"]} if params["domain"] else {})
+    return _pair_scorer({"user": jnp.asarray(state_UM), "item": jnp.asarray(rows_IM)}, dot_score)
 
 
 def text_scorer(
@@ -104,31 +50,68 @@ def text_scorer(
 
     Args:
       params: params["lm"], adapters and all.
-      config: its shape.
-      prefixes: (U, P) tokens and mask, from `lm_rows.text_prefixes`.
-      continuations: (I, T) tokens and mask, from `lm_rows.title_continuations`.
+      prefixes: (U, P) tokens and mask.
+      continuations: (I, T) tokens and mask.
       users_at_once: rows a call; memory grows with users × candidates × title tokens.
     """
-    prefix_UP, prefix_mask_UP = prefixes
-    title_IT, title_mask_IT = continuations
+    (prefix_UP, prefix_mask_UP), (title_IT, title_mask_IT) = prefixes, continuations
     _, same_I = np.unique(np.where(title_mask_IT, title_IT, -1), axis=0, return_inverse=True)
     same_I = same_I.reshape(-1)
-    likelihood = jax.jit(lambda lm, *arrays: causal_lm.continuation_log_likelihood(lm, config, *arrays))
 
-    def score(user_B: np.ndarray, items_BC: np.ndarray) -> np.ndarray:
+    def score(user_B: np.ndarray, items_BC: np.ndarray) -> Array:
         parts = []
         for start in range(0, len(user_B), users_at_once):
             rows = np.minimum(np.arange(start, start + users_at_once), len(user_B) - 1)
             users, items = user_B[rows], np.maximum(items_BC[rows], 0)
-            scores = np.asarray(
-                likelihood(params, prefix_UP[users], prefix_mask_UP[users], title_IT[items], title_mask_IT[items])
-            )
+            arrays = prefix_UP[users], prefix_mask_UP[users], title_IT[items], title_mask_IT[items]
             title_BC = same_I[items]
             first_BC = np.argmax(title_BC[:, :, None] == title_BC[:, None, :], axis=2)
-            parts.append(np.take_along_axis(scores, first_BC, axis=1))
+            parts.append(np.take_along_axis(np.asarray(_title_likelihood(params, config, *arrays)), first_BC, axis=1))
         return jnp.asarray(np.concatenate(parts)[: len(user_B)])
 
     return CandidateScorer(score)
+
+
+def read_states(
+    params: Params, packed: Packed, *, arm: DomainArm, bridge: Bridge, n_users: int, n_items: int, batch_rows: int = 64
+) -> dict[str, np.ndarray]:
+    """Runs the LM over prompts and collects the states where users and items are read.
+
+    Returns:
+      {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
+    """
+    params = _near(params)
+    rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
+    state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
+    state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
+    batch_rows = min(batch_rows, max(len(packed), 1))
+    for start in progress(range(0, len(packed), batch_rows), description="reading states"):
+        batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
+        placed = placement.spread_rows(batch, params["lm"]["embedding"])
+        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
+        for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
+            where = batch[target] >= 0
+            out[batch[target][where]] = np.asarray(states, np.float32)[where]
+    return {"user": state_UM, "item": state_IM, "rows_item": np.asarray(rows_IM, np.float32)}
+
+
+def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.ndarray]) -> Params:
+    """What the domain arm learns from: the LM's user states and item rows, and both read in the sharing width."""
+    bridge = params["lm"]["bridge"]
+    return {
+        "state_user": states["user"],
+        "rows_item": states["rows_item"],
+        "z_user": sharing.bridge_out(bridge, states["user"]),
+        "z_item": sharing.bridge_out(bridge, cards["item"]),
+    }
+
+
+def domain_view(arm: DomainArm, params: Params) -> Params:
+    """What the LM arm learns from: the domain arm's representations."""
+    params = _near(params)
+    user_UD, item_ID = _encode(params["shared"], params["domain"], arm=arm)
+    view = {"user": user_UD, "item": item_ID}
+    return view | ({"domain": params["domain"]} if params["domain"] else {})
 
 
 def _near(params: Params) -> Params:
@@ -136,11 +119,27 @@ def _near(params: Params) -> Params:
     return params | placement.gather_spread({name: params[name] for name in ("shared", "domain")})
 
 
-_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(id_rows)
+def _pair_scorer(view: Params, score) -> CatalogueScorer:
+    return CatalogueScorer(lambda user_B: _pair_scores(view, user_B, score=score))
+
+
+@partial(jax.jit, static_argnames="score")
+@_exact
+def _pair_scores(view, user_B, *, score):
+    return score(view.get("domain", {}), view["user"][user_B], view["item"])
+
+
+@partial(jax.jit, static_argnames="arm")
+@_exact
+def _encode(shared, domain, *, arm: DomainArm):
+    return arm.encode(shared, domain)
+
+
+_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(_exact(lm_step.id_rows))
+_title_likelihood = partial(jax.jit, static_argnums=1)(causal_lm.continuation_log_likelihood)
 
 
 @partial(jax.jit, static_argnames="config")
 def _read(lm, batch, rows_XM, *, config: causal_lm.LMConfig):
     hidden_BLM = causal_lm.lm_hidden(lm, config, batch["tokens"], batch["positions"], batch["segments"], rows_XM)
-    take = causal_lm.gather_positions
-    return take(hidden_BLM, batch["user_index"]), take(hidden_BLM, batch["card_index"])
+    return tuple(causal_lm.gather_positions(hidden_BLM, batch[name]) for name in ("user_index", "card_index"))

@@ -1,4 +1,4 @@
-"""Comparing two models on the same cases, and what a ranking at random reaches."""
+"""Comparing two models on the same cases, how far a mean can be trusted, and what a ranking at random reaches."""
 
 import math
 from typing import NamedTuple
@@ -21,18 +21,10 @@ class Margin(NamedTuple):
 
 
 def relative_margin(user_N: np.ndarray, ours_N: np.ndarray, theirs_N: np.ndarray) -> Margin:
-    """Compares two models on the same cases, paired by user.
+    """Compares a metric of two models on the same cases, paired by user.
 
     r = Σ ours / Σ theirs, margin r - 1, s² = n/(n-1) · Σ_u (ours_u - r·theirs_u)² / (Σ theirs)² over users u, interval
     r - 1 ± 1.96 s. Source: the linearised variance of a ratio estimator with clusters (textbook).
-
-    Args:
-      user_N: (N,) the user of each case.
-      ours_N: (N,) a metric of each case.
-      theirs_N: (N,) the same for the baseline.
-
-    Returns:
-      Margin.
     """
     _, index = np.unique(user_N, return_inverse=True)
     ours_U, theirs_U = np.bincount(index, ours_N), np.bincount(index, theirs_N)
@@ -44,13 +36,13 @@ def relative_margin(user_N: np.ndarray, ours_N: np.ndarray, theirs_N: np.ndarray
     return Margin(ratio - 1, ratio - 1 - 1.96 * error, ratio - 1 + 1.96 * error)
 
 
-def chance_level(metric: str, others_N: np.ndarray) -> float:
-    """Returns what a ranking at random (without ties) reaches on average.
+def mean_half_width(values_N: np.ndarray) -> float:
+    """Half the 95 % interval of a mean over two or more cases: 1.96 s/√n."""
+    return 1.96 * float(np.std(values_N, ddof=1)) / math.sqrt(len(values_N))
 
-    Args:
-      metric: as `metrics.case_metric` knows it.
-      others_N: (N,) candidates beside the target.
-    """
+
+def chance_level(metric: str, others_N: np.ndarray) -> float:
+    """What a ranking at random (without ties) reaches on average among each case's others."""
     if metric == "auc":
         return 0.5
     values = []

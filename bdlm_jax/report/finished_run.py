@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
-from bdlm_jax.evaluation.statistics import chance_level
+from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
 from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
@@ -91,7 +91,7 @@ def half_width(run: Finished, key) -> float | None:
     if part == "all" or counts is None or len(counts.user) < 2 or len(counts.user) != run.cells[key][1]:
         return None
     values = case_metric(metric.split("/")[0], counts.better, counts.equal, counts.others)
-    return 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean_half_width(values)
 
 
 def chance_of(run: Finished, part: str, metric: str) -> float | None:
