@@ -76,7 +76,7 @@ def make_ours(vocabulary, encoded, histories, config, *, kind, length, batch_siz
             params["lm"], config, batch["tokens"], batch["positions"], batch["segments"], params["rows"]
         )
         states = gather_positions(hidden_BLM, batch["item_index"])
-        items_IM = params["rows"][vocabulary.user_capacity :].astype(states.dtype)
+        items_IM = params["rows"][vocabulary.n_users :].astype(states.dtype)
         logits = jnp.einsum("btm,im->bti", states, items_IM, preferred_element_type=jnp.float32)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["item_target"], 0))
         has = batch["item_target"] >= 0

@@ -25,8 +25,8 @@ DOMAIN_ALL = DomainWeights(bpr=1.0, regularisation=1e-2, align_user=0.2, align_i
 
 
 def make_vocabulary() -> Vocabulary:
-    """Numbers the tokens without a tokenizer; capacities lie above the counts."""
-    made = Vocabulary(None, N_USERS, N_ITEMS, user_capacity=N_USERS + 2, item_capacity=N_ITEMS + 1)
+    """Numbers the tokens without a tokenizer."""
+    made = Vocabulary(None, N_USERS, N_ITEMS)
     made.__dict__.update(n_text=N_TEXT, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
     return made
 
@@ -35,7 +35,7 @@ def make_bridge(*, reads="propagated", align="mse", dropout=0.0, temperature=1.5
     lm = causal_lm.LMConfig(
         vocab_size=N_TEXT, width=M, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=12, dropout=dropout
     )
-    return Bridge(lm, N_USERS + 2, N_ITEMS + 1, reads=reads, align=align, temperature=temperature)
+    return Bridge(lm, reads=reads, align=align, temperature=temperature)
 
 
 def make_edges():

@@ -67,7 +67,7 @@ def lm_hidden(
         tokens_BL: (B, L) integer tokens.
         positions_BL: (B, L) rotary positions, restarting in each segment.
         segments_BL: (B, L) segment numbers; 0 is padding.
-        id_rows_XM: (X, M) rows of the id tokens (users, then items, each up to capacity), or None for text only.
+        id_rows_XM: (X, M) rows of the id tokens (users, then items), or None for text only.
         dropout_key_B: (B,) typed keys, one for each row, so that no number depends on how a batch is split over
             devices; None turns dropout off.
 

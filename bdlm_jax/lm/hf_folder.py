@@ -83,8 +83,8 @@ def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     tokenizer, known = copy.deepcopy(vocabulary.tokenizer), vocabulary.tokenizer.get_vocab()
     first = max(known.values()) + 1
     names = [f"<unused_{token}>" for token in range(first, vocabulary.n_text)]
-    names += [f"<uid_{user}>" for user in range(vocabulary.user_capacity)]
-    names += [f"<iid_{item}>" for item in range(vocabulary.item_capacity)]
+    names += [f"<uid_{user}>" for user in range(vocabulary.n_users)]
+    names += [f"<iid_{item}>" for item in range(vocabulary.n_items)]
     if taken := [name for name in names if name in known]:
         raise InputError(f"the run's tokenizer has a text token {taken[0]} already: train with another tokenizer.")
     # Not single_word: a title may begin right behind its <iid>.

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bdlm_jax.lm.prompts import Prompt
 from bdlm_jax.types import InputError
 
 # name of the positions, name of the targets, for the four kinds of target lists
@@ -34,7 +35,6 @@ class Packed:
         text_index, text_target: (R, TT) positions from which the next text token is predicted, and that token.
         user_index, user: (R, TU) positions where a user's state is read, and that user.
         card_index, card_item: (R, TC) positions where an item's state is read, and that item.
-        prompt_row, prompt_start, prompt_stop: (N,) where the n-th prompt given to `pack` lies.
     """
 
     tokens: np.ndarray
@@ -48,17 +48,12 @@ class Packed:
     user: np.ndarray
     card_index: np.ndarray
     card_item: np.ndarray
-    prompt_row: np.ndarray
-    prompt_start: np.ndarray
-    prompt_stop: np.ndarray
 
     def __len__(self) -> int:
-        """R, the number of rows."""
         return len(self.tokens)
 
     @property
     def length(self) -> int:
-        """L, the tokens of a row."""
         return self.tokens.shape[1]
 
     def n_steps(self, batch_size: int) -> int:
@@ -66,14 +61,7 @@ class Packed:
         return -(-len(self) // batch_size)
 
     def rows(self, row_B: np.ndarray) -> dict[str, np.ndarray]:
-        """Takes some rows, in the given order: what evaluation walks through.
-
-        Args:
-            row_B: (B,) row numbers.
-
-        Returns:
-            The dict of `batch`.
-        """
+        """Takes rows by number, in the given order, as the dict of `batch`: what evaluation walks through."""
         row_B = np.asarray(row_B, np.int32)
         names = ("tokens", "positions", "segments", *(name for pair in LISTS for name in pair))
         return {**{name: getattr(self, name)[row_B] for name in names}, "row": row_B}
@@ -101,14 +89,11 @@ class Packed:
             seed: of the permutations, the target subsets and the dropped user tokens.
             max_text_targets: keep at most this many text targets of each row, drawn anew for every step.
             uid_dropout: probability, for each segment, that its user token is shown as `unnamed_user`.
-            user_tokens: the tokens of users (`Vocabulary.user_tokens`), needed for `uid_dropout`.
-            unnamed_user: the token <user>, needed for `uid_dropout`.
+            user_tokens: `Vocabulary.user_tokens`, needed for `uid_dropout`, as is
+            unnamed_user: the token <user>.
 
         Returns:
             {"tokens", "positions", "segments": (B, L), the eight lists of `LISTS`: (B, T·), "row": (B,)}, all int32.
-
-        Raises:
-            InputError: if there are no rows, or `uid_dropout` lacks its tokens.
         """
         if not len(self):
             raise InputError("there is no prompt to make a batch of: the training data are empty.")
@@ -131,23 +116,8 @@ class Packed:
         return batch
 
 
-def pack(prompts: Sequence, length: int, *, pad: int = 0, max_text_targets: int | None = None, seed: int = 0) -> Packed:
-    """Packs prompts into rows, each into the first row that has room for it, in the order given.
-
-    Args:
-        prompts: objects with the fields of `lm.prompts.Prompt`.
-        length: L.
-        pad: the padding token.
-        max_text_targets: keep at most this many text targets of each row, a subset drawn once with `seed`
-            (`Packed.batch` can draw it anew for every step).
-        seed: of that subset.
-
-    Returns:
-        A Packed; no prompt is cut.
-
-    Raises:
-        InputError: if a prompt is longer than `length`.
-    """
+def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
+    """Packs prompts into rows of L = `length`, each whole into the first row that has room for it, in their order."""
     size_N = np.fromiter((len(prompt.tokens) for prompt in prompts), np.int64, len(prompts))
     if len(prompts) and size_N.max() > length:
         worst = int(size_N.argmax())
@@ -177,28 +147,11 @@ def pack(prompts: Sequence, length: int, *, pad: int = 0, max_text_targets: int 
         at_N = np.fromiter((getattr(prompt, at) for prompt in prompts), np.int64, len(prompts))
         has = value_N >= 0
         lists[index], lists[target] = _target_lists(row_N[has], (start_N + at_N)[has], value_N[has], n_rows)
-    if max_text_targets is not None:
-        generator = np.random.default_rng(seed)
-        lists["text_index"], lists["text_target"] = _subset(
-            lists["text_index"], lists["text_target"], max_text_targets, generator
-        )
-    return Packed(
-        tokens, positions, segments, **lists, prompt_row=row_N, prompt_start=start_N, prompt_stop=start_N + size_N
-    )
+    return Packed(tokens, positions, segments, **lists)
 
 
 def concatenate(parts: Sequence[Packed]) -> Packed:
-    """Joins sets of rows of the same length into one, so that their prompts mix in every batch.
-
-    Args:
-        parts: at least one Packed.
-
-    Returns:
-        A Packed whose rows and prompts are those of the parts, in order; target lists are padded to the widest.
-
-    Raises:
-        InputError: if the parts differ in length.
-    """
+    """Joins sets of rows of one length, in order, so that their prompts mix in every batch."""
     lengths = {part.length for part in parts}
     if len(lengths) != 1:
         raise InputError(f"packed sets of lengths {sorted(lengths)} cannot be joined: pack them with one length.")
@@ -209,10 +162,6 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
         for name, fill in zip(pair, (0, -1)):
             width = max(getattr(part, name).shape[1] for part in parts)
             joined[name] = np.concatenate([_widen(getattr(part, name), width, fill) for part in parts])
-    offsets = np.cumsum([0] + [len(part) for part in parts[:-1]])
-    joined["prompt_row"] = np.concatenate([part.prompt_row + offset for part, offset in zip(parts, offsets)])
-    for name in ("prompt_start", "prompt_stop"):
-        joined[name] = np.concatenate([getattr(part, name) for part in parts])
     return Packed(**joined)
 
 

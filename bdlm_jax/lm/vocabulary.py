@@ -1,7 +1,7 @@
 """The LM's vocabulary: a byte-level tokenizer for text, then one token for each user and each item.
 
-Text tokens are 0…V-1, user u is V + u, item i is V + user_capacity + i. Capacities above the counts leave room to grow
-without moving any token. Text that looks like a special or an id token is encoded as the plain text it is.
+Text tokens are 0…V-1, user u is V + u, item i is V + U + i. Text that looks like a special or an id token is encoded as
+the plain text it is.
 """
 
 import dataclasses
@@ -26,17 +26,9 @@ _ROUND_TO = 8  # matrix units and shardings like a round number of rows
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE, so that any text can be encoded.
+    """Trains a byte-level BPE with the specials <pad> <bos> <eos> <user> <item>, so that any text can be encoded.
 
-    Args:
-        texts: the training texts.
-        vocab_size: wanted number of tokens, at least 261 (256 bytes and 5 specials); little text yields fewer.
-
-    Returns:
-        A fast tokenizer with the specials <pad> <bos> <eos> <user> <item>.
-
-    Raises:
-        InputError: if `vocab_size` is too small.
+    `vocab_size` is at least 261 (256 bytes and 5 specials); little text yields fewer tokens than wanted.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(_SPECIALS):
@@ -56,17 +48,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Loads a transformers tokenizer directory, or GPT-2's two files, and adds the specials it lacks.
 
+    The folder holds tokenizer.json (and tokenizer_config.json, which names its specials), or vocab.json and merges.txt.
     A tokenizer's own beginning and end tokens are kept; padding is never shared with them.
-
-    Args:
-        folder: holds tokenizer.json (and tokenizer_config.json, which names its specials), or vocab.json and
-            merges.txt.
-
-    Returns:
-        A fast tokenizer that has the five specials.
-
-    Raises:
-        InputError: if the folder holds neither.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -86,12 +69,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Writes a tokenizer as a transformers tokenizer directory, for `load_tokenizer`.
-
-    Args:
-        folder: made if it is missing.
-        tokenizer: what to save.
-    """
+    """Writes a tokenizer as a transformers tokenizer directory, for `load_tokenizer`."""
     tokenizer.save_pretrained(str(folder))
 
 
@@ -126,28 +104,13 @@ class Vocabulary:
         tokenizer: of `train_tokenizer` or `load_tokenizer`.
         n_users: U.
         n_items: I.
-        user_capacity: rows kept for users, at least U (default U).
-        item_capacity: rows kept for items, at least I (default I).
         min_text: V is at least this many rows (a pretrained model may have more rows than its tokenizer has tokens).
-
-    Raises:
-        InputError: if a capacity is below its count.
     """
 
     tokenizer: PreTrainedTokenizerFast
     n_users: int
     n_items: int
-    user_capacity: int | None = None
-    item_capacity: int | None = None
     min_text: int = 0
-
-    def __post_init__(self):
-        for what, count in (("user", self.n_users), ("item", self.n_items)):
-            capacity = getattr(self, f"{what}_capacity")
-            if capacity is None:
-                object.__setattr__(self, f"{what}_capacity", count)
-            elif capacity < count:
-                raise InputError(f"{what}_capacity {capacity} is below the {count} {what}s: raise it.")
 
     @cached_property
     def n_text(self) -> int:
@@ -157,8 +120,8 @@ class Vocabulary:
 
     @property
     def n_rows(self) -> int:
-        """X: rows of the id tokens, user_capacity + item_capacity: what `lm_hidden` is given as `id_rows_XM`."""
-        return self.user_capacity + self.item_capacity
+        """X = U + I, rows of the id tokens: what `lm_hidden` is given as `id_rows_XM`."""
+        return self.n_users + self.n_items
 
     @property
     def n_tokens(self) -> int:
@@ -167,17 +130,16 @@ class Vocabulary:
 
     @cached_property
     def pad(self) -> int:
-        """The padding token."""
         return int(self.tokenizer.pad_token_id)
 
     @cached_property
     def bos(self) -> int:
-        """The token that begins a prompt."""
+        """Begins a prompt."""
         return int(self.tokenizer.bos_token_id)
 
     @cached_property
     def eos(self) -> int:
-        """The token that ends a title or a document."""
+        """Ends a title or a document."""
         return int(self.tokenizer.eos_token_id)
 
     @cached_property
@@ -192,21 +154,19 @@ class Vocabulary:
 
     @property
     def user_tokens(self) -> range:
-        """The tokens of users, up to capacity."""
-        return range(self.n_text, self.n_text + self.user_capacity)
+        return range(self.n_text, self.n_text + self.n_users)
 
     @property
     def item_tokens(self) -> range:
-        """The tokens of items, up to capacity."""
-        return range(self.n_text + self.user_capacity, self.n_tokens)
+        return range(self.n_text + self.n_users, self.n_tokens)
 
     def user_token(self, user: Array) -> Array:
         """V + user, for one user or an array."""
         return self.n_text + user
 
     def item_token(self, item: Array) -> Array:
-        """V + user_capacity + item, for one item or an array."""
-        return self.n_text + self.user_capacity + item
+        """V + U + item, for one item or an array."""
+        return self.n_text + self.n_users + item
 
     def items_of(self, tokens: Array) -> np.ndarray:
         """The items named in a token array, in order (text and user tokens are left out)."""
@@ -215,14 +175,7 @@ class Vocabulary:
         return tokens[tokens >= first] - first
 
     def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts; whatever they hold, no special and no id token comes out.
-
-        Args:
-            texts: strings.
-
-        Returns:
-            One int32 array for each text.
-        """
+        """Encodes texts, each to an int32 array; whatever they hold, no special and no id token comes out."""
         backend = self.tokenizer.backend_tokenizer
         before = backend.encode_special_tokens
         backend.encode_special_tokens = True
@@ -233,14 +186,7 @@ class Vocabulary:
         return [np.asarray(one.ids, np.int32) for one in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Writes tokens as text for people, id tokens as <uid_7> and <iid_7>.
-
-        Args:
-            tokens: any tokens of this vocabulary.
-
-        Returns:
-            One string.
-        """
+        """Writes tokens as text for people, id tokens as <uid_7> and <iid_7>."""
         pieces, text = [], []
         for token in [*map(int, tokens), None]:
             if token is not None and token < self.n_text:

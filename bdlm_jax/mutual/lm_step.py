@@ -21,10 +21,8 @@ def id_rows(params: Params, *, bridge: Bridge, arm: DomainArm) -> tuple[Array, A
     """Returns the LM's extended rows (X, M) and its output rows of the items (I, M), both from the shared tables."""
     user_UD, item_ID = sharing.read_tables(params["shared"], params["domain"], encode=arm.encode, reads=bridge.reads)
     maps = params["lm"]["bridge"]
-    rows_XM = sharing.id_rows(
-        maps, user_UD, item_ID, user_capacity=bridge.user_capacity, item_capacity=bridge.item_capacity
-    )
-    rows_IM = rows_XM[bridge.user_capacity : bridge.user_capacity + item_ID.shape[0]]
+    rows_XM = sharing.id_rows(maps, user_UD, item_ID)
+    rows_IM = rows_XM[user_UD.shape[0] :]
     # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.
     return rows_XM, rows_IM * bridge.lm.width**-0.5 if bridge.lm.scale_embedding else rows_IM
 

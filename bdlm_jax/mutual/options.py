@@ -36,12 +36,10 @@ class Bridge:
     """How the two arms meet: static facts of the model that every step needs.
 
     `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGN`; `temperature`
-    the T of the score-level term; capacities are those of the vocabulary.
+    the T of the score-level term.
     """
 
     lm: causal_lm.LMConfig
-    user_capacity: int
-    item_capacity: int
     reads: str = "layer0"
     align: str = "mse"
     temperature: float = 1.0

@@ -70,22 +70,9 @@ def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[
     return shared["user"], shared["item"]
 
 
-def id_rows(bridge: Params, user_UD: Array, item_ID: Array, *, user_capacity: int, item_capacity: int) -> Array:
-    """Computes the rows of `<uid>` and `<iid>` in the LM's extended vocabulary.
-
-    Args:
-      bridge: the bridge's parameters.
-      user_UD: (U, D) user rows.
-      item_ID: (I, D) item rows.
-      user_capacity: rows kept for users, at least U; the spare ones are zero.
-      item_capacity: rows kept for items, at least I.
-
-    Returns:
-      (user_capacity + item_capacity, M) rows, users first.
-    """
-    user_UM, item_IM = user_UD @ bridge["into"], item_ID @ bridge["into"]
-    pad = lambda rows, capacity: jnp.pad(rows, ((0, capacity - rows.shape[0]), (0, 0)))  # noqa: E731
-    return jnp.concatenate([pad(user_UM, user_capacity), pad(item_IM, item_capacity)])
+def id_rows(bridge: Params, user_UD: Array, item_ID: Array) -> Array:
+    """Computes the rows (X, M) of `<uid>` and `<iid>` in the LM's extended vocabulary, users first."""
+    return jnp.concatenate([user_UD @ bridge["into"], item_ID @ bridge["into"]])
 
 
 def item_rows(bridge: Params, item_ID: Array) -> Array:

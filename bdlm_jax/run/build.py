@@ -106,11 +106,9 @@ def _read_config_json(path: str) -> dict:
 
 def make_bridge(run: Run, *, reads: str) -> Bridge:
     """The static facts of how the arms meet."""
-    vocabulary, m = run.texts.vocabulary, run.config.mutual
+    m = run.config.mutual
     return Bridge(
         lm=lm_config(run),
-        user_capacity=vocabulary.user_capacity,
-        item_capacity=vocabulary.item_capacity,
         reads=reads,
         align=m.align,
         temperature=m.temperature,

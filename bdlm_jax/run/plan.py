@@ -308,9 +308,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> arms.Run:
         histories=lambda *parts: (np.zeros(n_users + 1, np.int64), nothing),
     )
     own = arms.own_lm_config(config).vocab_size if config.lm.path or config.lm.config else config.tokenizer.vocab_size
-    vocabulary = SimpleNamespace(
-        n_text=-(-own // 8) * 8, user_capacity=n_users, item_capacity=n_items, user_tokens=None, unnamed_user=None
-    )
+    vocabulary = SimpleNamespace(n_text=-(-own // 8) * 8, user_tokens=None, unnamed_user=None)
     config.dry_run.n_users, config.dry_run.n_items = n_users, n_items
     data = SimpleNamespace(n_users=n_users, n_items=n_items, split=split)
     return arms.Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))

@@ -100,7 +100,7 @@ def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_
         max_tokens: stop behind this many tokens.
 
     Returns:
-        A Packed of R rows without id tokens; its prompts are the segments.
+        A Packed of R rows without id tokens.
 
     Raises:
         InputError: if there is no text.
@@ -132,7 +132,6 @@ def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_
         return padded.reshape(n_rows, length)
 
     nothing_0, nothing_1 = np.zeros((n_rows, 0), np.int32), np.zeros((n_rows, 0), np.int32)
-    stops = np.append(starts[1:], len(flat))
     return Packed(
         tokens=rows(flat, vocabulary.pad),
         positions=rows(position, 0),
@@ -141,9 +140,6 @@ def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_
         text_target=rows(np.where(continues, np.append(flat[1:], 0), -1), -1),
         **{name: nothing_0 for name in ("item_index", "user_index", "card_index")},
         **{name: nothing_1 for name in ("item_target", "user", "card_item")},
-        prompt_row=starts // length,
-        prompt_start=starts % length,
-        prompt_stop=stops - starts // length * length,
     )
 
 
@@ -162,17 +158,8 @@ def mix(parts: list[tuple[Packed | None, float]], *, seed: int) -> Packed:
 
 
 def take_rows(packed: Packed, row_R: np.ndarray) -> Packed:
-    """Keeps some rows of a set, with the prompts that lie in them."""
-    fields = {name: value for name, value in packed.rows(row_R).items() if name != "row"}
-    place = np.full(len(packed), -1)
-    place[row_R] = np.arange(len(row_R))
-    kept = place[packed.prompt_row] >= 0
-    return Packed(
-        **fields,
-        prompt_row=place[packed.prompt_row][kept],
-        prompt_start=packed.prompt_start[kept],
-        prompt_stop=packed.prompt_stop[kept],
-    )
+    """Keeps some rows of a set."""
+    return Packed(**{name: value for name, value in packed.rows(row_R).items() if name != "row"})
 
 
 def text_prefixes(config: ml_collections.ConfigDict, data, texts: Texts, *, parts) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
         tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
         save_safetensors(folder / "lm.safetensors", {"lm": lm.params, "id_rows": lm.id_rows_XM, **tokens})
         numbers.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        facts = ("n_users", "n_items", "user_capacity", "item_capacity")
+        facts = ("n_users", "n_items")
         manifest = {
             "format": FORMAT,
             "domain": {

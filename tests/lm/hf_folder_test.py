@@ -26,8 +26,8 @@ def _looped_layers():
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    """261 tokens in 264 rows, and a spare row each for a user and an item."""
-    made = Vocabulary(train_tokenizer([], 261), n_users=4, n_items=6, user_capacity=5, item_capacity=7)
+    """261 tokens in 264 rows, then 5 users and 7 items."""
+    made = Vocabulary(train_tokenizer([], 261), n_users=5, n_items=7)
     assert (made.n_text, len(made.tokenizer)) == (264, 261)
     return made
 

@@ -47,8 +47,6 @@ def test_first_fit_by_hand():
     assert packed.text_index.tolist() == [[3], [1]] and packed.text_target.tolist() == [[32], [23]]
     assert packed.user_index.tolist() == [[2], [0]] and packed.user.tolist() == [[4], [-1]]
     assert packed.card_index.tolist() == [[0], [3]] and packed.card_item.tolist() == [[-1], [9]]
-    assert packed.prompt_row.tolist() == [0, 1, 0, 1]
-    assert packed.prompt_start.tolist() == [0, 0, 3, 4] and packed.prompt_stop.tolist() == [3, 4, 5, 5]
 
 
 def test_padding_is_segment_zero():
@@ -67,12 +65,15 @@ def test_every_prompt_lies_in_its_row_whole_with_its_targets(sizes, seed):
     for size in sizes:
         at = np.flatnonzero(generator.random(size) < 0.5)
         pairs = [(int(a), int(generator.integers(100))) for a in at]
-        prompts.append(_prompt(generator.integers(1, 50, size), items=pairs, user=(size - 1, 7)))
+        tokens = 10 * len(prompts) + np.arange(1, size + 1)  # no two alike: a token says where its prompt lies
+        prompts.append(_prompt(tokens, items=pairs, user=(size - 1, 7)))
     packed = pack(prompts, 10)
     assert (packed.segments > 0).sum() == sum(sizes)
-    expected = []
-    for n, prompt in enumerate(prompts):
-        row, start, stop = packed.prompt_row[n], packed.prompt_start[n], packed.prompt_stop[n]
+    expected, rows = [], []
+    for prompt in prompts:
+        [(row, start)] = np.argwhere(packed.tokens == prompt.tokens[0])
+        stop = start + len(prompt.tokens)
+        rows.append(row)
         np.testing.assert_array_equal(packed.tokens[row, start:stop], prompt.tokens)
         np.testing.assert_array_equal(packed.positions[row, start:stop], np.arange(len(prompt.tokens)))
         assert len(set(packed.segments[row, start:stop])) == 1
@@ -82,9 +83,9 @@ def test_every_prompt_lies_in_its_row_whole_with_its_targets(sizes, seed):
     assert sorted(expected) == sorted(found)
     # First fit: no earlier row had room for a prompt when it came.
     free = np.full(len(packed), 10)
-    for n, size in enumerate(sizes):
-        assert packed.prompt_row[n] == np.flatnonzero(free >= size)[0]
-        free[packed.prompt_row[n]] -= size
+    for row, size in zip(rows, sizes):
+        assert row == np.flatnonzero(free >= size)[0]
+        free[row] -= size
 
 
 def test_a_prompt_longer_than_a_row_is_refused():
@@ -156,14 +157,6 @@ def test_text_targets_are_capped_by_a_uniform_subset(seven):
     assert np.abs(count - n_steps / 2).max() < 5 * deviation
 
 
-def test_a_cap_at_packing_is_drawn_once():
-    prompts = [_prompt(range(6), texts=[(t, t) for t in range(6)])]
-    once, again = (pack(prompts, 6, max_text_targets=3, seed=2) for _ in range(2))
-    assert once.text_target.shape == (1, 3)
-    np.testing.assert_array_equal(once.text_target, again.text_target)
-    np.testing.assert_array_equal(once.text_target, once.text_index)
-
-
 def test_uid_dropout_replaces_user_tokens_by_segment_and_nothing_else():
     prompts = [_prompt([100 + n % 5, 1, 2, 100 + n % 5]) for n in range(400)]
     packed = pack(prompts, 8)
@@ -188,7 +181,6 @@ def test_concatenation_keeps_rows_and_widens_lists():
     assert both.item_target.tolist() == [[5, 6], [7, -1], [-1, -1]]
     assert both.item_index.tolist() == [[0, 1], [2, 0], [0, 0]]
     assert both.text_target.tolist() == [[-1], [4], [-1]]
-    assert both.prompt_row.tolist() == [0, 1, 2]
     with pytest.raises(InputError, match="lengths"):
         concatenate([left, pack([_prompt([1])], 4)])
 

@@ -19,7 +19,7 @@ N_ITEMS = 9
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return Vocabulary(train_tokenizer(["red shoe", "blue shoe"], 300), 5, N_ITEMS, user_capacity=6)
+    return Vocabulary(train_tokenizer(["red shoe", "blue shoe"], 300), 6, N_ITEMS)
 
 
 # Titles are token arrays, so that the expected prompts can be written down; item i has i % 3 + 1 tokens.

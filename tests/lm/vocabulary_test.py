@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer):
-    return Vocabulary(tokenizer, 10, 20, user_capacity=12, item_capacity=25)
+    return Vocabulary(tokenizer, 12, 25)
 
 
 def test_specials_stand_first_and_apart(vocabulary):
@@ -36,17 +36,6 @@ def test_id_tokens_stand_behind_the_rounded_text_vocabulary(vocabulary, tokenize
     assert vocabulary.item_token(5) == vocabulary.n_text + 12 + 5
     assert vocabulary.n_rows == 12 + 25 and vocabulary.n_tokens == vocabulary.n_text + 37
     np.testing.assert_array_equal(vocabulary.item_token(np.arange(2)), vocabulary.n_text + 12 + np.arange(2))
-
-
-def test_growing_within_capacity_moves_no_token(vocabulary, tokenizer):
-    grown = Vocabulary(tokenizer, 12, 25, user_capacity=12, item_capacity=25)
-    assert (grown.user_token(9), grown.item_token(19)) == (vocabulary.user_token(9), vocabulary.item_token(19))
-    assert grown.n_tokens == vocabulary.n_tokens
-
-
-def test_capacity_below_the_count_is_refused(tokenizer):
-    with pytest.raises(InputError, match="item_capacity 19"):
-        Vocabulary(tokenizer, 10, 20, item_capacity=19)
 
 
 def test_a_model_with_more_rows_than_tokens_keeps_them(tokenizer):
@@ -87,7 +76,7 @@ def test_saved_tokenizer_loads_equal(vocabulary, tokenizer, tmp_path):
     save_tokenizer(tmp_path / "saved", tokenizer)
     loaded = load_tokenizer(tmp_path / "saved")
     assert loaded.get_vocab() == tokenizer.get_vocab()
-    again = Vocabulary(loaded, 10, 20, user_capacity=12, item_capacity=25)
+    again = Vocabulary(loaded, 12, 25)
     assert (again.pad, again.bos, again.eos, again.unnamed_user, again.unnamed_item) == (0, 1, 2, 3, 4)
     np.testing.assert_array_equal(again.encode_text(["the <item>"])[0], vocabulary.encode_text(["the <item>"])[0])
 

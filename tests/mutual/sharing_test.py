@@ -124,10 +124,10 @@ def test_write_back_replaces_the_cold_rows_only():
     assert made["item"].tolist() == [[1], [8], [3]] and made["user"] is shared["user"]
 
 
-def test_id_rows_put_users_first_and_leave_spare_rows_zero():
+def test_id_rows_put_users_first():
     bridge = {"into": jnp.array([[1.0, 10.0]])}
-    rows = sharing.id_rows(bridge, jnp.array([[1.0], [2.0]]), jnp.array([[3.0]]), user_capacity=3, item_capacity=2)
-    assert rows.tolist() == [[1, 10], [2, 20], [0, 0], [3, 30], [0, 0]]
+    rows = sharing.id_rows(bridge, jnp.array([[1.0], [2.0]]), jnp.array([[3.0]]))
+    assert rows.tolist() == [[1, 10], [2, 20], [3, 30]]
 
 
 def test_tables_are_drawn_with_the_wanted_deviation_and_differ():

@@ -41,7 +41,6 @@ def test_documents_become_rows_with_a_target_at_every_token_but_a_segments_last(
     continued = packed.text_target
     assert continued.tolist() == [[a, b, c, -1], [-1, d, e, -1], [-1, -1, -1, -1]]
     assert packed.text_index.tolist() == [[0, 1, 2, 3]] * 3
-    assert packed.prompt_row.tolist() == [0, 1, 1, 2] and packed.prompt_stop.tolist() == [4, 1, 4, 1]
     assert packed.item_target.shape == packed.user.shape == packed.card_item.shape == (3, 0)
 
 

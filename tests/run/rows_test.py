@@ -5,6 +5,7 @@ import pytest
 
 from bdlm_jax.data.interactions import make_interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
+from bdlm_jax.lm import packing
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import rows as lm_rows
 from bdlm_jax.types import LeakError
@@ -25,7 +26,7 @@ def make_split():
 
 SPLIT = make_split()
 DATA = SimpleNamespace(split=SPLIT, n_users=N_USERS, n_items=N_ITEMS)
-VOCABULARY = Vocabulary(None, N_USERS, N_ITEMS, user_capacity=N_USERS + 1)
+VOCABULARY = Vocabulary(None, N_USERS, N_ITEMS)
 VOCABULARY.__dict__.update(n_text=64, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
 TITLES = [np.arange(5 + i, 6 + i + i % 4, dtype=np.int32) for i in range(N_ITEMS)]
 TEXTS = lm_rows.Texts(VOCABULARY, TITLES, None)
@@ -43,19 +44,28 @@ def history(user, *parts):
     return item[indptr[user] : indptr[user + 1]].tolist()
 
 
-def prompts_of(packed):
-    """(tokens, item targets at each place) of every prompt, in the order in which they were given to pack."""
-    for row, begin, end in zip(packed.prompt_row, packed.prompt_start, packed.prompt_stop):
-        place = (packed.item_index[row] >= begin) & (packed.item_index[row] < end) & (packed.item_target[row] >= 0)
-        yield packed.tokens[row, begin:end], packed.item_target[row][place].tolist()
+@pytest.fixture
+def packed_prompts(monkeypatch):
+    """The prompts that were last given to `pack`, in their order."""
+    given, pack = [], packing.pack
+
+    def recorded(prompts, *args, **options):
+        given[:] = prompts
+        return pack(prompts, *args, **options)
+
+    monkeypatch.setattr(packing, "pack", recorded)
+    return given
 
 
 @pytest.mark.parametrize("kind", ["ids", "ids_titles"])
 @pytest.mark.parametrize("user_token", ["start", "end", "none"])
-def test_windows_show_every_training_interaction_once_and_no_other(config, kind, user_token):
+def test_windows_show_every_training_interaction_once_and_no_other(config, kind, user_token, packed_prompts):
     config.prompts.user_token = user_token
-    packed = lm_rows.training_rows(config, DATA, TEXTS, kind=kind)
-    windows = [(VOCABULARY.items_of(tokens).tolist(), targets) for tokens, targets in prompts_of(packed)]
+    lm_rows.training_rows(config, DATA, TEXTS, kind=kind)
+    windows = [
+        (VOCABULARY.items_of(prompt.tokens).tolist(), prompt.item_targets[prompt.item_targets >= 0].tolist())
+        for prompt in packed_prompts
+    ]
     for user in range(N_USERS):
         left = wanted = history(user, TRAIN)
         # Windows come from the history's end; all but its first item are predicted, and the very first where it begins.
@@ -68,10 +78,10 @@ def test_windows_show_every_training_interaction_once_and_no_other(config, kind,
     assert not windows
 
 
-def test_windows_are_as_long_as_a_row_allows(config):
+def test_windows_are_as_long_as_a_row_allows(config, packed_prompts):
     config.prompts.max_items = 100
-    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
-    shown = [VOCABULARY.items_of(tokens) for tokens, _ in prompts_of(packed)]
+    lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
+    shown = [VOCABULARY.items_of(prompt.tokens) for prompt in packed_prompts]
     at = 0
     for user in range(N_USERS):
         stop = len(history(user, TRAIN))
@@ -102,13 +112,13 @@ def check_reads(packed, *parts, named=True):
 
 
 @pytest.mark.parametrize(("parts", "named"), [((TRAIN,), True), ((TRAIN, VALIDATION), False)])
-def test_reading_rows_end_with_the_last_known_item(config, parts, named):
+def test_reading_rows_end_with_the_last_known_item(config, parts, named, packed_prompts):
     config.prompts.read_named = named
     packed = lm_rows.reading_rows(config, DATA, TEXTS, kind="ids", parts=parts)
     check_reads(packed, *parts, named=named)
-    assert len(packed.prompt_row) == N_USERS
-    for user, (tokens, _) in enumerate(prompts_of(packed)):
-        assert VOCABULARY.items_of(tokens)[-1] == history(user, *parts)[-1]
+    assert len(packed_prompts) == N_USERS
+    for user, prompt in enumerate(packed_prompts):
+        assert VOCABULARY.items_of(prompt.tokens)[-1] == history(user, *parts)[-1]
 
 
 def test_text_rows_name_no_item(config):
@@ -154,15 +164,6 @@ def test_mix_takes_whole_copies_and_a_drawn_part(config):
     np.testing.assert_array_equal(again.tokens, mixed.tokens)
 
 
-def test_taken_rows_keep_their_prompts(config):
-    cards = lm_rows.card_rows(config, TEXTS)
-    taken = lm_rows.take_rows(cards, np.array([2, 0]))
-    np.testing.assert_array_equal(taken.tokens, cards.tokens[[2, 0]])
-    wanted = {row: {tuple(t) for (t, _), r in zip(prompts_of(cards), cards.prompt_row) if r == row} for row in (0, 2)}
-    made = {row: {tuple(t) for (t, _), r in zip(prompts_of(taken), taken.prompt_row) if r == row} for row in (0, 1)}
-    assert made == {0: wanted[2], 1: wanted[0]}
-
-
 def test_text_prefixes_hold_the_last_titles(config):
     config.evaluate.text_history = 3
     tokens, mask = lm_rows.text_prefixes(config, DATA, TEXTS, parts=(TRAIN, VALIDATION))
@@ -174,11 +175,11 @@ def test_text_prefixes_hold_the_last_titles(config):
     assert [t[m].tolist() for t, m in zip(titles, mask)] == [[*title, VOCABULARY.eos] for title in TITLES]
 
 
-def test_a_context_stands_before_the_titles_but_not_before_bare_ids(config):
+def test_a_context_stands_before_the_titles_but_not_before_bare_ids(config, packed_prompts):
     context = np.array([60, 61], np.int32)
     texts = TEXTS._replace(contexts=[context] * N_USERS)
     config.prompts.length = 24
     for kind, wanted in (("ids_titles", True), ("ids", False)):
-        packed = lm_rows.reading_rows(config, DATA, texts, kind=kind, parts=(TRAIN,))
-        for tokens, _ in prompts_of(packed):
-            assert (tokens[2:4].tolist() == [60, 61]) == wanted
+        lm_rows.reading_rows(config, DATA, texts, kind=kind, parts=(TRAIN,))
+        for prompt in packed_prompts:
+            assert (prompt.tokens[2:4].tolist() == [60, 61]) == wanted

@@ -56,7 +56,7 @@ def test_item_logits_of_a_model_that_scales_its_embedding_are_those_of_its_head(
     arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
     params = small_bdlm.make_params(arm, bridge)
     rows_XM, rows_IM = lm_step.id_rows(params, bridge=bridge, arm=arm)
-    np.testing.assert_array_equal(rows_IM, rows_XM[bridge.user_capacity :][: small_bdlm.N_ITEMS])
+    np.testing.assert_array_equal(rows_IM, rows_XM[small_bdlm.N_USERS :])
     gemma = dataclasses.replace(bridge, lm=dataclasses.replace(bridge.lm, scale_embedding=True))
     scaled_XM, scaled_IM = lm_step.id_rows(params, bridge=gemma, arm=arm)
     np.testing.assert_array_equal(scaled_XM, rows_XM)
