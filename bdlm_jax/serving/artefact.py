@@ -99,7 +99,6 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
         tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
         save_safetensors(folder / "lm.safetensors", {"lm": lm.params, "id_rows": lm.id_rows_XM, **tokens})
         numbers.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        facts = ("n_users", "n_items")
         manifest = {
             "format": FORMAT,
             "domain": {
@@ -110,7 +109,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
             },
             "lm": {
                 "config": decoder,
-                "vocabulary": {name: getattr(numbers, name) for name in facts},
+                "vocabulary": {"n_users": numbers.n_users, "n_items": numbers.n_items},
                 "prompts": lm.prompts,
             },
         }
