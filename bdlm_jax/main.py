@@ -16,16 +16,15 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the LM step needs on 
 
 def main(argv: list[str]) -> None:
     from bdlm_jax import train
-    from bdlm_jax.run import checks as config_check
-    from bdlm_jax.run import plan as dry_run
+    from bdlm_jax.run import checks, plan
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     try:
-        config_check.name_config(_CONFIG.value, argv[0])
-        (dry_run.print_needs if _DRY_RUN.value else train.train_together)(_CONFIG.value, _WORKDIR.value)
-    except (config_check.InputError, FloatingPointError) as error:
+        checks.name_config(_CONFIG.value, argv[0])
+        (plan.print_needs if _DRY_RUN.value else train.train_together)(_CONFIG.value, _WORKDIR.value)
+    except (checks.InputError, FloatingPointError) as error:
         _leave(error, code=1 if isinstance(error, FloatingPointError) else 2)
 
 
@@ -42,15 +41,21 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # config_flags passes on whatever the config file or an override raises
-        wrong = re.search(r"'(\w+)\\?'", str(error)) if isinstance(error, (AttributeError, KeyError)) else None
-        flag = next((w for w in argv if wrong and re.match(rf"--?config\..*\b{wrong[1]}\b", w)), None)
-        hint = (
-            f"did you mean {m[1]}?" if (m := re.search(r'mean "(\w+)"', str(error))) else "see experiments/defaults.py."
-        )
-        _leave(f"{flag.split('=')[0]} is no setting; {hint}" if flag else " ".join(str(error).split()))
+        _leave(_explain(error, argv, given["config"]))
     if rest[1:]:
         _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
     return [given["config"]]
+
+
+def _explain(error: Exception, argv: list[str], file: str) -> str:
+    """What ml_collections and absl say of a setting, in one sentence."""
+    text = str(error)
+    key = isinstance(error, (AttributeError, KeyError)) and re.search(r"(?:Key \W|'(?!Key ))(\w+)", text)
+    if not key:
+        return f"{file}: {text.splitlines()[-1]}" if "Traceback" in text else " ".join(text.split())
+    flag = next((w.split("=")[0] for w in argv if re.match(rf"--?config\..*\b{key[1]}\b", w)), f"{file}: {key[1]}")
+    near = re.search(r'mean "(\w+)"', text)
+    return f"{flag} is no setting; " + (f"did you mean {near[1]}?" if near else "see experiments/defaults.py.")
 
 
 def _leave(message, code: int = 2) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "experiments/ml1m_vicuna7b.py"
+CONFIG = "experiments/ml1m_llm.py:vicuna_7b"
 LORA = ["lm.trains=lora", "lm.param_dtype=bfloat16", "lm.lora_rank=16", "lm.lora_alpha=32.0"]
 V5E = ["dry_run.device=tpu_v5e", "dry_run.devices=16", "lm.batch_rows=64"]
 TABLES = {
@@ -30,7 +30,7 @@ HEAD = """# Scale
 Written by `python benchmarks/scale_tables.py`; each table is one command, which needs neither weights nor data.
 
 "By hand" counts shapes: every leaf of parameters, optimiser state and gradients as it is sharded, and formulas for
-activations (`bdlm_jax/dry_run.py`). "XLA" is the same step compiled on pretended CPU devices, without an array being
+activations (`bdlm_jax/run/plan.py`). "XLA" is the same step compiled on pretended CPU devices, without an array being
 made; its arguments hold the state, the batch and what does not change. Its temporaries are those of XLA's CPU backend,
 which computes bfloat16 in float32, keeps no flash attention and sums gradients whole before it cuts them: read them as
 an upper bound for activations and gradients together, and as a check that nothing grows with the number of devices.

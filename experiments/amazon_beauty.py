@@ -58,3 +58,8 @@ def get_config():
     c.mutual.lm.kl = 0.01
     c.evaluate.text_protocols = ("cand20",)
     return c
+
+
+def get_hyper():
+    """Returns three seeds, each with every item and with a drawn part in the domain arm's score-level term."""
+    return defaults.product(defaults.sweep("mutual.kl_items", (4096, 0)), defaults.sweep("seed", range(3)))

@@ -1,18 +1,40 @@
-"""Every setting with its default; each experiment file starts from here and changes what it needs."""
+"""Every setting with its default; each experiment file starts from here and changes what it needs.
+
+A comment that names a dict (`READERS`, `MODELS`, …) says where the words of a setting are defined: add one there.
+"""
+
+import itertools
 
 import ml_collections
 
 
+def choose(variants, arg):
+    """Returns the settings of one of an experiment's variants, as `--config FILE.py:arg` names it."""
+    if arg not in variants:
+        raise ValueError(f"the argument {arg!r} is none of {', '.join(variants)}.")
+    return variants[arg]
+
+
+def sweep(key, values):
+    """Returns the settings of one key, for `get_hyper`: sweep("seed", (0, 1)) is [{"seed": 0}, {"seed": 1}]."""
+    return [{key: value} for value in values]
+
+
+def product(*sweeps):
+    """Returns every combination of the settings of several lists."""
+    return [{key: value for one in chosen for key, value in one.items()} for chosen in itertools.product(*sweeps)]
+
+
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the defaults: a small BDLM on the embedded twins world."""
+    """Returns the defaults: a small BDLM on the embedded twins world. Misspelt keys and other types are refused."""
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.parallel = "jit"  # jit | pmap | mesh
     c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of parallel "mesh"; -1: what is left
-    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # what is trained and reported
+    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # and all of domain/models.py MODELS
 
     c.data = data = ml_collections.ConfigDict()
-    data.kind = "twins"  # twins | table | movielens | recbole | amazon
+    data.kind = "twins"  # twins, or a name of data/readers.py READERS
     data.path = ""
     data.options = ml_collections.ConfigDict()  # arguments of the reader, or of the twins world
     data.min_rating = 0.0
@@ -55,8 +77,8 @@ def get_config() -> ml_collections.ConfigDict:
     lm.batch_rows = 16
     lm.max_text_targets = 128  # of a row, drawn anew for every step
     lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them; 0: as large as its text rows
-    lm.optimizer = "adamw"  # adamw | adafactor: of the decoder; bridge and tables have adamw
-    lm.schedule = "cosine"  # cosine | linear | constant, after the warm-up
+    lm.optimizer = "adamw"  # of the decoder (mutual/optimizer.py OPTIMIZERS); bridge and tables have adamw
+    lm.schedule = "cosine"  # after the warm-up (mutual/optimizer.py SCHEDULES)
     lm.accumulate = 1  # parts in which a batch goes through the decoder, for the memory of one
     lm.param_dtype = "float32"  # float32 | bfloat16: the decoder's weights
     lm.master_weights = True  # with bfloat16: a float32 copy in the optimiser's state takes the steps
@@ -86,10 +108,11 @@ def get_config() -> ml_collections.ConfigDict:
     shared.initial = "domain"  # domain | random: what the <iid> rows start from
 
     c.domain = domain = ml_collections.ConfigDict()
-    domain.model = "lightgcn"  # lightgcn | mf | ncf | sasrec: the domain arm of BDLM and what it is compared with
+    domain.model = "lightgcn"  # BDLM's domain arm and what it starts from (domain/models.py MODELS)
+    domain.options = ml_collections.ConfigDict()  # further arguments of that model
     domain.n_layers = 3
     domain.layer_weights = "uniform"  # uniform | learned
-    domain.backend = "auto"
+    domain.backend = "auto"  # domain/graph.py BACKENDS
     domain.learning_rate = 5e-3
     domain.regularisation = 1e-4
     domain.batch_size = 4096
@@ -98,7 +121,7 @@ def get_config() -> ml_collections.ConfigDict:
     domain.evaluate_every = 5
     domain.test_graph = "train+validation"  # train: the edges over which the trained arm propagates at test time
 
-    c.mf = mf = ml_collections.ConfigDict()
+    c.mf = mf = ml_collections.ConfigDict()  # a section with a model's name takes the place of c.domain for it
     mf.learning_rate = 5e-3
     mf.regularisation = 1e-4
     mf.epochs = 40
@@ -111,7 +134,7 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads
     mutual.user_dropout = 0.75  # as prompts.user_dropout, for BDLM, whose <uid> rows know the training targets
     mutual.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what it moves
-    mutual.align = "mse"  # mse | cosine | infonce
+    mutual.align = "mse"  # mutual/losses.py ALIGN
     mutual.temperature = 1.0
     mutual.rounds = 3
     mutual.lm_epochs = 11.0  # the first LM phase
@@ -150,4 +173,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.runtime = runtime = ml_collections.ConfigDict()
     runtime.checkpoint_seconds = 30.0
     runtime.tensorboard = True
+    c.lock()
+    for free in (data.options, data.candidates, domain.options):  # whose keys an experiment chooses
+        free.unlock()
     return c

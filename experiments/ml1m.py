@@ -68,3 +68,9 @@ def get_config():
     c.mutual.lm.kl = 0.0
     c.evaluate.text_protocols = ("cand20",)
     return c
+
+
+def get_hyper():
+    """Returns the seeds of docs/results.md, each without and with the LM hearing the domain arm's view of users."""
+    heard = [{"mutual.lm.kl": weight, "mutual.lm.align_user": weight} for weight in (0.0, 0.01)]
+    return defaults.product(heard, defaults.sweep("seed", range(2)))

@@ -1,48 +1,63 @@
-"""Every experiment builds, passes the checks (paths aside), and imports nothing but configs."""
+"""Every experiment builds, passes the checks (paths aside), and so do its variations."""
 
-import ast
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
 
 from bdlm_jax.data.splits import TRAIN
-from bdlm_jax.run.checks import check_config
+from bdlm_jax.run.checks import check_config, name_config
 from bdlm_jax.run.prepare import prepare_data
+from experiments import defaults
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+ARGUMENTS = {"quickstart": ["whole", "no_pretrain"], "ml1m_llm": ["vicuna_7b", "qwen_0_5b"]}
+CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]
 
 
 def load(name):
     return importlib.import_module(f"experiments.{name}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_builds_and_passes_the_checks(name, tmp_path):
-    config = load(name).get_config()
+def make(name, arg, tmp_path):
+    config = load(name).get_config(*([] if arg is None else [arg]))
     if config.data.path:
         config.data.path = str(tmp_path)
-    for part, key in (("tokenizer", "path"), ("pretrain", "corpus")):
-        if config[part][key]:
-            (tmp_path / key).write_text("")
-            config[part][key] = str(tmp_path / key)
-    check_config(config)
-    assert load(name).get_config() is not load(name).get_config()
+    return config
+
+
+@pytest.mark.parametrize(("name", "arg"), CONFIGS)
+def test_it_builds_and_passes_the_checks(name, arg, tmp_path):
+    check_config(make(name, arg, tmp_path))
+    assert make(name, arg, tmp_path) is not make(name, arg, tmp_path)
     assert load(name).__doc__
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_imports_only_configs_and_neighbours(name):
-    for node in ast.walk(ast.parse((ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            tops = {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            tops = {(node.module or "experiments").split(".")[0]}
-        else:
-            continue
-        assert tops <= {"ml_collections", "experiments"} | set(sys.stdlib_module_names)
+@pytest.mark.parametrize("name", [name for name in FILES if hasattr(load(name), "get_hyper")])
+def test_every_variation_is_another_config_that_passes_the_checks(name, tmp_path):
+    seen = []
+    for overrides in load(name).get_hyper():
+        config = make(name, None, tmp_path)
+        config.update_from_flattened_dict(overrides)
+        check_config(config)
+        seen.append(config.to_json())
+    assert len(set(seen)) == len(seen) > 1
+
+
+def test_a_variant_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="'qwen' is none of vicuna_7b, qwen_0_5b"):
+        load("ml1m_llm").get_config("qwen")
+
+
+def test_sweeps_are_multiplied():
+    seeds, align = defaults.sweep("seed", range(2)), defaults.sweep("mutual.align", ["mse"])
+    assert defaults.product(align, seeds) == [{"mutual.align": "mse", "seed": 0}, {"mutual.align": "mse", "seed": 1}]
+
+
+def test_a_name_holds_the_argument():
+    assert name_config(defaults.get_config(), "experiments/ml1m_llm.py:qwen_0_5b").name == "ml1m_llm_qwen_0_5b"
+    assert name_config(defaults.get_config(), "tiny.py").name == "tiny"
 
 
 def test_own_data_reads_the_folder_that_the_readme_describes(tmp_path):

@@ -51,9 +51,9 @@ def test_a_command_names_what_exists(line):
         for word in words[3:]:
             assert not word.startswith("-") or re.search(rf"(^|[\s\[,]){re.escape(word)}\b", known), word
         return
-    file = ROOT / words[words.index("--config") + 1]
-    assert file.is_file()
-    config = importlib.import_module(f"experiments.{file.stem}").get_config().lock()
+    file, _, arg = words[words.index("--config") + 1].partition(":")
+    assert (ROOT / file).is_file()
+    config = importlib.import_module(f"experiments.{Path(file).stem}").get_config(*([arg] if arg else [])).lock()
     for word in (word for word in words if word.startswith("--config.")):
         key, value = word.removeprefix("--config.").split("=")
         before = config

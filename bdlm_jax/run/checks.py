@@ -133,7 +133,7 @@ RULES = {
     **{f"mesh.{axis}": _whole(-1) for axis in mesh.AXES},
     "runtime.checkpoint_seconds": _number(0), "runtime.tensorboard": _FLAG,
 }  # fmt: skip
-_FREE = ("data.options", "data.candidates")  # whose keys the config chooses
+_FREE = ("data.options", "data.candidates", "domain.options")  # whose keys the config chooses
 _OPTIONAL = ("name",)
 
 
@@ -157,9 +157,10 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
 
 
 def name_config(config: ml_collections.ConfigDict, path: str) -> ml_collections.ConfigDict:
-    """Notes the experiment file's name in the config, for reports."""
+    """Notes the experiment file's name, with its argument, in the config, for reports."""
+    file, _, argument = path.partition(":")
     with config.unlocked():
-        config.name = Path(path.split(":")[0]).stem
+        config.name = Path(file).stem + (f"_{argument}" if argument else "")
     return config
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 
 from bdlm_jax.run.checks import RULES, _check_devices, check_config
@@ -29,25 +31,18 @@ def test_every_rule_refuses_something(key):
         check_config(config)
 
 
-@pytest.mark.parametrize("key", ["seed", "lm.width", "mutual.domain.kl"])
-def test_a_missing_setting_is_named(key):
+@pytest.mark.parametrize(("key", "value"), [("lm.widht", 32), ("lm.width", "wide"), ("mutual.domain.kll", 0.0)])
+def test_a_misspelt_key_and_a_wrong_type_are_refused_where_they_are_written(key, value):
+    section, _, name = key.rpartition(".")
+    with pytest.raises((AttributeError, TypeError), match=r'Did you mean "(width|kl)"|field .width.'):
+        setattr(functools.reduce(getattr, section.split("."), defaults.get_config()), name, value)
+
+
+def test_a_config_without_a_setting_is_refused():
     config = defaults.get_config()
-    tree, _, name = key.rpartition(".")
-    del (_at(config, tree) if tree else config)[name]
-    with pytest.raises(InputError, match=rf"config\.{key} is missing"):
-        check_config(config)
-
-
-def _at(config, path):
-    for name in path.split("."):
-        config = config[name]
-    return config
-
-
-def test_a_misspelt_setting_in_a_file_is_found_with_its_likely_name():
-    config = defaults.get_config()
-    config.lm.widht = 32
-    with pytest.raises(InputError, match=r"config\.lm\.widht is no setting; did you mean config\.lm\.width\?"):
+    with config.unlocked():
+        del config.lm.width
+    with pytest.raises(InputError, match=r"config\.lm\.width is missing"):
         check_config(config)
 
 

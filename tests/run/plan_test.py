@@ -1,6 +1,5 @@
 """The tables of docs/scale.md against arithmetic, and XLA's count of the same step against them."""
 
-import importlib
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from bdlm_jax.run import plan as dry_run
 from bdlm_jax.types import InputError
+from experiments import ml1m_llm
 
 ROOT = Path(__file__).resolve().parents[2]
 M, F, V, DEPTH, D, N_USERS, N_ITEMS = 4096, 11008, 32000, 32, 64, 6040, 3706
@@ -19,11 +19,11 @@ TABLES, NORMS, BRIDGE = 2 * V * M, (2 * DEPTH + 1) * M, 2 * D * M + D
 LORA = {"trains": "lora", "param_dtype": "bfloat16", "lora_rank": 16}
 
 
-def plan(experiment="ml1m_vicuna7b", *, devices, device="h200", parallel="mesh", **lm):
-    config = importlib.import_module(f"experiments.{experiment}").get_config()
+def plan(lm="vicuna_7b", *, devices, device="h200", parallel="mesh", **settings):
+    config = ml1m_llm.get_config(lm)
     config.parallel = parallel
     config.dry_run.update({"devices": devices, "device": device})
-    config.lm.update(lm)
+    config.lm.update(settings)
     return dry_run.make_plan(config)
 
 
@@ -94,7 +94,7 @@ def test_a_v5e_16_holds_adam_in_float32_by_arithmetic():
 
 
 def test_qwen_has_its_published_size():
-    found = plan("ml1m_qwen_0_5b", devices=1, parallel="jit")
+    found = plan("qwen_0_5b", devices=1, parallel="jit")
     assert "| decoder | 494,032,768 | 494,032,768 |" in dry_run.describe(found, None)
 
 
@@ -128,16 +128,16 @@ def test_the_command_compiles_on_pretended_devices_what_it_counts():
 
 
 def test_a_wrong_mesh_is_one_sentence_and_exit_code_2():
-    done = run("--config=experiments/ml1m_vicuna7b.py", "--dry_run", "--config.mesh.data=3")
+    done = run("--config=experiments/ml1m_llm.py:vicuna_7b", "--dry_run", "--config.mesh.data=3")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert "config.mesh is data 3 x fsdp -1 x tensor 1, which needs a multiple of 3 devices, but there are 8" in line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["ml1m_vicuna7b", "ml1m_qwen_0_5b"])
-def test_the_experiments_compile_whole(experiment):
-    done = run(f"--config=experiments/{experiment}.py", "--dry_run")
+@pytest.mark.parametrize("lm", ["vicuna_7b", "qwen_0_5b"])
+def test_the_experiments_compile_whole(lm):
+    done = run(f"--config=experiments/ml1m_llm.py:{lm}", "--dry_run")
     assert done.returncode == 0, done.stderr
     by_hand = number(done.stdout, "parameters") + number(done.stdout, "optimiser state")
     assert number(done.stdout, "arguments (state, batch, constants)") == pytest.approx(by_hand, rel=0.02)
