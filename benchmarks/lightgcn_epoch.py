@@ -19,7 +19,7 @@ import torch
 
 from bdlm_jax.data import splits
 from bdlm_jax.data.interactions import Interactions
-from bdlm_jax.data.sources import load_source
+from bdlm_jax.data.readers import load_source
 from bdlm_jax.domain import graph, lightgcn
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.mutual import domain_epoch, options, sharing

@@ -3,7 +3,7 @@
 python -m bdlm_jax.main --config experiments/own_data.py --workdir runs/own --config.data.path=FOLDER
 
 Sized for a CPU and some ten thousand users; nothing here was tuned on your data. Other layouts: set data.options to the
-arguments of the reader (`bdlm_jax/data/sources.py`), or data.kind to movielens, recbole or amazon.
+arguments of the reader (`bdlm_jax/data/readers.py`), or data.kind to movielens, recbole or amazon.
 """
 
 from experiments import defaults

@@ -6,29 +6,22 @@ Numbers move when candidates are drawn anew at each evaluation; here the file is
 import dataclasses
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split, within
+from bdlm_jax.runtime.files import replacing
 from bdlm_jax.types import InputError, LeakError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:
-    """What each case ranks.
+    """What each case ranks."""
 
-    Args:
-        name: of the protocol, such as "cand20": the target and 19 others.
-        user_N: (N,) int32 users.
-        items_NC: (N, C) int32; column 0 is the target, -1 pads where a user has too few unseen items.
-        sha256: hash of the three above.
-    """
-
-    name: str
-    user_N: np.ndarray
-    items_NC: np.ndarray
-    sha256: str
+    name: str  # of the protocol, such as "cand20": the target and 19 others
+    user_N: np.ndarray  # int32
+    items_NC: np.ndarray  # int32; column 0 is the target, -1 pads where a user has too few unseen items
+    sha256: str  # of the three above
 
     def __post_init__(self):
         self.user_N.setflags(write=False)
@@ -44,21 +37,12 @@ def make_candidates(
     """Draws, for every case of `part`, negatives uniformly without replacement among the items unseen by its user.
 
     An item is seen if the user has it in any part, so that neither the target nor another positive is a negative.
-    Each case draws on its own. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
+    Each case draws on its own; a part without cases gives an empty set.
+    Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
 
     Args:
-        split: the split.
-        part: VALIDATION or TEST.
-        n_negatives: per case (19 for cand20).
         seed: of the draw; raw PCG64 bits are used, so the result is the same on every platform and NumPy.
-        name: of the protocol.
         pool: item indices to draw from (default: all); targets need not be in it.
-
-    Returns:
-        Candidates of shape (N, 1 + n_negatives), checked.
-
-    Raises:
-        InputError: the part is empty, or a number or the pool cannot be used.
     """
     if n_negatives < 1:
         raise InputError(f"n_negatives is {n_negatives}; give 1 or more.")
@@ -67,13 +51,9 @@ def make_candidates(
     if not len(pool_P) or pool_P[0] < 0 or pool_P[-1] >= n_items:
         raise InputError(f"the pool of candidates {name} must hold item indices between 0 and {n_items - 1}.")
     user_N, target_N = split.cases(part)
-    if not len(user_N):
-        raise InputError(f"candidates {name}: the part has no interaction to predict; choose another part or split.")
-
     indptr, seen = _seen_in_pool(split, pool_P)
     n_unseen_N = len(pool_P) - np.diff(indptr)[user_N]
-    bits = np.random.PCG64(seed)
-    rank_NC = _draw_subsets(bits, n_unseen_N, n_negatives)
+    rank_NC = _draw_subsets(np.random.PCG64(seed), n_unseen_N, n_negatives)
 
     # the r-th unseen position is r + (number of seen positions s_k with s_k - k ≤ r): one sorted search for all users
     shifted = seen - (np.arange(len(seen)) - np.repeat(indptr[:-1], np.diff(indptr)))
@@ -90,31 +70,13 @@ def make_candidates(
 
 
 def freeze_candidates(name: str, user_N: np.ndarray, items_NC: np.ndarray) -> Candidates:
-    """Hashes candidates that were chosen by hand or by another rule.
-
-    Args:
-        name: of the protocol.
-        user_N: (N,) users.
-        items_NC: (N, C) items; column 0 is the target, -1 pads.
-
-    Returns:
-        Candidates, not yet checked against a split: see `check_candidates`.
-    """
+    """Hashes candidates that were chosen by hand or by another rule, unchecked: see `check_candidates`."""
     user_N, items_NC = np.array(user_N, np.int32), np.array(items_NC, np.int32)
     return Candidates(name, user_N, items_NC, _sha256(name, user_N, items_NC))
 
 
 def check_candidates(split: Split, candidates: Candidates) -> None:
-    """Raises if these candidates cannot be what this split asks.
-
-    Args:
-        split: the split that they are used with.
-        candidates: drawn, loaded, or made by hand.
-
-    Raises:
-        LeakError: a target is among its negatives, or a negative is a positive of the user in any part, or twice there.
-        InputError: users, items or targets are not those of this data.
-    """
+    """Raises if these candidates, drawn, loaded or made by hand, cannot be what this split asks."""
     n_users, n_items = split.interactions.n_users, split.interactions.n_items
     user_N, items_NC = candidates.user_N.astype(np.int64), candidates.items_NC
     label = f"candidates {candidates.name}"
@@ -131,35 +93,22 @@ def check_candidates(split: Split, candidates: Candidates) -> None:
     sorted_NC = np.sort(negative_NC, axis=1)
     twice_N = np.any((sorted_NC[:, 1:] == sorted_NC[:, :-1]) & (sorted_NC[:, 1:] >= 0), axis=1)
     _raise_at(twice_N, user_N, f"{label}: a negative stands twice")
-    known = _pairs(split, TRAIN, VALIDATION, TEST)
+    known = split.pairs(TRAIN, VALIDATION, TEST)
     positive_NC = within(user_N[:, None] * n_items + negative_NC, known) & (negative_NC >= 0)
     _raise_at(positive_NC.any(axis=1), user_N, f"{label}: a negative is an interaction of its user")
-    held = _pairs(split, VALIDATION, TEST)
+    held = split.pairs(VALIDATION, TEST)
     if not within(user_N * n_items + target_N, held).all() or (target_N < 0).any():
         raise InputError(f"{label} have targets that this split does not hold out; make them again for it.")
 
 
 def save_candidates(path: str | os.PathLike, candidates: Candidates) -> None:
     """Writes candidates as one .npz without objects; the file appears complete or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        np.savez_compressed(
-            file,
-            name=np.array(candidates.name),
-            user_N=candidates.user_N,
-            items_NC=candidates.items_NC,
-            sha256=np.array(candidates.sha256),
-        )
-    os.replace(part, path)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **dataclasses.asdict(candidates))
 
 
 def load_candidates(path: str | os.PathLike) -> Candidates:
-    """Reads what `save_candidates` wrote and verifies the hash.
-
-    Raises:
-        InputError: the file is missing, broken, or no longer what was written.
-    """
+    """Reads what `save_candidates` wrote and verifies the hash."""
     try:
         with np.load(path, allow_pickle=False) as file:
             name, sha256 = str(file["name"]), str(file["sha256"])
@@ -176,19 +125,13 @@ def load_candidates(path: str | os.PathLike) -> Candidates:
 def _seen_in_pool(split: Split, pool_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(indptr (U+1,), sorted pool positions of each user's items of any part)."""
     n_users, n_items = split.interactions.n_users, split.interactions.n_items
-    pair = _pairs(split, TRAIN, VALIDATION, TEST)
+    pair = split.pairs(TRAIN, VALIDATION, TEST)
     user, item = pair // n_items, pair % n_items
     position = np.searchsorted(pool_P, item)
     inside = pool_P[np.minimum(position, len(pool_P) - 1)] == item
     indptr = np.zeros(n_users + 1, np.int64)
     np.cumsum(np.bincount(user[inside], minlength=n_users), out=indptr[1:])
     return indptr, position[inside]
-
-
-def _pairs(split: Split, *parts: int) -> np.ndarray:
-    user, item = split.edges(*parts)
-    pair = np.sort(user.astype(np.int64) * split.interactions.n_items + item)
-    return pair[np.diff(pair, prepend=-1) > 0]  # np.unique hashes first, which is ten times slower here
 
 
 def _draw_subsets(bits: np.random.PCG64, size_N: np.ndarray, n_draws: int) -> np.ndarray:

@@ -14,40 +14,30 @@ import pandas as pd
 
 from bdlm_jax.types import InputError
 
-Fields = Mapping[str, np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interactions:
     """Who met what, when, and the words that describe both.
 
-    Args:
-        user_E: (E,) int32 user of each row; rows are sorted by (user, time, order in the file).
-        item_E: (E,) int32 item of each row.
-        time_E: (E,) int64, in the source's unit (seconds, say) or as a rank within the user: see `time_kind`.
-        rating_E: (E,) float32, or None where the source has no ratings.
-        user_ids: (U,) raw user ids as str.
-        item_ids: (I,) raw item ids as str.
-        item_fields: {name: (I,) object array of str}; "title" is always there, "" where unknown.
-        user_fields: {name: (U,) object array of str}.
-        time_kind: "timestamp" (comparable between users) or "order" (a user's own order only).
+    Rows are sorted by (user, time, order in the file). Fields are object arrays of str; "title" of an item is always
+    there, "" where it is unknown.
     """
 
-    user_E: np.ndarray
-    item_E: np.ndarray
-    time_E: np.ndarray
-    rating_E: np.ndarray | None
-    user_ids: np.ndarray
-    item_ids: np.ndarray
-    item_fields: Fields
-    user_fields: Fields
-    time_kind: str = "timestamp"
+    user_E: np.ndarray  # int32
+    item_E: np.ndarray  # int32
+    time_E: np.ndarray  # int64, in the source's unit (seconds, say) or as a rank within the user: see `time_kind`
+    rating_E: np.ndarray | None  # float32; None where the source has no ratings
+    user_ids: np.ndarray  # (U,) raw ids as str
+    item_ids: np.ndarray  # (I,)
+    item_fields: Mapping[str, np.ndarray]
+    user_fields: Mapping[str, np.ndarray]
+    time_kind: str = "timestamp"  # comparable between users; "order": a user's own order only
 
     def __post_init__(self):
-        columns = [self.user_E, self.item_E, self.time_E, self.user_ids, self.item_ids]
-        columns += [] if self.rating_E is None else [self.rating_E]
+        columns = [self.user_E, self.item_E, self.time_E, self.rating_E, self.user_ids, self.item_ids]
         for column in (*columns, *self.item_fields.values(), *self.user_fields.values()):
-            column.setflags(write=False)
+            if column is not None:
+                column.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.user_E)
@@ -61,11 +51,7 @@ class Interactions:
         return len(self.item_ids)
 
     def fingerprint(self) -> dict:
-        """Counts and a hash that name this table exactly: rows, order, ids and text.
-
-        Returns:
-            {"users", "items", "interactions", "sha256"}; the hash is the same on every platform.
-        """
+        """Counts, and a sha256 of rows, order, ids and text that is the same on every platform."""
         digest = hashlib.sha256()
         for array, kind in ((self.user_E, "<i4"), (self.item_E, "<i4"), (self.time_E, "<i8"), (self.rating_E, "<f4")):
             digest.update(b"none" if array is None else np.ascontiguousarray(array, kind).tobytes())
@@ -75,12 +61,8 @@ class Interactions:
         for name, values in texts.items():
             digest.update(f"\x1d{name}\x1d".encode())
             digest.update("\x1e".join(values.tolist()).encode("utf-8", "surrogatepass"))
-        return {
-            "users": self.n_users,
-            "items": self.n_items,
-            "interactions": len(self),
-            "sha256": digest.hexdigest(),
-        }
+        counts = {"users": self.n_users, "items": self.n_items, "interactions": len(self)}
+        return {**counts, "sha256": digest.hexdigest()}
 
     def item_text(self, fields: Sequence[str] = ("title",)) -> list[str]:
         """One line of words per item: its non-empty `fields`, joined by "; "."""
@@ -91,7 +73,12 @@ class Interactions:
         return _joined(self.user_fields, fields, self.n_users, "user")
 
 
-def make_interactions(
+def make_interactions(user: Sequence, item: Sequence, **options) -> Interactions:
+    """Checks raw columns and turns them into `Interactions`: `build_interactions`, whose options it takes."""
+    return build_interactions(user, item, **options)[0]
+
+
+def build_interactions(
     user: Sequence,
     item: Sequence,
     *,
@@ -102,74 +89,30 @@ def make_interactions(
     user_fields: Mapping | None = None,
     duplicates: str = "first",
     keep_items_without_interactions: bool = False,
-) -> Interactions:
-    """Checks raw columns and turns them into `Interactions`.
-
-    Args:
-        user: (rows,) raw user ids, numbers or text.
-        item: (rows,) raw item ids, numbers or text.
-        time: (rows,) whole numbers ≥ 0, comparable between users; equal times keep the order of the rows.
-        order: instead of `time`: whole numbers ≥ 0 that order each user's own rows. Neither: the order of the rows.
-        rating: (rows,) finite numbers, or None.
-        item_fields: {raw item id: {field: text}}; items that are not named get "".
-        user_fields: {raw user id: {field: text}}.
-        duplicates: what happens to a user-item pair that repeats: "first" keeps the earliest (default), "last" the
-            latest, "keep" all of them, "error" refuses.
-        keep_items_without_interactions: items that only `item_fields` names join the catalogue (cold items).
-
-    Returns:
-        Interactions.
-
-    Raises:
-        InputError: a column is missing, empty, of another length, or holds a value that cannot be used.
-    """
-    interactions, _ = build_interactions(
-        user, item, time=time, order=order, rating=rating, item_fields=item_fields, user_fields=user_fields,
-        duplicates=duplicates, keep_items_without_interactions=keep_items_without_interactions,
-    )  # fmt: skip
-    return interactions
-
-
-def build_interactions(
-    user, item, *, time=None, order=None, rating=None, item_fields=None, user_fields=None, duplicates="first",
-    keep_items_without_interactions=False, where: Callable[[int], str] = "row {}".format,
-) -> tuple[Interactions, np.ndarray]:  # fmt: skip
+    where: Callable[[int], str] = "row {}".format,
+) -> tuple[Interactions, np.ndarray]:
     """Does the work of `make_interactions`, and also says which raw row each kept row came from.
 
     Args:
+        user, item: raw ids, numbers or text.
+        time: whole numbers ≥ 0, comparable between users; equal times keep the order of the rows.
+        order: instead of `time`: whole numbers ≥ 0 that order each user's own rows. Neither: the order of the rows.
+        rating: finite numbers.
+        item_fields, user_fields: {raw id: {field: text}}; "" for whatever is not named.
+        duplicates: what happens to a user-item pair that repeats: "first" keeps the earliest (default), "last" the
+            latest, "keep" all of them, "error" refuses.
+        keep_items_without_interactions: items that only `item_fields` names join the catalogue (cold items).
         where: names a raw row in an error message; readers pass "file, line".
-
-    Returns:
-        (Interactions, row_E): row_E (E,) int64 indexes the raw columns.
-
-    Raises:
-        InputError: as in `make_interactions`.
     """
-    if time is not None and order is not None:
-        raise InputError("fields 'time' and 'order' are both given; give the one that the split should follow.")
-    if duplicates not in ("first", "last", "keep", "error"):
-        raise InputError(f"duplicates is {duplicates!r}; use 'first', 'last', 'keep' or 'error'.")
-    columns = {"user": user, "item": item}
-    if any(column is None for column in columns.values()):
-        raise InputError("the fields 'user' and 'item' are both needed; one is missing.")
-    n_rows = len(user)
-    if n_rows == 0:
-        raise InputError("the table of interactions has no rows; check the path and the filters.")
-    for name, column in {**columns, "time": time, "order": order, "rating": rating}.items():
-        if column is not None and len(column) != n_rows:
-            raise InputError(
-                f"field '{name}' has {len(column)} rows where 'user' has {n_rows}; give one value per row."
-            )
-
+    _check_columns({"user": user, "item": item, "time": time, "order": order, "rating": rating}, duplicates)
     user_E, user_ids = _encode_ids(user, "user", where)
     extra = item_fields if keep_items_without_interactions and item_fields else ()
     item_E, item_ids = _encode_ids(item, "item", where, extra=extra)
-    if order is not None or time is None:
-        time_kind, name, times = "order", "order", np.arange(n_rows) if order is None else order
+    if time is not None:
+        time_kind, time_E = "timestamp", _whole_numbers(time, "time", where)
     else:
-        time_kind, name, times = "timestamp", "time", time
-    time_E = _whole_numbers(times, name, where)
-    rating_E = None if rating is None else _finite_numbers(rating, "rating", where)
+        time_kind, time_E = "order", _whole_numbers(np.arange(len(user)) if order is None else order, "order", where)
+    rating_E = None if rating is None else _finite_numbers(rating, "rating", where).astype(np.float32)
 
     row_E = np.lexsort((time_E, user_E))  # stable, so equal times keep the order of the rows
     row_E = _without_duplicates(row_E, user_E, item_E, len(item_ids), duplicates, where)
@@ -188,18 +131,9 @@ def build_interactions(
 
 
 def k_core(interactions: Interactions, *, user: int = 5, item: int = 5) -> Interactions:
-    """Drops users and items with fewer than `user` and `item` interactions, until every one left has enough.
+    """The largest sub-table in which every user has `user` and every item `item` interactions or more.
 
-    Args:
-        interactions: the table; ids and fields are renumbered with it.
-        user: fewest interactions of a user that stays.
-        item: fewest interactions of an item that stays; 0 also keeps items without interactions.
-
-    Returns:
-        The largest sub-table in which every user and every item has enough interactions (it is unique).
-
-    Raises:
-        InputError: nothing is left.
+    It is unique; `item` 0 also keeps items without interactions.
     """
     keep_E = np.ones(len(interactions), bool)
     while True:
@@ -215,18 +149,7 @@ def k_core(interactions: Interactions, *, user: int = 5, item: int = 5) -> Inter
 
 
 def filter_rating(interactions: Interactions, *, minimum: float) -> Interactions:
-    """Keeps the rows rated `minimum` or more, and drops users and items that lose their last row.
-
-    Args:
-        interactions: a table with ratings.
-        minimum: lowest rating that counts as a sign of interest.
-
-    Returns:
-        The smaller table; items that had no interaction before (cold items) stay.
-
-    Raises:
-        InputError: the table has no ratings, or no row is left.
-    """
+    """Keeps the rows rated `minimum` or more, and drops users and items that lose their last row; cold items stay."""
     if interactions.rating_E is None:
         raise InputError(
             "filter_rating needs the field 'rating', which this source does not have; leave the filter out."
@@ -256,35 +179,40 @@ def _subset(interactions, keep_E, user_U, item_I) -> Interactions:
     )
 
 
+def _check_columns(columns: dict, duplicates: str) -> None:
+    if columns["time"] is not None and columns["order"] is not None:
+        raise InputError("fields 'time' and 'order' are both given; give the one that the split should follow.")
+    if duplicates not in ("first", "last", "keep", "error"):
+        raise InputError(f"duplicates is {duplicates!r}; use 'first', 'last', 'keep' or 'error'.")
+    if columns["user"] is None or columns["item"] is None:
+        raise InputError("the fields 'user' and 'item' are both needed; one is missing.")
+    n_rows = len(columns["user"])
+    if n_rows == 0:
+        raise InputError("the table of interactions has no rows; check the path and the filters.")
+    for name, column in columns.items():
+        if column is not None and len(column) != n_rows:
+            raise InputError(
+                f"field '{name}' has {len(column)} rows where 'user' has {n_rows}; give one value per row."
+            )
+
+
 def _encode_ids(values, name, where, extra=()) -> tuple[np.ndarray, np.ndarray]:
-    """Raw ids -> (codes int32, sorted ids as str)."""
+    """Raw ids -> (codes int32, sorted ids as str); ids of `extra` are numbered too."""
     if isinstance(values, pd.Categorical):
         code_E, raw = np.asarray(values.codes), list(values.categories)
     else:
-        code_E, raw = pd.factorize(np.asarray(values) if _is_plain(values) else np.array(list(values), object))
+        # "10" and 10 are one id, and NumPy would turn a mixed list into text such as "9.0"
+        plain = isinstance(values, np.ndarray) and values.dtype != object
+        code_E, raw = pd.factorize(values if plain else np.array(list(values), object))
     ids = [_id_text(value) for value in raw]
-    bad = [code for code, text in enumerate(ids) if not text]
-    bad_rows = (code_E < 0) | np.isin(code_E, bad)
-    if bad_rows.any():
-        raise InputError(
-            f"{where(int(np.argmax(bad_rows)))}: field '{name}' is empty or not an id; give every row an id."
-        )
-    position = {}
-    merged_C = np.array([position.setdefault(text, len(position)) for text in ids], np.int64)
-    for value in extra:
-        position.setdefault(_id_text(value) or str(value), len(position))
-    unsorted = list(position)
-    if all(text.lstrip("-").isdecimal() and str(int(text)) == text for text in unsorted):
-        rank = sorted(range(len(unsorted)), key=lambda index: int(unsorted[index]))
-    else:
-        rank = sorted(range(len(unsorted)), key=unsorted.__getitem__)
-    new_C = np.empty(len(rank), np.int32)
-    new_C[rank] = np.arange(len(rank), dtype=np.int32)
-    return new_C[merged_C][code_E], np.array([unsorted[index] for index in rank], str)
-
-
-def _is_plain(values) -> bool:
-    return isinstance(values, np.ndarray) and values.dtype != object
+    bad_E = (code_E < 0) | np.isin(code_E, [code for code, text in enumerate(ids) if not text])
+    if bad_E.any():
+        raise InputError(f"{where(int(np.argmax(bad_E)))}: field '{name}' is empty or not an id; give every row an id.")
+    unsorted = list(dict.fromkeys([*ids, *(_id_text(value) or str(value) for value in extra)]))
+    numeric = all(text.removeprefix("-").isdecimal() and str(int(text)) == text for text in unsorted)
+    ranked = sorted(unsorted, key=int if numeric else None)
+    rank = {text: n for n, text in enumerate(ranked)}
+    return np.array([rank[text] for text in ids], np.int32)[code_E], np.array(ranked, str)
 
 
 def _id_text(value) -> str:
@@ -298,42 +226,28 @@ def _id_text(value) -> str:
     return str(int(value)) if isinstance(value, (int, np.integer)) else ""
 
 
-def _finite_numbers(values, name, where, dtype=np.float32) -> np.ndarray:
-    try:
-        number_E = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        for row, value in enumerate(values):
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                raise InputError(f"{where(row)}: field '{name}' is {value!r}; give a number.") from None
-        raise
-    bad_E = ~np.isfinite(number_E)
-    if bad_E.any():
-        row = int(np.argmax(bad_E))
-        raise InputError(f"{where(row)}: field '{name}' is {number_E[row]}; give a finite number.")
-    return number_E.astype(dtype)
+def _finite_numbers(values, name, where) -> np.ndarray:
+    """int64 or float64; text too, where all of it is numbers."""
+    number_E = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy()
+    if number_E.dtype.kind not in "iuf":  # whole numbers past 64 bits, or truth values
+        number_E = number_E.astype(np.float64)
+    _refuse(~np.isfinite(number_E), values, name, where, "a finite number")
+    return number_E
 
 
 def _whole_numbers(values, name, where) -> np.ndarray:
-    column = np.asarray(values)
-    if column.dtype.kind not in "iu":
-        number_E = _finite_numbers(values, name, where, np.float64)
-        bad_E = number_E != np.floor(number_E)
-        if bad_E.any():
-            row = int(np.argmax(bad_E))
-            raise InputError(f"{where(row)}: field '{name}' is {number_E[row]}; give whole numbers (seconds, say).")
-        # text such as "1700000000123456789" would lose digits on the way through float
-        column = np.array([int(v) for v in values]) if column.dtype.kind in "OUS" and _all_int(values) else number_E
-    bad_E = (column < 0) | (column > np.iinfo(np.int64).max)
+    number_E = _finite_numbers(values, name, where)
+    bad_E = (number_E < 0) | (number_E > np.iinfo(np.int64).max) | (number_E % 1 != 0)
+    _refuse(bad_E, number_E, name, where, "a whole number of 0 or more (seconds, say)")
+    return number_E.astype(np.int64)
+
+
+def _refuse(bad_E, values, name, where, wanted: str) -> None:
     if bad_E.any():
         row = int(np.argmax(bad_E))
-        raise InputError(f"{where(row)}: field '{name}' is {column[row]}; give whole numbers of 0 or more.")
-    return column.astype(np.int64)
-
-
-def _all_int(values) -> bool:
-    return all(isinstance(value, (int, np.integer)) or str(value).strip().isdecimal() for value in values)
+        value = list(values)[row]
+        shown = repr(value) if isinstance(value, str) else value
+        raise InputError(f"{where(row)}: field '{name}' is {shown}; give {wanted}.")
 
 
 def _without_duplicates(row_E, user_E, item_E, n_items, rule, where) -> np.ndarray:
@@ -341,33 +255,23 @@ def _without_duplicates(row_E, user_E, item_E, n_items, rule, where) -> np.ndarr
         return row_E
     pair_E = user_E[row_E].astype(np.int64) * n_items + item_E[row_E]
     if rule == "last":
-        _, first = np.unique(pair_E[::-1], return_index=True)
-        kept = np.sort(len(pair_E) - 1 - first)
+        kept = len(pair_E) - 1 - np.unique(pair_E[::-1], return_index=True)[1]
     else:
-        _, first = np.unique(pair_E, return_index=True)
-        kept = np.sort(first)
+        kept = np.unique(pair_E, return_index=True)[1]
+    kept.sort()
     if rule == "error" and len(kept) < len(pair_E):
-        repeated = np.ones(len(pair_E), bool)
-        repeated[kept] = False
-        row = int(row_E[np.argmax(repeated)])
+        row = int(row_E[np.setdiff1d(np.arange(len(pair_E)), kept)[0]])
         raise InputError(f"{where(row)}: this user-item pair stands in the table before; drop it or set duplicates.")
     return row_E[kept]
 
 
 def _aligned_fields(fields: Mapping, ids: np.ndarray, always: tuple = ()) -> dict[str, np.ndarray]:
+    """{field: object array of str}: fixed-width str arrays would pay the longest title for every item."""
     by_id = {_id_text(key) or str(key): value for key, value in fields.items()}
-    names = dict.fromkeys(always)
-    for value in by_id.values():
-        names.update(dict.fromkeys(value))
+    names = dict.fromkeys([*always, *(name for value in by_id.values() for name in value)])
     rows = [by_id.get(key, {}) for key in ids.tolist()]
-    return {name: text_array([row.get(name, "") for row in rows]) for name in names}
-
-
-def text_array(values) -> np.ndarray:
-    """Object array of str: fixed-width str arrays would pay the longest title for every item."""
-    array = np.empty(len(values), object)
-    array[:] = ["" if value is None else str(value) for value in values]
-    return array
+    texts = {name: [row.get(name) for row in rows] for name in names}
+    return {name: np.array(["" if t is None else str(t) for t in column], object) for name, column in texts.items()}
 
 
 def _joined(fields, names, n_rows, kind) -> list[str]:
@@ -376,4 +280,4 @@ def _joined(fields, names, n_rows, kind) -> list[str]:
         known = ", ".join(sorted(fields)) or "none"
         raise InputError(f"{kind} field '{missing[0]}' is not in this data; choose among: {known}.")
     columns = [fields[name].tolist() for name in names]
-    return ["; ".join(part for part in parts if part) for parts in zip(*columns)] if columns else [""] * n_rows
+    return ["; ".join(filter(None, parts)) for parts in zip(*columns)] if columns else [""] * n_rows

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from bdlm_jax.data import amazon, movielens, sources
+from bdlm_jax.data import readers
 from bdlm_jax.data import twins as synthetic
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.models import MODELS as DOMAIN_MODELS
@@ -26,14 +26,7 @@ from bdlm_jax.types import InputError
 MODELS = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
 SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
-_READERS = {
-    "twins": synthetic.make_world,
-    "table": sources.read_table,
-    "movielens": movielens.read_movielens,
-    "recbole": sources.read_recbole,
-    "amazon": amazon.read_amazon,
-    "adjacency": sources.read_adjacency_folder,
-}
+_READERS = {"twins": synthetic.make_world, **readers.READERS}
 
 
 class Rule(NamedTuple):

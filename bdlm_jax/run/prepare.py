@@ -11,7 +11,7 @@ import numpy as np
 
 from bdlm_jax.data import candidates as candidates_lib
 from bdlm_jax.data import interactions as interactions_lib
-from bdlm_jax.data import sources, splits
+from bdlm_jax.data import readers, splits
 from bdlm_jax.data import twins as synthetic
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
@@ -73,9 +73,13 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         world = synthetic.make_world(seed=config.seed, **config.data.options.to_dict())
         split = world.split
     else:
-        table = sources.load_source(config.data.kind, config.data.path, **config.data.options.to_dict())
+        table = readers.load_source(config.data.kind, config.data.path, **config.data.options.to_dict())
         split = table if isinstance(table, Split) else _split(config, table)
     table = split.interactions
+    empty = [part for part in PARTS if not split.counts()[part]]
+    # Only what needs no training needs no validation either.
+    if "test" in empty or (empty and tuple(config.models) != ("item_pop",)):
+        raise InputError(f"the {empty[-1]} part of the data has no interaction to predict; choose another data.split.")
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
     made = {

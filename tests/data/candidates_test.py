@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bdlm_jax.data.candidates import check_candidates, load_candidates, make_candidates, save_candidates
 from bdlm_jax.data.interactions import make_interactions
-from bdlm_jax.data.splits import TEST, VALIDATION, leave_one_out
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
 from bdlm_jax.types import InputError, LeakError
 
 
@@ -131,6 +131,14 @@ def test_unusable_requests_are_refused():
         make_candidates(split, TEST, n_negatives=0, seed=0, name="c")
     with pytest.raises(InputError, match="pool of candidates"):
         make_candidates(split, TEST, n_negatives=1, seed=0, name="c", pool=[99])
-    short = dataclasses.replace(split, part_E=np.zeros(len(split.part_E)))
-    with pytest.raises(InputError, match="no interaction to predict"):
-        make_candidates(short, TEST, n_negatives=1, seed=0, name="c")
+
+
+def test_a_part_without_cases_gives_an_empty_set(tmp_path):
+    split = make_split(2, 8, 4)
+    short = dataclasses.replace(split, part_E=np.where(split.part_E == VALIDATION, TRAIN, split.part_E))
+    empty = make_candidates(short, VALIDATION, n_negatives=3, seed=0, name="c")
+    assert (empty.user_N.shape, empty.items_NC.shape) == ((0,), (0, 4))
+    save_candidates(tmp_path / "c.npz", empty)
+    loaded = load_candidates(tmp_path / "c.npz")
+    check_candidates(short, loaded)
+    assert loaded.sha256 == empty.sha256

@@ -11,7 +11,6 @@ from bdlm_jax.data.splits import (
     TRAIN,
     VALIDATION,
     Split,
-    check_history,
     check_training_edges,
     from_parts,
     global_time,
@@ -162,14 +161,3 @@ def test_a_repeated_pair_that_is_also_training_is_no_leak():
     x = make_interactions([0] * 4, [1, 2, 3, 1], time=[1, 2, 3, 4], duplicates="keep")
     split = leave_one_out(x)
     check_training_edges(split, *split.edges(TRAIN))
-
-
-def test_the_future_in_a_history_is_caught():
-    x = make_interactions([0] * 4 + [1] * 3, [0, 1, 2, 3, 0, 1, 2], time=[1, 2, 3, 4, 1, 2, 3])
-    split = leave_one_out(x)
-    check_history(split, VALIDATION, [0, 1], [[0, 1], [0, -1]])
-    check_history(split, TEST, [0, 1], [[1, 2], [0, 1]])
-    with pytest.raises(LeakError, match="user 1, item 1"):
-        check_history(split, VALIDATION, [0, 1], [[0, 1], [0, 1]])
-    with pytest.raises(LeakError, match="user 0, item 3"):
-        check_history(split, TEST, [0, 1], [[2, 3], [0, 1]])

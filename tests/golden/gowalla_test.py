@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from bdlm_jax.data.sources import read_adjacency_folder
+from bdlm_jax.data.readers import read_adjacency
 from bdlm_jax.data.splits import TEST, TRAIN
 from bdlm_jax.evaluation.evaluate import evaluate_full
 from bdlm_jax.evaluation.metrics import case_metric
@@ -17,7 +17,7 @@ FOLDER = os.environ.get("BDLM_GOWALLA", "")
 @pytest.mark.slow
 @pytest.mark.skipif(not FOLDER, reason="BDLM_GOWALLA names no folder with train.txt and test.txt")
 def test_item_pop_on_gowalla_equals_the_benchmark():
-    split = read_adjacency_folder(FOLDER)
+    split = read_adjacency(FOLDER)
     assert split.counts()["train"] == 810_128 and split.counts()["test"] == 217_242
     counts = evaluate_full(popularity_scorer(split.degree(TRAIN)), *split.cases(TEST), split.histories(TRAIN))
     hit_N, gain_N = (case_metric(m, counts.better, counts.equal, counts.others) for m in ("hr@20", "ndcg@20"))

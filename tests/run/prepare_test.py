@@ -86,6 +86,18 @@ def test_the_split_of_the_config_is_taken(table, tmp_path, split):
     assert data.split.degree(TRAIN).sum() == data.fingerprint["parts"]["train"]
 
 
+def test_a_part_without_cases_stops_what_needs_it(table, tmp_path):
+    table.data.split, table.data.validation, table.data.test = "ratio", 0.1, 0.2  # of 5 interactions: none, and one
+    with pytest.raises(InputError, match="the validation part of the data has no interaction to predict"):
+        prepare_data(table, tmp_path / "data")
+    table.models = ("item_pop",)
+    data = prepare_data(table, tmp_path / "data")
+    assert [len(data.candidates[part]["cand3"]) for part in ("validation", "test")] == [0, 12]
+    table.data.validation, table.data.test = 0.2, 0.1
+    with pytest.raises(InputError, match="the test part of the data has no interaction to predict"):
+        prepare_data(table, tmp_path / "other")
+
+
 def test_a_corpus_is_read_as_far_as_its_limit(table, tmp_path):
     path = tmp_path / "corpus.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:

@@ -1,0 +1,267 @@
+"""Opening, decoding and parsing the files that readers understand; every refusal names the file and, in it, the line.
+
+Tables are parsed by pandas alone. It fills short rows silently, so that their width is checked before.
+"""
+
+import ast
+import csv
+import dataclasses
+import gzip
+import html
+import io
+import itertools
+import json
+import lzma
+import warnings
+import zipfile
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bdlm_jax.types import InputError
+
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+_ZIP_MEMBER_LIMIT = 4 << 30
+_SEPARATORS = ("::", "\t", ",", ";", "|")
+_LONG = "\x1f"  # stands for a separator of several characters, which pandas' fast parser does not know
+_ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
+_DATA_SUFFIXES = (".dat", ".data", ".csv", ".inter", ".gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file at `path`, or a member of the zip at `path`."""
+
+    path: Path
+    member: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+    def read(self) -> bytes:
+        """All bytes, uncompressed if the name ends in .gz."""
+        try:
+            data = self._member() if self.member else self.path.read_bytes()
+            return gzip.decompress(data) if self.label.endswith(".gz") else data
+        except FileNotFoundError:
+            raise InputError(f"{self.label} is not there; check the path.") from None
+        except IsADirectoryError:
+            raise InputError(f"{self.label} is a folder where a file is needed; name the file in it.") from None
+        except _BROKEN as error:
+            raise InputError(f"{self.label} cannot be read ({error}); fetch it again.") from error
+
+    def _member(self) -> bytes:
+        with zipfile.ZipFile(self.path) as archive:
+            if archive.getinfo(self.member).file_size > _ZIP_MEMBER_LIMIT:
+                raise InputError(f"{self.label} unpacks to more than 4 GiB; unpack it yourself and give the folder.")
+            return archive.read(self.member)
+
+
+def list_files(path: str | Path) -> dict[str, File]:
+    """The files of a folder (or of the only folder in it) or of a zip, by base name without ".gz"."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(path.iterdir())
+        folders = [entry for entry in inside if entry.is_dir()]
+        if len(folders) == 1 and not any(entry.suffix in _DATA_SUFFIXES for entry in inside):
+            inside = sorted(folders[0].iterdir())
+        return {entry.name.removesuffix(".gz"): File(entry) for entry in inside if entry.is_file()}
+    if not path.exists():
+        raise InputError(f"{path} is not there; check the path.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [member.filename for member in archive.infolist() if not member.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is neither a folder nor a zip ({error}); give one of the two.") from error
+    names.sort(key=lambda name: -name.count("/"))  # the outermost of two equal names wins
+    return {name.rsplit("/", 1)[-1].removesuffix(".gz"): File(path, name) for name in names}
+
+
+def clean_text(text: str) -> str:
+    """HTML entities become characters, runs of blanks one space."""
+    return " ".join(html.unescape(text).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A delimited text, utf-8 by now, whose rows have `width` fields each; blank lines count for nothing.
+
+    Tabs, bars and separators of several characters know no quotes.
+    """
+
+    label: str
+    text: bytes
+    separator: str
+    header: bool
+    names: list[str]  # of the first row, whether it is a header or not
+    width: int
+
+    def columns(self, wanted: Mapping[str, int]) -> dict:
+        """{role: column at this position}: "user" and "item" as categories, others as numbers if all of them are."""
+        ids = {wanted[role]: str for role in ("user", "item")}  # as "category", pandas would read "007" as 7
+        frame = self._read(usecols=sorted(set(wanted.values())), dtype=ids)
+        columns = {}
+        for role, position in wanted.items():
+            column = frame[position]
+            if position in ids:
+                columns[role] = pd.Categorical.from_codes(*pd.factorize(column))
+            elif column.dtype.kind in "iuf":
+                columns[role] = column.to_numpy()
+            else:  # as it is written, for whoever refuses it
+                columns[role] = self._read(usecols=[position], dtype=str)[position].to_numpy()
+        return columns
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """All fields of every row, without the header."""
+        return self._read(dtype=str).itertuples(index=False, name=None)
+
+    def where(self, row: int) -> str:
+        """Names the file and the line of a row."""
+        line, _ = next(itertools.islice(self._lines(), row + self.header, None))
+        return f"{self.label}, line {line}"
+
+    def check_width(self) -> None:
+        """Raises if a row has another number of fields than `width`."""
+        separator = self.separator.encode()
+        # What is left of an even text without its values is one pattern, again and again.
+        marks = self.text.translate(None, bytes(set(range(256)) - {*separator, *b"\r\n"})).rstrip(b"\r\n")
+        for end in (b"\n", b"\r\n"):
+            row = separator * (self.width - 1) + end
+            even = marks + end == row * ((len(marks) + len(end)) // len(row))
+            if even and (self._quoting == csv.QUOTE_NONE or b'"' not in self.text):
+                return
+        for line, fields in self._lines():
+            if len(fields) != self.width:
+                raise InputError(
+                    f"{self.label}, line {line}: {len(fields)} fields where {self.width} are needed; correct the line."
+                )
+
+    @property
+    def _quoting(self) -> int:
+        return csv.QUOTE_MINIMAL if self.separator in ",; " else csv.QUOTE_NONE
+
+    def _read(self, **options) -> pd.DataFrame:
+        options |= {"sep": self.separator, "quoting": self._quoting, "header": 0 if self.header else None}
+        try:
+            with warnings.catch_warnings():  # a column of numbers and words is refused later, with its line
+                warnings.simplefilter("ignore", pd.errors.DtypeWarning)
+                # "NA" is an id, a title or a mistake, as everything else
+                return pd.read_csv(
+                    io.BytesIO(self.text), names=range(self.width), index_col=False, na_filter=False, **options
+                )
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{self.label} cannot be read as a table ({error}); correct it.") from error
+
+    def _lines(self) -> Iterator[tuple[int, list[str]]]:
+        """(line number from 1, fields), slowly."""
+        lines = io.TextIOWrapper(io.BytesIO(self.text), "utf-8", newline="")
+        reader = csv.reader(lines, delimiter=self.separator, quoting=self._quoting, strict=True)
+        line = 0
+        try:
+            for row in reader:
+                line = reader.line_num
+                if row:
+                    yield line, row
+        except csv.Error as error:
+            raise InputError(f"{self.label}, line {line + 1}: {error}; correct the line.") from None
+
+
+def open_table(
+    file: File,
+    *,
+    separator: str | None = None,
+    header: bool = True,
+    width: int | None = None,
+    encodings: Sequence[str] = ("utf-8-sig",),
+) -> Table:
+    """Reads a delimited text.
+
+    Args:
+        separator: None: the one that the first line has most.
+        header: whether the first row holds names.
+        width: fields of a row; None: as many as the first row has.
+        encodings: the first one in which the text can be read is taken.
+    """
+    text = _decode(file.read(), file.label, encodings)
+    if separator is None:
+        first_line = text[:65536].split("\n", 1)[0]
+        separator = max(_SEPARATORS, key=first_line.count) if any(map(first_line.count, _SEPARATORS)) else ","
+    if len(separator) > 1:
+        text, separator = text.replace(separator, _LONG), _LONG
+    table = Table(file.label, text.encode(), separator, header, names=[], width=0)
+    _, first = next(table._lines(), (0, []))
+    if not first:
+        raise InputError(f"{file.label}, line 1: the table is empty; check the file.")
+    table = dataclasses.replace(table, names=[name.strip() for name in first], width=width or len(first))
+    table.check_width()
+    return table
+
+
+def _decode(data: bytes, label: str, encodings: Sequence[str]) -> str:
+    for encoding in encodings:
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+    raise InputError(f"{label}, line {line}: the text is not {encoding}; convert it or name its encoding.")
+
+
+def open_atomic(file: File) -> tuple[Table, list[str]]:
+    """A table in RecBole's format, whose header is `name:type`: the table, named without types, and the types."""
+    table = open_table(file, separator="\t")
+    for field in table.names:
+        if field.partition(":")[2] not in _ATOMIC_TYPES:
+            raise InputError(
+                f"{file.label}, line 1: {field!r} is not name:type with one of RecBole's types; correct the header."
+            )
+    names, types = zip(*(field.split(":") for field in table.names))
+    return dataclasses.replace(table, names=list(names)), list(types)
+
+
+def id_lists(file: File) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(user, item, line number from 1) of adjacency lists, one user a line: `user item item …`."""
+    users, items, lines = (array("q") for _ in range(3))
+    for line, text in enumerate(file.read().decode("latin-1").split("\n"), start=1):
+        fields = text.split()
+        if not fields:
+            continue
+        if not "".join(fields).isdecimal():
+            raise InputError(
+                f"{file.label}, line {line}: ids must be whole numbers separated by spaces; correct the line."
+            )
+        user, *listed = map(int, fields)
+        users.extend([user] * len(listed))
+        items.extend(listed)
+        lines.extend([line] * len(listed))
+    return np.asarray(users), np.asarray(items), np.asarray(lines)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of a file with one JSON object (or Python literal) a line, .gz or not."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not there or is no file; check the path.")
+    line = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for line, text in enumerate(file, start=1):
+                if text.strip():
+                    yield line, _object(text, f"{path}, line {line}")
+    except _BROKEN as error:
+        raise InputError(f"{path} cannot be read after line {line} ({error}); fetch it again.") from error
+
+
+def _object(text: bytes, where: str) -> dict:
+    for parse in (json.loads, lambda text: ast.literal_eval(text.decode("utf-8").strip())):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            return value
+    raise InputError(f"{where}: this is neither a JSON object nor a Python literal; correct the line.")

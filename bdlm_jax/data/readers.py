@@ -1,0 +1,399 @@
+"""Readers: from the files people have to `Interactions`, or to the `Split` that a publisher made.
+
+`READERS` is the one list of them; what a reader takes beside its path is what its signature says.
+"""
+
+import html
+import inspect
+import re
+from array import array
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bdlm_jax.data.interactions import Interactions, make_interactions
+from bdlm_jax.data.raw_files import File, Table, clean_text, id_lists, json_lines, list_files, open_atomic, open_table
+from bdlm_jax.data.splits import Split, from_parts
+from bdlm_jax.types import InputError
+
+_COLUMNS = {
+    "user": ("user", "user_id", "userid", "uid", "reviewerid"),
+    "item": ("item", "item_id", "itemid", "iid", "movieid", "parent_asin", "asin", "product_id"),
+    "time": ("time", "timestamp", "unixreviewtime"),
+    "order": ("order", "position"),
+    "rating": ("rating", "overall", "stars", "score"),
+}
+_USER_COLUMNS = {"id": ("id", *_COLUMNS["user"])}
+_ITEM_COLUMNS = {
+    "id": ("id", *_COLUMNS["item"]),
+    "title": ("title", "item_title", "movie_title", "item_name", "name", "product_title"),
+}
+
+# MovieLens's codes, and how GroupLens writes titles: "Matrix, The (1999)".
+_GROUPLENS = ("utf-8", "latin-1")  # 10M's movies.dat is the former, 100K's and 1M's are the latter
+_RATINGS = {"user": 0, "item": 1, "rating": 2, "time": 3}  # where no header says it
+_ORDERS = {"user": "user_id", "item": "item_id", "order": "order"}
+_GENDERS = {"F": "female", "M": "male"}
+_AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
+_OCCUPATIONS = (
+    "other", "academic/educator", "artist", "clerical/admin", "college/grad student", "customer service",
+    "doctor/health care", "executive/managerial", "farmer", "homemaker", "K-12 student", "lawyer", "programmer",
+    "retired", "sales/marketing", "scientist", "self-employed", "technician/engineer", "tradesman/craftsman",
+    "unemployed", "writer",
+)  # fmt: skip
+_GENRES_100K = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+_ARTICLES = "The|A|An|L'|La|Le|Les|Un|Une|Il|Lo|Gli|I|El|Los|Las|Una|O|Os|As|Das|Der|Die|Den|Det|De|Het"
+_INVERTED = re.compile(rf"^(?P<rest>.+?), (?P<article>{_ARTICLES})(?P<tail>: .+)?$")
+
+
+def load_source(kind: str, path: str | Path, **options) -> Interactions | Split:
+    """Reads `path` with the reader named `kind`, one of READERS, and its keyword options."""
+    if kind not in READERS:
+        raise InputError(f"the data kind is {kind!r}; use one of {', '.join(READERS)}.")
+    allowed = [name for name in inspect.signature(READERS[kind]).parameters if name != "path"]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise InputError(f"the data kind {kind} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}.")
+    return READERS[kind](path, **options)
+
+
+def read_table(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str | int] | None = None,
+    sep: str | None = None,
+    header: bool = True,
+    items: str | Path | None = None,
+    item_columns: Mapping[str, str] | None = None,
+    users: str | Path | None = None,
+    user_columns: Mapping[str, str] | None = None,
+    encoding: str = "utf-8-sig",
+    duplicates: str = "first",
+    keep_items_without_interactions: bool = False,
+) -> Interactions:
+    """Reads a delimited table of interactions, .gz or not, and optionally tables that describe items and users.
+
+    Args:
+        path: the table, or a folder with interactions.csv/.tsv and optionally items.* and users.* (each may be .gz).
+        columns: {"user", "item", and of "time" or "order", "rating": the column's name, or its position from 0};
+            None: known names are recognised (user_id, item_id, timestamp, order, rating, …).
+        sep: separator; None: the one that the first line has most.
+        items: table of items; a relative path may also stand beside `path`.
+        item_columns: {"id": column, field: column, …}; None: known ids and titles, the others by their names.
+        users, user_columns: the same for users.
+        duplicates, keep_items_without_interactions: as in `make_interactions`, in every reader.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = {Path(n).stem: file.path for n, file in list_files(path).items() if n.endswith((".csv", ".tsv"))}
+        if "interactions" not in found:
+            raise InputError(f"{path} has no interactions.csv or interactions.tsv; name the table itself.")
+        path, items, users = found["interactions"], items or found.get("items"), users or found.get("users")
+    table = open_table(File(path), separator=sep, header=header, encodings=(encoding,))
+    return make_interactions(
+        **_columns(table, columns),
+        item_fields=_read_fields(items, path, item_columns, encoding, _ITEM_COLUMNS),
+        user_fields=_read_fields(users, path, user_columns, encoding, _USER_COLUMNS),
+        duplicates=duplicates,
+        keep_items_without_interactions=keep_items_without_interactions,
+    )
+
+
+def _columns(table: Table, columns: Mapping[str, str | int] | None) -> dict:
+    """What `make_interactions` takes of a table, found as `columns` says or by the columns' own names."""
+    names, known = table.names, ", ".join(table.names)
+    if columns is None:
+        if not table.header:
+            raise InputError(f"{table.label} has no header, so columns= must give the positions of 'user' and 'item'.")
+        columns = _recognised(names, _COLUMNS)
+        if "time" in columns:
+            columns.pop("order", None)
+    for role in (*columns, "user", "item"):
+        if role not in _COLUMNS:
+            raise InputError(f"columns= has the role {role!r}; the roles are {', '.join(_COLUMNS)}.")
+        if role not in columns:
+            raise InputError(f"{table.label}: no column for '{role}' (it has {known}); name it with columns=.")
+    positions = {}
+    for role, column in columns.items():
+        if table.header and column in names:
+            column = names.index(column)
+        if not isinstance(column, int) or not 0 <= column < len(names):
+            raise InputError(f"{table.label}: no column {column!r} for '{role}'; it has {known}.")
+        positions[role] = column
+    return {**table.columns(positions), "where": table.where}
+
+
+def _recognised(names: list[str], known: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    lowered = {name.lower(): name for name in reversed(names)}
+    return {role: lowered[alias] for role, aliases in known.items() for alias in reversed(aliases) if alias in lowered}
+
+
+def _read_fields(path, beside: Path, columns, encoding: str, known) -> dict[str, dict[str, str]]:
+    """{id: {field: text}} of a table that describes items or users."""
+    if path is None:
+        return {}
+    path = path if Path(path).exists() or not (beside.parent / path).exists() else beside.parent / path
+    table = open_table(File(Path(path)), encodings=(encoding,))
+    names = table.names
+    if columns is None:
+        columns = _recognised(names, known)
+        columns |= {name: name for name in names if name not in columns.values()}
+    if "id" not in columns:
+        raise InputError(f"{path}: no id column (it has {', '.join(names)}); name it as 'id' with item_columns=.")
+    missing = [column for column in columns.values() if column not in names]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}.")
+    positions = {field: names.index(column) for field, column in columns.items()}
+    return _fields(table, positions.pop("id"), positions)
+
+
+def _fields(table: Table, key: int, positions: dict[str, int]) -> dict[str, dict[str, str]]:
+    return {row[key]: {field: clean_text(row[at]) for field, at in positions.items()} for row in table.rows()}
+
+
+def read_recbole(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    title: str | None = None,
+    duplicates: str = "first",
+    keep_items_without_interactions: bool = False,
+) -> Interactions:
+    """Reads RecBole's atomic files: a folder (or zip) with NAME.inter and optionally NAME.item and NAME.user.
+
+    Args:
+        name: NAME, where the folder holds several sets.
+        title: the item field that is the title; None: title, movie_title, … or the first token_seq.
+    """
+    files = list_files(path)
+    found = sorted(file.removesuffix(".inter") for file in files if file.endswith(".inter"))
+    if name is None and len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} .inter files where one is needed; choose with name= (of {found}).")
+    name = name or found[0]
+    if name not in found:
+        raise InputError(f"{path} has no {name}.inter; it has {', '.join(found) or 'no .inter file'}.")
+    table, _ = open_atomic(files[f"{name}.inter"])
+    return make_interactions(
+        **_columns(table, None),
+        item_fields=_read_atomic(files.get(f"{name}.item"), is_item=True, title=title),
+        user_fields=_read_atomic(files.get(f"{name}.user"), is_item=False),
+        duplicates=duplicates,
+        keep_items_without_interactions=keep_items_without_interactions,
+    )
+
+
+def _read_atomic(file: File | None, *, is_item: bool, title: str | None = None) -> dict[str, dict[str, str]]:
+    if file is None:
+        return {}
+    table, types = open_atomic(file)
+    _, *names = table.names
+    if is_item:
+        sequences = (name for name, kind in zip(names, types[1:]) if kind == "token_seq")
+        title = title or _recognised(table.names, _ITEM_COLUMNS).get("title") or next(sequences, None)
+    if title is not None and title not in table.names:
+        raise InputError(f"{file.label}, line 1: no field {title!r}; it has {', '.join(table.names)}.")
+    return _fields(table, 0, {"title" if name == title else name: at for at, name in enumerate(names, start=1)})
+
+
+def read_movielens(
+    path: str | Path, *, duplicates: str = "first", keep_items_without_interactions: bool = False
+) -> Interactions:
+    """Reads MovieLens as GroupLens publishes it, a folder or the zip: 100K (u.data), 1M and 10M (.dat), the newer CSVs.
+
+    A folder that has interactions.csv(.gz) (user, item, order) in place of ratings.dat is read with it. Items have a
+    title ("The Matrix (1999)") and genres ("Action, Sci-Fi"); users of 100K and 1M gender, age and occupation.
+    """
+    files = list_files(path)
+    item_fields, user_fields = {}, {}
+    if "u.data" in files:
+        columns = _columns(open_table(files["u.data"], separator="\t", header=False, width=4), _RATINGS)
+        item_fields = _movies_100k(files["u.item"]) if "u.item" in files else {}
+        if "u.user" in files:
+            user_fields = _users(files["u.user"], "|", ("age", "gender", "occupation"), {"gender": _GENDERS})
+    elif "movies.dat" in files:
+        if "ratings.dat" in files:
+            columns = _columns(open_table(files["ratings.dat"], separator="::", header=False, width=4), _RATINGS)
+        elif "interactions.csv" in files:
+            columns = _columns(open_table(files["interactions.csv"], separator=",", width=3), _ORDERS)
+        else:
+            raise InputError(f"{path} has movies.dat but no ratings.dat; give MovieLens's whole folder or zip.")
+        item_fields = _movies(files["movies.dat"], separator="::", header=False, encodings=_GROUPLENS)
+        if "users.dat" in files:
+            codes = {"gender": _GENDERS, "age": _AGES, "occupation": {str(n): o for n, o in enumerate(_OCCUPATIONS)}}
+            user_fields = _users(files["users.dat"], "::", ("gender", "age", "occupation"), codes)
+    elif "ratings.csv" in files:
+        columns = _columns(open_table(files["ratings.csv"], separator=",", width=4), None)
+        if "movies.csv" in files:
+            item_fields = _movies(files["movies.csv"], separator=",")
+    else:
+        raise InputError(f"{path} holds neither u.data, movies.dat nor ratings.csv; give MovieLens's folder or zip.")
+    return make_interactions(
+        **columns,
+        item_fields=item_fields,
+        user_fields=user_fields,
+        duplicates=duplicates,
+        keep_items_without_interactions=keep_items_without_interactions,
+    )
+
+
+def _movies(file: File, **options) -> dict[str, dict[str, str]]:
+    rows = open_table(file, width=3, **options).rows()
+    return {movie: _movie(title, genres.split("|")) for movie, title, genres in rows}
+
+
+def _movies_100k(file: File) -> dict[str, dict[str, str]]:
+    table, fields = open_table(file, separator="|", header=False, width=24, encodings=_GROUPLENS), {}
+    for n, (movie, title, _, _, _, *flags) in enumerate(table.rows()):
+        if not set(flags) <= {"0", "1"}:
+            raise InputError(f"{table.where(n)}: the genre flags must be 0 or 1; correct the line.")
+        fields[movie] = _movie(title, (genre for genre, flag in zip(_GENRES_100K, flags) if flag == "1"))
+    return fields
+
+
+def _movie(title: str, genres: Iterable[str]) -> dict[str, str]:
+    known = (genre for genre in genres if genre not in ("(no genres listed)", "unknown"))
+    return {"title": clean_title(title), "genres": ", ".join(known)}
+
+
+def _users(file: File, separator: str, names: tuple[str, ...], codes: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """The fields `names` of every user, in words where MovieLens has codes for them."""
+    table, fields = open_table(file, separator=separator, header=False, width=5, encodings=_GROUPLENS), {}
+    for n, (user, *values) in enumerate(table.rows()):
+        try:
+            fields[user] = {name: codes[name][v] if name in codes else v for name, v in zip(names, values)}
+        except KeyError as error:
+            raise InputError(f"{table.where(n)}: gender, age or occupation has no code {error}; correct it.") from None
+    return fields
+
+
+def clean_title(title: str) -> str:
+    """Puts articles back where they are said: "Matrix, The (1999)" is "The Matrix (1999)"."""
+    parts = [_INVERTED.sub(_article_first, part.strip()) for part in re.split(r"[()]", title)]
+    if title.count("(") != title.count(")") or re.search(r"\([^)]*\(", title):
+        return " ".join(title.split())  # nested or open parentheses: leave what cannot be read
+    named = [part if index % 2 == 0 else f"({part})" for index, part in enumerate(parts)]
+    return " ".join(" ".join(named).split())
+
+
+def _article_first(match: re.Match) -> str:
+    article = match["article"]
+    return article + ("" if article.endswith("'") else " ") + match["rest"] + (match["tail"] or "")
+
+
+def read_amazon(
+    path: str | Path,
+    *,
+    metadata: str | Path | None = None,
+    duplicates: str = "first",
+    keep_items_without_interactions: bool = False,
+) -> Interactions:
+    """Reads Amazon reviews as the McAuley lab publishes them, JSON lines of 2014, 2018 or 2023, .gz or not.
+
+    The years name their fields differently, and 2014's metadata are Python literals; both are told from the records.
+
+    Args:
+        path: the review file, or a folder that holds one review file and optionally its meta_… file.
+        metadata: the products' file, for title, brand, categories and description (markup removed, 2,000 characters).
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", entry.name))
+        reviews = [entry for entry in found if not entry.name.startswith("meta_")]
+        described = [entry for entry in found if entry.name.startswith("meta_")]
+        if len(reviews) != 1 or len(described) > 1:
+            raise InputError(f"{path} must hold one review file and at most one meta_ file; name them instead.")
+        path, metadata = reviews[0], metadata or next(iter(described), None)
+    ids, keys = {"user": {}, "item": {}}, {}
+    codes = {"user": array("i"), "item": array("i")}  # arrays, for some categories have tens of millions of reviews
+    times, ratings, lines = array("q"), array("d"), array("q")
+    for line, record in json_lines(path):
+        keys = keys or _review_keys(record, f"{path}, line {line}")
+        try:
+            for kind, known in ids.items():
+                text = record[keys[kind]]
+                if not isinstance(text, str) or not text:
+                    raise KeyError(keys[kind])
+                codes[kind].append(known.setdefault(text, len(known)))
+            times.append(int(record[keys["time"]]))
+            ratings.append(float(record[keys["rating"]]))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}, line {line}: a field is missing or unusable ({error}); correct it.") from None
+        lines.append(line)
+    if not keys:
+        raise InputError(f"{path} has no review; check the file.")
+    columns = {kind: pd.Categorical.from_codes(np.asarray(codes[kind]), list(known)) for kind, known in ids.items()}
+    needed = None if keep_items_without_interactions else ids["item"]
+    return make_interactions(
+        **columns,
+        time=np.asarray(times),
+        rating=np.asarray(ratings),
+        item_fields=_amazon_metadata(metadata, needed) if metadata else None,
+        duplicates=duplicates,
+        keep_items_without_interactions=keep_items_without_interactions,
+        where=lambda row: f"{path}, line {lines[row]}",
+    )
+
+
+def _review_keys(record: dict, where: str) -> dict[str, str]:
+    keys = _recognised(list(record), _COLUMNS)
+    for role in ("user", "item", "time", "rating"):
+        if role not in keys:
+            raise InputError(f"{where}: no field for '{role}'; is it a review file?")
+    return keys
+
+
+def _amazon_metadata(path: str | Path, needed: Container[str] | None) -> dict[str, dict[str, str]]:
+    fields = {}
+    for line, record in json_lines(path):
+        key = record.get("parent_asin") or record.get("asin")
+        if not isinstance(key, str):
+            raise InputError(f"{path}, line {line}: no field asin or parent_asin; is it a metadata file?")
+        if needed is None or key in needed:
+            fields[key] = {
+                "title": _plain_text(record.get("title")),
+                "brand": _plain_text(record.get("brand") or record.get("store")),
+                "categories": _plain_text(_last_path(record.get("categories") or record.get("category"))),
+                "description": _plain_text(record.get("description")),
+            }
+    return fields
+
+
+def _last_path(categories) -> str:
+    """2014 nests paths of categories, later years have one path; both become "Beauty, Makeup, Face"."""
+    if isinstance(categories, list) and categories and isinstance(categories[-1], list):
+        categories = categories[-1]
+    return ", ".join(map(str, categories)) if isinstance(categories, list) else str(categories or "")
+
+
+def _plain_text(value) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    if "getTime" in text:  # the page's script in place of the text, a known fault of 2018's metadata
+        return ""
+    return clean_text(re.sub(r"<[^<>]{1,200}>", " ", html.unescape(text)))[:2000].rstrip()
+
+
+def read_adjacency(path: str | Path) -> Split:
+    """Reads a split published as adjacency lists: train.txt and test.txt (or .gz), one user a line, `user item item …`.
+
+    LightGCN's Gowalla and others come so. There is no validation part; a list's order is kept as its user's order.
+    """
+    files = list_files(path)
+    if "train.txt" not in files or "test.txt" not in files:
+        raise InputError(f"{path} must hold train.txt and test.txt (or .gz); check the folder.")
+    parts = {part: id_lists(files[f"{part}.txt"]) for part in ("train", "test")}
+    columns = {part: (user, item) for part, (user, item, _) in parts.items()}
+    return from_parts(**columns, where=lambda part, row: f"{files[f'{part}.txt'].label}, line {parts[part][2][row]}")
+
+
+READERS = {
+    "table": read_table,
+    "movielens": read_movielens,
+    "recbole": read_recbole,
+    "amazon": read_amazon,
+    "adjacency": read_adjacency,
+}
