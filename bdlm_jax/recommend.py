@@ -1,153 +1,19 @@
 """python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10 [--explain].
 
-What a user does with a finished run: raw ids in, raw ids, titles and scores out. The functions are what the command
-line calls; with the domain arm neither needs JAX or the language model.
+With the domain arm neither JAX nor the language model is needed.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-from bdlm_jax.serving import artefact as serving
-from bdlm_jax.serving import scores as scoring
-from bdlm_jax.serving.catalogue import Catalogue, find_item, find_items, find_user, one_line
+from bdlm_jax.serving.answers import ARMS, as_table, as_words, recommend
 from bdlm_jax.types import InputError
-
-ARMS = ("domain", "lm")
-
-
-def recommend(
-    *,
-    workdir: str | os.PathLike,
-    user: str | None = None,
-    history: str | Sequence[str] | None = None,
-    arm: str = "domain",
-    k: int = 10,
-    explain: bool = False,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[dict]:
-    """Recommends items to a known user, or to a new one by history; what the user has had is left out.
-
-    Args:
-        workdir: the directory of a finished run.
-        user: a raw user id, or
-        history: raw item ids or titles, oldest first; as one string, separated by ; or ,.
-        arm: "domain" or "lm".
-        k: how many.
-        explain: let the LM arm write about each item: text that it generates behind the item's token, which may be
-            wrong; not for the domain arm.
-        temperature: of that text; 0 takes the likeliest token at each place.
-        top_p: see `lm.generate.generate`.
-        seed: of what is drawn.
-
-    Returns:
-        [{"rank", "item", "title", "score"}] and, explained, "words"; best first. Scores compare within one answer, not
-        between arms.
-
-    Raises:
-        InputError: a name that is not known, or names more than one thing; no finished run in `workdir`.
-    """
-    if (user is None) == (history is None):
-        raise InputError("give either a user or a history, not both and not neither.")
-    if arm not in ARMS:
-        raise InputError(f"arm {arm!r} is not known: write one of {', '.join(ARMS)}.")
-    if k < 1:
-        raise InputError(f"k is {k}, but at least one item must be asked for.")
-    if explain and arm == "domain":
-        raise InputError("the domain arm has no words to explain with: ask the LM arm (--arm lm).")
-    catalogue = serving.load_catalogue(workdir)
-    index = None if user is None else find_user(catalogue, user)
-    items = find_items(catalogue, history) if index is None else catalogue.history(index)
-    served = serving.load_domain_arm(workdir) if arm == "domain" else serving.load_lm_arm(workdir)
-    score = scoring.domain_scores if arm == "domain" else scoring.lm_scores
-    scores_I = score(served, user=index, history=items)
-    best = scoring.top_items(scores_I, seen=items, k=k)
-    rows = [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
-    if explain:
-        words = scoring.lm_words(
-            served, items, best, user=index, temperature=temperature, top_p=top_p, seed=seed
-        )  # fmt: skip
-        rows = [{**row, "words": text} for row, text in zip(rows, words)]
-    return rows
-
-
-def known_history(*, workdir: str | os.PathLike, user: str) -> list[dict]:
-    """Returns what a known user has had, oldest first, as [{"rank", "item", "title"}].
-
-    Raises:
-        InputError: see `recommend`.
-    """
-    catalogue = serving.load_catalogue(workdir)
-    return [_row(catalogue, n, item) for n, item in enumerate(catalogue.history(find_user(catalogue, user)), 1)]
-
-
-def same_titles(*, workdir: str | os.PathLike) -> list[list[str]]:
-    """Returns the groups of raw item ids that share one title to the letter: no text can tell them apart."""
-    catalogue, groups = serving.load_catalogue(workdir), {}
-    for raw, title in zip(catalogue.item_ids, catalogue.titles):
-        groups.setdefault(title, []).append(raw)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict]:
-    """Returns the users on whose list of the domain arm an item stands highest, among those who have not had it.
-
-    Args:
-        workdir: the directory of a finished run.
-        item: a raw item id or a title.
-        k: how many users.
-
-    Returns:
-        [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
-
-    Raises:
-        InputError: see `recommend`.
-    """
-    catalogue, arm = serving.load_catalogue(workdir), serving.load_domain_arm(workdir)
-    target, found = find_item(catalogue, item), []
-    for user, raw in enumerate(catalogue.user_ids):
-        seen = catalogue.history(user)
-        if target not in seen:
-            scores_I = scoring.domain_scores(arm, user=user)
-            better_I = scores_I > scores_I[target]
-            found.append({"user": raw, "rank": 1 + int(better_I.sum() - better_I[seen].sum())})
-    return sorted(found, key=lambda one: one["rank"])[:k]
-
-
-def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:
-    return {"rank": rank, "item": catalogue.item_ids[item], "title": catalogue.titles[item], **more}
-
-
-def _table(rows: list[dict]) -> str:
-    width = max([4, *(len(row["item"]) for row in rows)])
-    lines = [f"rank  {'item':<{width}}  {'score':>9}  title"]
-    lines += [
-        f"{row['rank']:>4}  {row['item']:<{width}}  {row['score']:>9.4f}  {one_line(row['title'])}" for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _explained(rows: list[dict]) -> str:
-    lines = [
-        f"recommended: {row['item']} {one_line(row['title'])} | in the LM's own words: {one_line(row['words'])}"
-        for row in rows
-    ]
-    return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: those after the program's name; None: of this process.
-
-    Returns:
-        The exit code: 0, or 2 after a sentence on stderr.
-    """
+    """Runs the command line; returns the exit code: 0, or 2 after a sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.recommend", description="Recommends from a finished run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
     who = parser.add_mutually_exclusive_group(required=True)
@@ -160,17 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    given = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
+    shown = given.pop("format")
     try:
-        rows = recommend(
-            workdir=given.workdir, user=given.user, history=given.history, arm=given.arm, k=given.k,
-            explain=given.explain, temperature=given.temperature, top_p=given.top_p, seed=given.seed,
-        )  # fmt: skip
+        rows = recommend(**given)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2
-    as_text = _explained if given.explain else _table
-    print(json.dumps(rows, indent=1) if given.format == "json" else as_text(rows))
+    as_text = as_words if given["explain"] else as_table
+    print(json.dumps(rows, indent=1) if shown == "json" else as_text(rows))
     return 0
 
 

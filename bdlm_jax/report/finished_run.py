@@ -1,4 +1,4 @@
-"""What the directory of a finished run tells: its cells, counts, chosen phases and times, and comparisons of models."""
+"""What the directory of a finished run tells: its cells, counts, chosen phases and times, and means over seeds."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
@@ -15,16 +17,17 @@ from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
 PAUSE_SECONDS = 600.0  # a longer silence between two rows of the logs is a pause, not work
+Key = tuple[str, str, str]  # (model, slice, metric)
 
 
 class Finished(NamedTuple):
-    """A finished run as its directory tells it; `cells` is {(model, slice, metric): (value, users)}."""
+    """A finished run as its directory tells it; `cells` holds (value, users)."""
 
     folder: Path
     config: dict
     environment: dict
     data: dict
-    cells: dict[tuple[str, str, str], tuple[float, int]]
+    cells: dict[Key, tuple[float, int]]
     counts: dict[str, dict[str, Counts]]
     ceilings: list[dict]
 
@@ -32,9 +35,18 @@ class Finished(NamedTuple):
     def name(self) -> str:
         return self.config.get("name") or self.data.get("name") or self.folder.name
 
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def domain_model(self) -> str:
+        """The model that BDLM starts from, which is also the name of its stage and row alone."""
+        return self.config["domain"]["model"]
+
 
 def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished:
-    """Reads a run directory; InputError where it holds no finished run."""
+    """Reads a run directory; `results` is what results.json holds, or None to read it."""
     folder = Path(folder)
     try:
         config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "environment.json"))
@@ -52,13 +64,11 @@ def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     for run in runs:
         groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
     headed, first = {}, {}
-    for members in groups.values():
-        settings, name = _settings(members[0]), members[0].name
+    for text, members in groups.items():
+        settings, name = json.loads(text), members[0].name
         before = first.setdefault(name, settings)
-        other = [
-            f"{key} = {settings.get(key)}" for key in sorted(settings | before) if settings.get(key) != before.get(key)
-        ]
-        headed[name + (f" with {', '.join(other)}" if other else "")] = sorted(members, key=lambda r: r.config["seed"])
+        other = [f"{n} = {settings.get(n)}" for n in sorted(settings | before) if settings.get(n) != before.get(n)]
+        headed[name + (f" with {', '.join(other)}" if other else "")] = sorted(members, key=lambda run: run.seed)
     return headed
 
 
@@ -74,6 +84,12 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     return seconds
 
 
+def best_phases(folder: Path) -> dict | None:
+    """{arm: {"phase", "value"}} of a finished stage."""
+    path = folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8"))["best"] if path.is_file() else None
+
+
 def phase_names(config: dict) -> list[str]:
     """Names the phases of the mutual rounds, in the order in which `stages.train_bdlm` runs them."""
     m = config["mutual"]
@@ -84,7 +100,41 @@ def phase_names(config: dict) -> list[str]:
     return names
 
 
-def half_width(run: Finished, key) -> float | None:
+def distill_epochs(config: dict, phase: int) -> int:
+    """How many epochs of distillation are done after a phase of it."""
+    return min((phase + 1) * config["domain"]["evaluate_every"], config["mutual"]["distill_epochs"])
+
+
+def mean_and_spread(runs: Sequence[Finished], key: Key) -> tuple[float, float | None]:
+    """The mean and deviation over seeds; of a single run half its interval, where it has one; (-inf, None): no run."""
+    values = [run.cells[key][0] for run in runs if key in run.cells]
+    if len(values) > 1:
+        return statistics.fmean(values), statistics.stdev(values)
+    return (values[0], _half_width(runs[0], key)) if values else (-math.inf, None)
+
+
+def n_targets(runs: Sequence[Finished], part: str, metric: str) -> int:
+    """Counts the targets behind a metric on a slice, in the run that has the fewest."""
+    return min(
+        max((users for key, (_, users) in run.cells.items() if key[1:] == (part, metric)), default=0) for run in runs
+    )
+
+
+def chance_of(run: Finished, metric: str) -> float | None:
+    """Of the metric's own candidate sets, or of a set whose size is the same for all."""
+    name, protocol = metric.split("/")
+    others = [counts[protocol].others for counts in run.counts.values() if protocol in counts]
+    return chance_level(name, others[0]) if others else None
+
+
+def sorted_models(runs: Sequence[Finished]) -> list[str]:
+    last = (runs[0].domain_model, "text_lm", "ids_lm", "bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
+    rank = {"item_pop": -2} | {name: place for place, name in enumerate(last)}
+    names = dict.fromkeys(key[0] for run in runs for key in run.cells)
+    return sorted(names, key=lambda name: rank.get(name, -1))
+
+
+def _half_width(run: Finished, key: Key) -> float | None:
     """Half a 95 % interval over cases, for the candidate sets that belong to one slice."""
     (model, part, metric), protocol = key, key[2].split("/")[1]
     counts = run.counts.get(model, {}).get(protocol)
@@ -94,40 +144,11 @@ def half_width(run: Finished, key) -> float | None:
     return mean_half_width(values)
 
 
-def chance_of(run: Finished, part: str, metric: str) -> float | None:
-    """Of the slice's own candidate sets, or of a set whose size is the same for all."""
-    name, protocol = metric.split("/")
-    for counts in run.counts.values():
-        if protocol in counts:
-            return chance_level(name, counts[protocol].others)
-    return None
-
-
-def sorted_models(runs: Sequence[Finished]) -> list[str]:
-    order = ("item_pop", "mf", runs[0].config["domain"]["model"], "text_lm", "ids_lm", "bdlm_domain_unrefreshed")
-    names = dict.fromkeys(key[0] for run in runs for key in run.cells)
-    rank = {name: place for place, name in enumerate((*order, "bdlm_domain", "bdlm_lm"))}
-    return sorted(names, key=lambda name: rank.get(name, -1))
-
-
-def mean_value(runs, key) -> float:
-    values = [run.cells[key][0] for run in runs if key in run.cells]
-    return statistics.fmean(values) if values else -math.inf
-
-
-def best_phases(folder: Path) -> dict | None:
-    path = folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8"))["best"] if path.is_file() else None
-
-
 def _settings(run: Finished) -> dict:
     """The config as flat settings, without what does not change the experiment."""
-
-    def flat(tree, prefix=""):
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            elif prefix + name not in ("seed", "data.path") and not prefix.startswith("runtime."):
-                yield prefix + name, value
-
-    return {**dict(flat(run.config)), "name": run.name}
+    flat = {
+        name: value
+        for name, value in flatten_dict(run.config, sep=".").items()
+        if name not in ("seed", "data.path") and not name.startswith("runtime.")
+    }
+    return {**flat, "name": run.name}

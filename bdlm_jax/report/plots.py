@@ -3,12 +3,25 @@
 Blue is the domain arm's family, orange the LM arm's; the pair is told apart by every common kind of colour vision.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+
+from bdlm_jax.report.finished_run import (
+    Finished,
+    best_phases,
+    chance_of,
+    distill_epochs,
+    mean_and_spread,
+    n_targets,
+    phase_names,
+    sorted_models,
+)
+from bdlm_jax.report.tables import FEWEST_TARGETS
+from bdlm_jax.runtime.files import replacing
+from bdlm_jax.runtime.log import read_metrics
 
 COLOURS = {
     "item_pop": "#b3b3b3", "mf": "#9ecae1", "text_lm": "#fdd0a2", "ids_lm": "#fdae6b",
@@ -17,6 +30,9 @@ COLOURS = {
 ALONE = "#6baed6"  # the domain model alone, whichever it is
 ARM = {"domain": "#08519c", "lm": "#d94801"}
 _GREY = "#555555"
+BAR_METRICS = ("hr@1/cand20", "hr@1/cand100", "ndcg@10/full")
+# Of twins the AUC: a model without any means to tell them apart ties, which HR@1 counts as lost.
+SLICE_METRIC = {"twins": "auc/pair", "cold": "hr@1/cold20", "knowledge": "hr@1/knowledge20"}
 
 
 class Bars(NamedTuple):
@@ -36,38 +52,80 @@ class Curves(NamedTuple):
     alone: Mapping[str, tuple[str, float]]
 
 
-def plot_bars(path: str | os.PathLike, panels: Sequence[Bars], *, title: str) -> None:
-    """Draws horizontal bars by model, a panel each, to a PNG.
+def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[str, str]:
+    """Draws what the runs have numbers for (the learning curves are the first run's); returns the lines that show it.
 
-    Args:
-      path: the file; its folder is made.
-      panels: at least one; the models of the first name the rows.
-      title: above all panels.
+    Returns:
+      {"learning_curves" | "models" | "slices": Markdown of a page beside `folder`}.
     """
+    run, made = runs[0], {}
+    first = f"{run.name}, seed {run.seed}"
+    title = f"{run.name}, {len(runs)} seeds" if len(runs) > 1 else first
+
+    def path(name: str, caption: str) -> Path:
+        made[name] = f"![{caption}]({folder.name}/{prefix}{name}.png)"
+        return folder / f"{prefix}{name}.png"
+
+    if curves := _curves(run):
+        at = path("learning_curves", "learning curves of both arms by round")
+        plot_learning_curves(at, *curves, metric=run.config["select"], title=first)
+    if panels := [_bars(runs, "all", metric, title=metric) for metric in BAR_METRICS if n_targets(runs, "all", metric)]:
+        plot_bars(path("models", "every model, all targets"), panels, title=f"All targets: {title}")
+    shown = {part: m for part, m in SLICE_METRIC.items() if n_targets(runs, part, m) >= FEWEST_TARGETS}
+    if panels := [_bars(runs, part, metric, title=f"{part}: {metric}") for part, metric in shown.items()]:
+        at = path("slices", "twins, cold and knowledge items")
+        plot_bars(at, panels, title=f"Where one source does not suffice: {title}")
+    return made
+
+
+def _bars(runs: Sequence[Finished], part: str, metric: str, *, title: str) -> Bars:
+    values = {model: mean_and_spread(runs, (model, part, metric)) for model in sorted_models(runs)}
+    shown = {model: (mean, spread or 0.0) for model, (mean, spread) in values.items() if mean >= 0}
+    return Bars(title, shown, chance_of(runs[0], metric))
+
+
+def _curves(run: Finished) -> tuple[Curves, Curves | None] | None:
+    best, values = best_phases(run.folder / "bdlm"), _validation(run, "bdlm")
+    if best is None or not values:
+        return None
+    alone = {}
+    for arm, stage in (("domain", run.domain_model), ("lm", "ids_lm")):
+        if reached := best_phases(run.folder / stage):
+            alone[arm] = f"{stage} alone", reached[arm]["value"]
+    rounds = Curves(phase_names(run.config), values, {arm: best[arm]["phase"] for arm in best}, alone)
+    best, values = best_phases(run.folder / "distill"), _validation(run, "distill")
+    if best is None or not values:
+        return rounds, None
+    epochs = [str(distill_epochs(run.config, phase)) for phase in range(len(values["domain"]))]
+    return rounds, Curves(epochs, values, {"domain": best["domain"]["phase"]}, alone)
+
+
+def _validation(run: Finished, stage: str) -> dict[str, list[float]]:
+    """The selected metric after every phase, by arm."""
+    rows = read_metrics(run.folder / stage)
+    names = {arm: f"validation/{arm}/{run.config['select']}" for arm in ARM}
+    curves = {arm: [row[name] for row in rows if name in row] for arm, name in names.items()}
+    return {arm: values for arm, values in curves.items() if values}
+
+
+def plot_bars(path: Path, panels: Sequence[Bars], *, title: str) -> None:
+    """Draws horizontal bars by model, a panel each, to a PNG; the models of the first panel name the rows."""
     models = list(dict.fromkeys(model for panel in panels for model in panel.values))
     figure = Figure(figsize=(3.4 * len(panels) + 1.6, 0.34 * len(models) + 1.3), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(all_axes, panels):
         shown = [model for model in models if model in panel.values]
-        value = [panel.values[model][0] for model in shown]
-        spread = [panel.values[model][1] for model in shown]
+        value, spread = zip(*(panel.values[model] for model in shown))
         place = [models.index(model) for model in shown]
         axes.barh(place, value, color=[COLOURS.get(model, ALONE) for model in shown], height=0.72)
         if any(spread):
             axes.errorbar(value, place, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
         right = max([v + s for v, s in zip(value, spread)] + [panel.chance or 0, 1e-3])
-        for at, v, s in zip(place, value, spread):
-            axes.text(
-                v + s + right * 0.02,
-                at,
-                f"{v:.3f}",
-                va="center",
-                fontsize=8,
-                color="#222222",
-                zorder=4,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-            )
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        for y, v, s in zip(place, value, spread):
+            x = v + s + right * 0.02
+            axes.text(x, y, f"{v:.3f}", va="center", fontsize=8, color="#222222", zorder=4, bbox=box)
         if panel.chance is not None:
             axes.axvline(panel.chance, color=_GREY, linestyle="--", linewidth=1)
             axes.annotate(
@@ -84,18 +142,8 @@ def plot_bars(path: str | os.PathLike, panels: Sequence[Bars], *, title: str) ->
     _save(figure, path)
 
 
-def plot_learning_curves(
-    path: str | os.PathLike, rounds: Curves, distillation: Curves | None, *, metric: str, title: str
-) -> None:
-    """Draws both arms' validation metric over the mutual rounds, and the domain arm's over its distillation, to a PNG.
-
-    Args:
-      path: the file; its folder is made.
-      rounds: the mutual rounds.
-      distillation: the domain arm's last lessons, or None.
-      metric: the name of the y axis.
-      title: above both panels.
-    """
+def plot_learning_curves(path: Path, rounds: Curves, distillation: Curves | None, *, metric: str, title: str) -> None:
+    """Draws both arms' validation over the mutual rounds, and the domain arm's over its distillation, to a PNG."""
     n = 1 + (distillation is not None)
     figure = Figure(figsize=(5.6 if n == 1 else 9.2, 3.5), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -128,9 +176,6 @@ def _quiet(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
-    os.replace(partial, path)
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})

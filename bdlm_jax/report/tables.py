@@ -1,7 +1,7 @@
 """The sections of a report in Markdown: header, tables by slice, margins, chosen rounds, times."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from bdlm_jax.report.finished_run import (
     Finished,
     best_phases,
     chance_of,
-    half_width,
-    mean_value,
+    distill_epochs,
+    mean_and_spread,
+    n_targets,
     phase_names,
     sorted_models,
     stage_seconds,
@@ -35,31 +36,51 @@ SLICE_WORDS = {
     "knowledge": "Cold items in words that no other item uses; only the pretraining corpus ties them to known words. "
     "`knowledge20`: against 19 others.",
 }
+TIES = (
+    "Ties count against the model in HR, NDCG and MRR, and as half in AUC: who scores all candidates alike has "
+    "HR 0 and AUC .5."
+)
 
 
-def group_lines(runs: Sequence[Finished], pictures: dict[str, str], *, folder: str, level: str = "##") -> list[str]:
+def group_lines(runs: Sequence[Finished], pictures: Mapping[str, str], *, level: str = "##") -> list[str]:
+    """The sections of runs that differ in the seed alone; `pictures` are lines by what they show (`plots.draw`)."""
     lines = [*_header(runs), "", f"{level} All targets", "", *_table(runs, "all", MAIN_METRICS), ""]
-    lines += [f"![{caption}]({folder}/{name})" for caption, name in pictures.items() if "models" in name] + [""]
+    lines += [pictures.get("models", ""), ""]
     if margins := _margins(runs):
         lines += [f"{level} Margins of both arms", "", *margins, ""]
     for name, metrics in SLICE_METRICS.items():
         if any(key[1] == name for key in runs[0].cells):
             lines += [f"{level} Slice {name}", "", SLICE_WORDS[name], "", *_slice(runs, name, metrics), ""]
-    lines += [
-        "Ties count against the model in HR, NDCG and MRR, and as half in AUC: who scores all candidates alike has "
-        "HR 0 and AUC .5.", "",
-    ]  # fmt: skip
-    lines += [f"![{caption}]({folder}/{name})" for caption, name in pictures.items() if "slices" in name] + [""]
+    lines += [TIES, "", pictures.get("slices", ""), ""]
     if chosen := [line for run in runs for line in _chosen(run)]:
         lines += [f"{level} Chosen rounds", "", *chosen, ""]
-    lines += [f"![{caption}]({folder}/{name})" for caption, name in pictures.items() if "learning" in name] + [""]
-    return lines + [f"{level} Time", "", *_times(runs), ""]
+    return [*lines, pictures.get("learning_curves", ""), "", f"{level} Time", "", *_times(runs), ""]
 
 
-def n_targets(runs: Sequence[Finished], part: str, metric: str) -> int:
-    """Counts the targets behind a metric on a slice, in the run that has the fewest."""
-    return min(
-        max((users for key, (_, users) in run.cells.items() if key[1:] == (part, metric)), default=0) for run in runs
+def _header(runs: Sequence[Finished]) -> list[str]:
+    data, config, environment = runs[0].data, runs[0].config, runs[0].environment
+    parts = ", ".join(f"{name} {count:,}" for name, count in data["parts"].items())
+    versions = [f"{n} {environment[n]}" for n in ("bdlm_jax", "jax", "flax", "python") if n in environment]
+    machines = sorted({_machine(run.environment) for run in runs})
+    revisions = sorted({run.environment.get("git", "unknown") for run in runs})
+    return [
+        f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
+        f"interactions ({parts}); split {config['data']['split']}.",
+        f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation.",
+        f"* Hashes (data; candidates of test): {'; '.join(_hashes(run.data) for run in runs)}.",
+        f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
+    ]
+
+
+def _machine(environment: Mapping) -> str:
+    cores = environment.get("cores")
+    return environment["devices"].split(", jax")[0] + (f", {cores} CPU cores" if cores else "")
+
+
+def _hashes(data: Mapping) -> str:
+    candidates = sorted((name.split("/"), sha) for name, sha in data["candidates"].items())
+    return ", ".join(
+        [f"`{data['sha256'][:12]}`", *(f"{name} `{sha[:8]}`" for (part, name), sha in candidates if part == "test")]
     )
 
 
@@ -71,92 +92,54 @@ def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
     return (_table(runs, part, enough) if enough else []) + (["", line] if few else [])
 
 
-def _header(runs: Sequence[Finished]) -> list[str]:
-    data, config, environment = runs[0].data, runs[0].config, runs[0].environment
-    parts = ", ".join(f"{name} {count:,}" for name, count in data["parts"].items())
-    lines = [
-        f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
-        f"interactions ({parts}); split {config['data']['split']}.",
-        f"* Seeds: {', '.join(str(r.config['seed']) for r in runs)}. Selection: `{config['select']}` on validation.",
-        "* Hashes (data; candidates of test): "
-        + "; ".join(f"`{run.data['sha256'][:12]}`" + "".join(
-            f", {name.removeprefix('test/')} `{sha[:8]}`" for name, sha in sorted(run.data["candidates"].items())
-            if name.startswith("test/")) for run in runs) + ".",
-    ]  # fmt: skip
-    versions = [f"{n} {environment[n]}" for n in ("bdlm_jax", "jax", "flax", "python") if n in environment]
-    machines = sorted({_machine(run) for run in runs})
-    revisions = sorted({run.environment.get("git", "unknown") for run in runs})
-    return [*lines, f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}."]
-
-
-def _machine(run: Finished) -> str:
-    cores = run.environment.get("cores")
-    return run.environment["devices"].split(", jax")[0] + (f", {cores} CPU cores" if cores else "")
-
-
 def _table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:
     keys = {key for run in runs for key in run.cells}
     metrics = [metric for metric in metrics if any(key[1:] == (part, metric) for key in keys)]
     models = [model for model in sorted_models(runs) if any((model, part, metric) in keys for metric in metrics)]
-    lines = ["| model | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
-    best = {m: max((mean_value(runs, (model, part, m)) for model in models), default=0.0) for m in metrics}
-    for model in models:
-        cells = [_cell(runs, (model, part, m), bold=mean_value(runs, (model, part, m)) == best[m]) for m in metrics]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
+    best = {m: max((cells[model, m][0] for model in models), default=0.0) for m in metrics}
+    rows = [[model, *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
-        cells = [_oracle_cell(runs, sees, part, metric) for metric in metrics]
-        if any(cells):
-            lines.append(f"| *oracle that sees {sees.replace('_', ' ')}* | " + " | ".join(cells) + " |")
-    levels = [chance_of(runs[0], part, metric) for metric in metrics]
-    lines.append("| *chance* | " + " | ".join("" if v is None else _number(v) for v in levels) + " |")
-    users = [str(runs[0].cells[model, part, metric][1]) for metric in metrics for model in models[-1:]]
-    return [*lines, "| *targets* | " + " | ".join(users) + " |"]
+        levels = [_ceiling(runs, sees, part, metric) for metric in metrics]
+        if any(levels):
+            rows.append([f"*oracle that sees {sees.replace('_', ' ')}*", *levels])
+    chances = [chance_of(runs[0], metric) for metric in metrics]
+    rows.append(["*chance*", *("" if chance is None else _number(chance) for chance in chances)])
+    rows.append(["*targets*", *(str(runs[0].cells[models[-1], part, metric][1]) for metric in metrics)])
+    return _grid(["model", *metrics], rows)
 
 
-def _cell(runs, key, *, bold: bool) -> str:
-    values = [run.cells[key][0] for run in runs if key in run.cells]
-    if not values:
+def _cell(mean: float, spread: float | None, best: float) -> str:
+    if mean == -np.inf:
         return ""
-    text = _number(statistics.fmean(values))
-    text = f"**{text}**" if bold else text
-    if len(values) > 1:
-        return f"{text} ± {_number(statistics.stdev(values))}"
-    half = half_width(runs[0], key)
-    return text if half is None else f"{text} ± {_number(half)}"
+    text = f"**{_number(mean)}**" if mean == best else _number(mean)
+    return text if spread is None else f"{text} ± {_number(spread)}"
 
 
-def _oracle_cell(runs, sees: str, part: str, metric: str) -> str:
+def _ceiling(runs: Sequence[Finished], sees: str, part: str, metric: str) -> str:
     name, protocol = metric.split("/")
-    rows = [row for run in runs for row in run.ceilings]
-    values = [
-        row[name]
-        for row in rows
-        if (row["oracle"], row["slice"], row["protocol"]) == (sees, part, protocol) and name in row
-    ]
+    at = (sees, part, protocol)
+    rows = [row for run in runs for row in run.ceilings if (row["oracle"], row["slice"], row["protocol"]) == at]
+    values = [row[name] for row in rows if name in row]
     return _number(statistics.fmean(values)) if values else ""
 
 
 def _margins(runs: Sequence[Finished]) -> list[str]:
-    alone = runs[0].config["domain"]["model"]
-    lines = []
+    rows = []
     for arm in ("bdlm_domain", "bdlm_lm"):
-        for baseline in (alone, "text_lm", "ids_lm"):
+        for baseline in (runs[0].domain_model, "text_lm", "ids_lm"):
             for metric in MARGIN_METRICS:
                 margins = [m for run in runs if (m := _margin(run, arm, baseline, metric)) is not None]
                 if margins:
-                    values = [mean_value(runs, (model, "all", metric)) for model in (arm, baseline)]
-                    cells = [arm, baseline, metric, *map(_number, values), *_margin_cells(margins)]
-                    lines.append("| " + " | ".join(cells) + " |")
-    if not lines:
+                    means = [mean_and_spread(runs, (model, "all", metric))[0] for model in (arm, baseline)]
+                    rows.append([arm, baseline, metric, *map(_number, means), *_margin_cells(margins)])
+    if not rows:
         return []
-    spread = "95 % interval" if len(runs) == 1 else "mean ± deviation over seeds"
-    head = ["| arm | against | metric | arm | baseline | margin | " + spread + " | claim |", "|---" * 8 + "|"]
-    note = "Intervals are paired by user. “no claim”: " + (
-        "the interval holds 0."
-        if len(runs) == 1
-        else "not every seed's own 95 % interval leaves 0 out on the same side."
-    )
-    return [*head, *lines, "", note]
+    one = len(runs) == 1
+    spread = "95 % interval" if one else "mean ± deviation over seeds"
+    doubt = "the interval holds 0." if one else "not every seed's own 95 % interval leaves 0 out on the same side."
+    head = ["arm", "against", "metric", "arm", "baseline", "margin", spread, "claim"]
+    return [*_grid(head, rows), "", f"Intervals are paired by user. “no claim”: {doubt}"]
 
 
 def _margin(run: Finished, arm: str, baseline: str, metric: str) -> Margin | None:
@@ -181,37 +164,31 @@ def _margin_cells(margins: Sequence[Margin]) -> list[str]:
 
 
 def _chosen(run: Finished) -> list[str]:
-    names, lines = phase_names(run.config), []
+    names, said = phase_names(run.config), []
     if best := best_phases(run.folder / "bdlm"):
         for arm, label in (("domain", "domain arm"), ("lm", "LM arm")):
-            phase, value = best[arm]["phase"], best[arm]["value"]
+            phase, value = best[arm]["phase"], _number(best[arm]["value"])
             name = names[phase].replace("\n", ", ") if phase < len(names) else f"phase {phase}"
-            lines.append(
-                f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {_number(value)}"
-            )
+            said.append(f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {value}")
     if best := best_phases(run.folder / "distill"):
-        every, most = run.config["domain"]["evaluate_every"], run.config["mutual"]["distill_epochs"]
-        epochs = min((best["domain"]["phase"] + 1) * every, most)
+        epochs, most = distill_epochs(run.config, best["domain"]["phase"]), run.config["mutual"]["distill_epochs"]
         value = _number(best["domain"]["value"])
-        lines.append(f"then the domain arm after {epochs} of {most} epochs with the chosen LM, {value}")
-    return [f"* Seed {run.config['seed']}: {'; '.join(lines)} (validation)."] if lines else []
+        said.append(f"then the domain arm after {epochs} of {most} epochs with the chosen LM, {value}")
+    return [f"* Seed {run.seed}: {'; '.join(said)} (validation)."] if said else []
 
 
 def _times(runs: Sequence[Finished]) -> list[str]:
     by_run = [stage_seconds(run.folder) for run in runs]
-    stages = list(dict.fromkeys(stage for seconds in by_run for stage in seconds))
-    lines = [
-        "| stage | " + " | ".join(f"seed {run.config['seed']}" for run in runs) + " |",
-        "|---|" + "---|" * len(runs),
-    ]
-    for stage in stages:
-        lines.append(f"| {stage} | " + " | ".join(_duration(seconds.get(stage, 0.0)) for seconds in by_run) + " |")
-    lines.append("| *all stages* | " + " | ".join(_duration(sum(seconds.values())) for seconds in by_run) + " |")
-    return [
-        *lines,
-        "",
-        "Between the rows of the logs, validation and compilation included, silences over ten minutes left out.",
-    ]
+    stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
+    rows = [[stage, *(_duration(seconds.get(stage, 0.0)) for seconds in by_run)] for stage in stages]
+    rows.append(["*all stages*", *(_duration(sum(seconds.values())) for seconds in by_run)])
+    note = "Between the rows of the logs, validation and compilation included, silences over ten minutes left out."
+    return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [first, "|" + "---|" * len(head), *others]
 
 
 def _number(value: float) -> str:

@@ -49,11 +49,12 @@ class ServedDomain:
         return self.dot and not self.reads_history
 
     @cached_property
-    def arm(self):
-        """The model itself, over no interactions."""
-        from bdlm_jax.domain.models import Inputs, make_arm
+    def rebuilt(self):
+        """The model itself, which knows nobody: it reads and scores."""
+        from bdlm_jax.domain.arm import Inputs
+        from bdlm_jax.domain.models import make_arm
 
-        return make_arm(self.model, Inputs(self.item_ID.shape[1]), self.options)
+        return make_arm(self.model, Inputs(width=self.item_ID.shape[1]), self.options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

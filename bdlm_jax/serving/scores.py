@@ -10,54 +10,47 @@ from bdlm_jax.types import Array
 
 
 def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array | None = None) -> np.ndarray:
-    """Scores the catalogue for a known user, or for a new one by history.
+    """Scores the catalogue (I,) for a known user, or for a new one by history (item indices, oldest first).
 
-    A new user of an inner-product model stands where one propagation over the finished item table puts a new node:
+    A new user stands where one propagation over the finished item table puts a new node:
         e_new = 1/√|h| · Σ_{i in h} e_i / √(deg_i + 1).
     That is LightGCN's rule (He et al. 2020, equation 3) for a node whose own layer-0 row is unknown and zero, with the
     new edges counted in the degrees; that the finished rows stand in for those of each layer, and the same rule for MF
-    and NCF, is ours. SASRec reads the history, as it does for everybody.
-
-    Args:
-        arm: of `serving.load_domain_arm`.
-        user: index of a known user, or
-        history: (n,) item indices, oldest first.
-
-    Returns:
-        (I,) float32 scores.
+    and NCF, is ours. A model that reads histories (SASRec) reads the new one, as it does for everybody.
     """
     if user is not None:
         state_D = arm.user_UD[user]
-    elif arm.reads_history:
-        state_D = np.asarray(arm.arm.read(arm.domain, arm.item_ID, np.asarray(history, np.int64)))
     else:
         history = np.asarray(history, np.int64)
-        weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
-        state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
+        if arm.reads_history:
+            state_D = np.asarray(arm.rebuilt.read(arm.domain, arm.item_ID, history), np.float32)
+        else:
+            weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
+            state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
     if arm.dot:
         return arm.item_ID @ state_D
-    return np.asarray(arm.arm.score(arm.domain, state_D[None], arm.item_ID)[0], np.float32)
+    return np.asarray(arm.rebuilt.score(arm.domain, state_D[None], arm.item_ID)[0], np.float32)
 
 
 def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.ndarray:
-    """Scores the catalogue by the LM's state after the history: logits restricted to the item tokens.
+    """Scores the catalogue (I,) by the LM's state after the history: logits restricted to the item tokens.
 
     Args:
-        arm: of `serving.load_lm_arm`.
+        arm: the LM arm.
         history: (n,) item indices, oldest first.
         user: index of a known user, whose <uid> and context are shown where the run reads them; None for a new one.
-
-    Returns:
-        (I,) float32 scores.
     """
-    from bdlm_jax.lm import packing as batches
+    import jax
+
+    from bdlm_jax.lm import causal_lm, packing
 
     prompt = _history_prompt(arm, history, user=user)
-    packed = batches.pack([prompt], arm.prompts["max_tokens"], pad=arm.vocabulary.pad)
+    packed = packing.pack([prompt], arm.prompts["max_tokens"], pad=arm.vocabulary.pad).rows(np.zeros(1, np.int64))
+    rows = (packed["tokens"], packed["positions"], packed["segments"])
+    hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
+    state_M = np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, len(prompt) - 1], np.float32)
     first = arm.vocabulary.item_tokens.start - arm.vocabulary.n_text
-    rows_IM = arm.id_rows_XM[first : first + len(arm.titles)]
-    state_M = _last_state(arm, packed.rows(np.zeros(1, np.int64)), len(prompt) - 1)
-    return rows_IM @ state_M
+    return arm.id_rows_XM[first : first + len(arm.titles)] @ state_M
 
 
 def lm_words(
@@ -70,23 +63,11 @@ def lm_words(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Lets the LM write behind each item's token, where its training has the item's text.
+    """Lets the LM write a text behind each item's token, where its training has the item's text.
 
     Where prompts hold titles, what is read is the history and then <iid>; where they hold none, <bos> <iid>, the card
     on which such a run learns what an <iid> is called. No special token is written; the text ends at <eos> or with as
-    many tokens as the longest title has.
-
-    Args:
-        arm: of `serving.load_lm_arm`.
-        history: (n,) item indices, oldest first.
-        items: (k,) item indices to write about.
-        user: as in `lm_scores`.
-        temperature: see `lm.generate.generate`.
-        top_p: see there.
-        seed: of what is drawn.
-
-    Returns:
-        k texts.
+    many tokens as the longest title has. `temperature` and `top_p` as in `lm.generate.generate`.
     """
     import jax
 
@@ -113,21 +94,12 @@ def lm_words(
 
 
 def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
-    """Returns the indices of the k best items outside `seen`, best first; equal scores in catalogue order.
-
-    Args:
-        scores_I: (I,) scores.
-        seen: item indices to leave out.
-        k: how many; fewer come back where fewer are left.
-
-    Returns:
-        (≤ k,) int64.
-    """
+    """Returns the k best items outside `seen` (fewer where fewer are left), best first; ties in catalogue order."""
     scores_I = np.array(scores_I, np.float64)
     open_I = np.ones(len(scores_I), bool)
     open_I[np.asarray(seen, np.int64)] = False
     items = np.flatnonzero(open_I)
-    if k < len(items):
+    if k < len(items):  # a partition is linear, and a catalogue large
         least = np.partition(scores_I[items], -k)[-k]
         items = items[scores_I[items] >= least]
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
@@ -143,13 +115,3 @@ def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: in
     return prompts.history_prompt(
         arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **options
     )
-
-
-def _last_state(arm: ServedLM, batch: dict, at: int) -> np.ndarray:
-    import jax
-
-    from bdlm_jax.lm import causal_lm
-
-    hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
-    rows = (batch["tokens"], batch["positions"], batch["segments"])
-    return np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, at], np.float32)
