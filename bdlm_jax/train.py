@@ -29,7 +29,7 @@ from bdlm_jax.run.prepare import KNOWN, prepare_data, prepare_vocabulary
 from bdlm_jax.run.stages import DOT_ARM, Run
 from bdlm_jax.runtime import distributed, parallel
 from bdlm_jax.runtime.files import write_json
-from bdlm_jax.runtime.progress import StopSignal, progress
+from bdlm_jax.runtime.log import StopSignal, progress
 from bdlm_jax.serving import artefact
 from bdlm_jax.serving.artefact import ServedDomain, ServedLM
 from bdlm_jax.serving.catalogue import Catalogue

@@ -17,8 +17,8 @@ from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import Bridge
-from bdlm_jax.runtime import placement
-from bdlm_jax.runtime.progress import progress
+from bdlm_jax.runtime import sharding
+from bdlm_jax.runtime.log import progress
 from bdlm_jax.types import Array, Params
 
 # Neighbours in a ranking differ by less than an accelerator's default rounding (TF32, bfloat16).
@@ -87,7 +87,7 @@ def read_states(
     batch_rows = min(batch_rows, max(len(packed), 1))
     for start in progress(range(0, len(packed), batch_rows), description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
-        placed = placement.spread_rows(batch, params["lm"]["embedding"])
+        placed = sharding.spread_rows(batch, params["lm"]["embedding"])
         user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
         for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
@@ -116,7 +116,7 @@ def domain_view(arm: DomainArm, params: Params) -> Params:
 
 def _near(params: Params) -> Params:
     """Tables that a mesh holds in parts, whole: they are small, and what scores with them runs on one device."""
-    return params | placement.gather_spread({name: params[name] for name in ("shared", "domain")})
+    return params | sharding.gather_spread({name: params[name] for name in ("shared", "domain")})
 
 
 def _pair_scorer(view: Params, score) -> CatalogueScorer:

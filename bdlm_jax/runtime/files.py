@@ -25,7 +25,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
     except BaseException:
         _remove(partial)
         raise
@@ -105,7 +105,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     for each in [*(path.rglob("*") if path.is_dir() else []), path]:
         descriptor = os.open(each, os.O_RDONLY)
         try:

@@ -4,6 +4,7 @@ A unit is one compiled call: a step of the LM arm, an epoch of the domain arm. A
 against the other arm's representations as they stood when the phase began.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bdlm_jax.runtime import checkpoint, distributed, parallel, placement
+from bdlm_jax.runtime import checkpoint, distributed
 from bdlm_jax.runtime.files import load_safetensors, save_safetensors, write_json
-from bdlm_jax.runtime.log import MetricLog
-from bdlm_jax.runtime.progress import progress
+from bdlm_jax.runtime.log import MetricLog, progress
+from bdlm_jax.runtime.parallel import Compiled
+from bdlm_jax.runtime.sharding import place_as
 from bdlm_jax.types import Params, TrainState
 
 LOOK_EVERY = 25  # units between two looks at the losses, each of which waits for the device
@@ -35,7 +37,7 @@ class Arm(NamedTuple):
     finish: params -> params, once at the end of each of its phases.
     """
 
-    compiled: parallel.Compiled
+    compiled: Compiled
     optimizer: Any
     batch: Callable[[int], Any]
     view: Callable[[Params], Params]
@@ -82,20 +84,15 @@ def fit(
 
     Args:
       folder: where checkpoints, metrics and the best params go; a finished folder is read, not trained again.
-      stage: the name of the stage in messages.
-      phases: what to do.
-      arms: the arms that the phases name.
+      phases: what to do; each has a unit or more.
       params: makes the initial params.
-      key: the JAX key from which every arm's randomness comes.
+      key: where every arm's randomness comes from.
       validate: (arm, params) -> metrics of that arm on validation.
       select: the metric, among those, that chooses the best phase (higher is better).
       judged: the arms to validate after every phase.
-      stop: a `runtime.progress.StopSignal`, or None.
+      stop: a `runtime.log.StopSignal`, or None.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
       tensorboard: see `MetricLog`.
-
-    Returns:
-      Fitted.
 
     Raises:
       FloatingPointError: a loss is not finite; names the stage, the phase and the unit.
@@ -103,144 +100,163 @@ def fit(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "done.json").exists():
-        return _read_fitted(folder, judged)
-    tree = _restore_or_begin(folder, arms, params, key, judged)
-    cursor, saved_at = tree["cursor"], time.monotonic()
-    with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
-        for number in range(cursor["phase"], len(phases)):
-            phase = phases[number]
-            arm = arms[phase.arm]
-            view = _view(folder, number, arm, tree["params"], resumed=cursor["unit"] > 0)
-            view, constants = arm.compiled.place_constants(view), arm.compiled.place_constants(arm.constants)
-            state = _place(tree, phase.arm, arm)
+    if not (folder / "done.json").exists():
+        tree = _restore_or_begin(folder, arms, params, key, judged)
+        cursor, best = tree["cursor"], tree["best"]
+        with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
+            loop = _Loop(folder, stage, phases, arms, tree, log, stop, checkpoint_seconds)
+            for number in range(cursor["phase"], len(phases)):
+                loop.train(number)
+                for arm in judged:
+                    _judge(arm, number, loop, validate, select)
+                cursor["phase"], cursor["unit"] = number + 1, 0
+                loop.save()
+                if any(distributed.agree(loop.stopping())):
+                    raise Stopped(0)
+        write_json(folder / "done.json", {"best": best, "units": cursor["units"]})
+    return _read_fitted(folder, judged)
 
-            def save(state=None, phase=phase, arm=arm):
-                if state is not None:
-                    _keep(tree, phase.arm, arm, state)
-                checkpoint.save(folder / "checkpoints", cursor["units"], tree, keep=2)
 
-            bar = progress(total=phase.units, start=cursor["unit"], description=f"{stage}: {phase.name}")
-            seen, before = [], _units_before(phases, number)
-            batch = arm.compiled.place_batch(arm.batch(before + cursor["unit"]))
+@dataclasses.dataclass
+class _Loop:
+    """A stage at work; `tree` is what a checkpoint holds: params, what each arm has of its own, cursor and best."""
+
+    folder: Path
+    stage: str
+    phases: Sequence[Phase]
+    arms: dict[str, Arm]
+    tree: dict[str, Any]
+    log: MetricLog
+    stop: Any
+    checkpoint_seconds: float
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def train(self, number: int) -> None:
+        """Runs what is left of a phase, saves where it is time, and leaves the new params in the tree."""
+        phase, cursor = self.phases[number], self.tree["cursor"]
+        arm = self.arms[phase.arm]
+        compiled = arm.compiled
+        view = compiled.place_constants(self._view(number))
+        constants = compiled.place_constants(arm.constants)
+        state = self._take_state(phase.arm)
+        # The data cursor: units that this arm has done in earlier phases.
+        before = sum(earlier.units for earlier in self.phases[:number] if earlier.arm == phase.arm)
+        batch = compiled.place_batch(arm.batch(before + cursor["unit"]))
+        seen = []
+        with progress(total=phase.units, start=cursor["unit"], description=f"{self.stage}: {phase.name}") as bar:
             while cursor["unit"] < phase.units:
-                state, metrics = arm.compiled.run(state, batch, view, constants)
+                state, metrics = compiled.run(state, batch, view, constants)
                 seen.append(metrics)
                 cursor["unit"] += 1
                 cursor["units"] += 1
                 last = cursor["unit"] == phase.units
                 if not last:  # `run` returns at once: the host makes the next batch while the device works
-                    batch = arm.compiled.place_batch(arm.batch(before + cursor["unit"]))
+                    batch = compiled.place_batch(arm.batch(before + cursor["unit"]))
                 bar.update(1)
-                stopping = stop is not None and stop.requested
-                late = time.monotonic() - saved_at > checkpoint_seconds
-                stopping, late = distributed.agree(stopping, late, now=len(seen) == LOOK_EVERY or last)
-                if len(seen) == LOOK_EVERY or last or stopping or late:
-                    _write_losses(log, stage, phase, cursor, seen, bar)
+                look = len(seen) == LOOK_EVERY or last
+                stopping, late = distributed.agree(self.stopping(), self._late(), now=look)
+                if look or stopping or late:
+                    bar.set_postfix(loss=self._write_losses(phase, seen), refresh=False)
                     seen = []
-                if (late or stopping) and not last:
-                    save(state)
-                    saved_at = time.monotonic()
+                if (stopping or late) and not last:
+                    self._put_back(phase.arm, state)
+                    self.save()
                 if stopping and not last:
                     raise Stopped(0)
-            bar.close()
-            _keep(tree, phase.arm, arm, state)
-            del state
-            tree["params"] = arm.finish(tree["params"])
-            if not arm.compiled.take_state:
-                tree["params"] = jax.tree.map(np.asarray, tree["params"])
-            for name in judged:
-                values = validate(name, tree["params"])
-                log.write(
-                    stage, cursor["units"], {f"validation/{name}/{k}": v for k, v in values.items()} | {"phase": number}
-                )
-                if values[select] > tree["best"][name]["value"]:
-                    tree["best"][name] = {"value": float(values[select]), "phase": number}
-                    save_safetensors(folder / f"best_{name}.safetensors", tree["params"])
-            cursor["phase"], cursor["unit"] = number + 1, 0
-            save()
-            saved_at = time.monotonic()
-            if any(distributed.agree(stop is not None and stop.requested)):
-                raise Stopped(0)
-    write_json(folder / "done.json", {"best": tree["best"], "units": cursor["units"]})
-    return _read_fitted(folder, judged)
+        self._put_back(phase.arm, state)
+        del state
+        self.tree["params"] = arm.finish(self.tree["params"])
+        if not compiled.in_parts:
+            self.tree["params"] = jax.tree.map(np.asarray, self.tree["params"])
+
+    def save(self) -> None:
+        checkpoint.save(self.folder / "checkpoints", self.tree["cursor"]["units"], self.tree, keep=2)
+        self.saved_at = time.monotonic()
+
+    def stopping(self) -> bool:
+        return self.stop is not None and self.stop.requested
+
+    def _late(self) -> bool:
+        return time.monotonic() - self.saved_at > self.checkpoint_seconds
+
+    def _view(self, number: int) -> Params:
+        """The other arm as it stood when the phase began; kept on disk, for the phase changes what it came from."""
+        path = self.folder / "view.safetensors"
+        if self.tree["cursor"]["unit"] > 0 and path.exists():
+            return load_safetensors(path)
+        view = jax.tree.map(np.asarray, self.arms[self.phases[number].arm].view(self.tree["params"]))
+        if view:
+            save_safetensors(path, view)
+        else:
+            path.unlink(missing_ok=True)
+        return view
+
+    def _take_state(self, name: str) -> TrainState:
+        """The arm's state on its devices; where it lies there already, it is moved out of the tree."""
+        compiled, state = self.arms[name].compiled, TrainState(params=self.tree["params"], **self.tree["arms"][name])
+        if not compiled.in_parts:
+            return compiled.place_state(state)
+        self.tree["params"], self.tree["arms"][name] = None, None  # the step uses these arrays up
+        return compiled.place_state(state, copy=False)
+
+    def _put_back(self, name: str, state: TrainState) -> None:
+        """Puts a state into the tree: on the host, or as it lies where the devices hold it in parts."""
+        compiled = self.arms[name].compiled
+        kept = compiled.fetch_state(state, to_host=False) if compiled.in_parts else compiled.fetch_state(state)
+        self.tree["arms"][name] = kept._asdict()
+        self.tree["params"] = self.tree["arms"][name].pop("params")
+
+    def _write_losses(self, phase: Phase, seen: list[dict[str, Any]]) -> float:
+        """Logs the means of some units' metrics, and returns that of the loss."""
+        unit, units = self.tree["cursor"]["unit"], self.tree["cursor"]["units"]
+        seen = jax.device_get(seen)
+        mean = {name: float(np.mean([float(m[name]) for m in seen])) for name in seen[0]}
+        bad = [name for name, value in mean.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{self.stage}: {bad[0]} is not finite in {phase.name} between units {unit - len(seen) + 1} and "
+                f"{unit}; lower the learning rate of the {phase.arm} arm, or clip its gradient."
+            )
+        self.log.write(self.stage, units, {f"{phase.arm}/{name}": value for name, value in mean.items()})
+        return mean["loss"]
 
 
-def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict:
+def _judge(arm: str, number: int, loop: _Loop, validate: Callable, select: str) -> None:
+    """Validates an arm after a phase, and writes its params where they are its best."""
+    tree = loop.tree
+    values = validate(arm, tree["params"])
+    row = {f"validation/{arm}/{name}": value for name, value in values.items()} | {"phase": number}
+    loop.log.write(loop.stage, tree["cursor"]["units"], row)
+    if values[select] > tree["best"][arm]["value"]:
+        tree["best"][arm] = {"value": float(values[select]), "phase": number}
+        save_safetensors(loop.folder / f"best_{arm}.safetensors", tree["params"])
+
+
+def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict[str, Any]:
     start, last = params(), checkpoint.latest(folder / "checkpoints")
     tree = {"params": start, "arms": {}, "cursor": {"phase": 0, "unit": 0, "units": 0}}
     tree["best"] = {name: {"value": -math.inf, "phase": -1} for name in judged}
     for i, (name, arm) in enumerate(sorted(arms.items())):
         mine = {"step": np.zeros((), np.int32), "key": jax.random.fold_in(key, i)}
-        if arm.compiled.take_state:
+        if not arm.compiled.in_parts:
+            mine["opt_state"] = arm.optimizer.init(start)
+        else:
             shapes = _shapes(arm, start, **mine)
             if last:
                 tree["params"], mine["opt_state"] = shapes.params, shapes.opt_state
             else:
                 if tree["params"] is start:
-                    tree["params"] = placement.place_as(start, shapes.params)
+                    tree["params"] = place_as(start, shapes.params)
                 places = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
                 mine["opt_state"] = jax.jit(arm.optimizer.init, out_shardings=places)(tree["params"])
-        else:
-            mine["opt_state"] = arm.optimizer.init(start)
         tree["arms"][name] = mine
     return checkpoint.restore(last, like=tree) if last else tree
 
 
-def _shapes(arm: Arm, params: Params, *, step, key) -> TrainState:
+def _shapes(arm: Arm, params: Params, **mine: Any) -> TrainState:
     """The shapes of an arm's state, with where each leaf lies."""
-    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)  # noqa: E731
-    opt_state = jax.eval_shape(arm.optimizer.init, shapes(params))
-    return arm.compiled.abstract_state(TrainState(shapes(params), opt_state, shapes(step), shapes(key)))
-
-
-def _place(tree: dict, name: str, arm: Arm) -> TrainState:
-    """The arm's state on its devices; where it lies there already, it is moved out of the tree."""
-    mine = tree["arms"][name]
-    state = TrainState(tree["params"], mine["opt_state"], mine["step"], mine["key"])
-    if arm.compiled.take_state is None:
-        return arm.compiled.place_state(state)
-    tree["params"], tree["arms"][name] = None, None  # the step uses these arrays up
-    return arm.compiled.take_state(state)
-
-
-def _keep(tree: dict, name: str, arm: Arm, state: TrainState) -> None:
-    """Puts a state into the tree: on the host, or as it lies where the devices hold it in parts."""
-    kept = (arm.compiled.unpad_state if arm.compiled.take_state else arm.compiled.fetch_state)(state)
-    tree["params"] = kept.params
-    tree["arms"][name] = {"opt_state": kept.opt_state, "step": kept.step, "key": kept.key}
-
-
-def _view(folder: Path, number: int, arm: Arm, params: Params, *, resumed: bool) -> Params:
-    """The other arm as it stood when the phase began; kept on disk, because the phase changes what it came from."""
-    path = folder / "view.safetensors"
-    if resumed and path.exists():
-        return load_safetensors(path)
-    view = jax.tree.map(np.asarray, arm.view(params))
-    if view:
-        save_safetensors(path, view)
-    elif path.exists():
-        path.unlink()
-    return view
-
-
-def _units_before(phases: Sequence[Phase], number: int) -> int:
-    """Units that the arm of phase `number` has done in earlier phases: the data cursor of its batches."""
-    return sum(p.units for p in phases[:number] if p.arm == phases[number].arm)
-
-
-def _write_losses(log: MetricLog, stage: str, phase: Phase, cursor: dict, seen: list, bar) -> None:
-    seen = jax.device_get(seen)
-    mean = {name: float(np.mean([float(m[name]) for m in seen])) for name in seen[0]} if seen else {}
-    bad = [name for name, value in mean.items() if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"{stage}: {bad[0]} is not finite in {phase.name} between units {cursor['unit'] - len(seen) + 1} and "
-            f"{cursor['unit']}; lower the learning rate of the {phase.arm} arm, or clip its gradient."
-        )
-    if mean:
-        bar.set_postfix(loss=mean["loss"])
-        log.write(stage, cursor["units"], {f"{phase.arm}/{name}": value for name, value in mean.items()})
+    state = jax.eval_shape(lambda params: TrainState(params, arm.optimizer.init(params), **mine), params)
+    return arm.compiled.abstract_state(state)
 
 
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:

@@ -1,18 +1,23 @@
-"""A run's numbers as JSON lines, and in TensorBoard where its writer is installed.
+"""What a run tells: its numbers as JSON lines and in TensorBoard, progress to a person, and a polite stop.
 
-The file holds each step once, however often the run was killed: a resumed run first drops what it is going to write
-again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "loss": 2.3}`.
+The file of numbers holds each step once, however often the run was killed: a resumed run first drops what it is going
+to write again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "loss": 2.3}`.
 """
 
 import json
 import math
-import os
 import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from tqdm import tqdm
+
+from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
 
 _RESERVED = ("stage", "step", "time")
@@ -22,97 +27,66 @@ class MetricLog:
     """Appends rows to `folder/metrics.jsonl`; a context manager, every row is flushed.
 
     Args:
-        folder: the run's directory; made where it is missing.
         resume: `(stage, step)`: the last step whose rows stay. Later steps of that stage and all rows of the stages
             that came after it are dropped; -1 restarts the stage. None: the file starts empty. Steps of a stage rise:
             what alternates is one stage. Write a step's row before its checkpoint.
         tensorboard: also write event files below `folder/tensorboard`, one folder per stage; None: where the extra is
             installed.
-
-    Raises:
-        InputError: `tensorboard=True` without its extra.
     """
 
     def __init__(
         self, folder: str | Path, *, resume: tuple[str, int] | None = None, tensorboard: bool | None = None
     ) -> None:
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "metrics.jsonl"
+        path, self._events = Path(folder) / "metrics.jsonl", Path(folder) / "tensorboard"
         rows = _rows_to_keep(read_metrics(path), *resume) if resume else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(_jsonable(row)) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._make_writer = _find_writer(tensorboard)
-        self._writers: dict[str, Any] = {}
+        write_text(path, "".join(map(_line, rows)))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
+        self._make_writer, self._writers = _find_writer(tensorboard), {}
         if self._make_writer:
             # Event files cannot be truncated: they are written again from the rows that stay.
-            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+            shutil.rmtree(self._events, ignore_errors=True)
             for row in rows:
                 self._write_tensorboard(row)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one row.
-
-        Args:
-            stage: the stage's name.
-            step: steps done in this stage.
-            metrics: name -> anything that `float` takes.
-
-        Raises:
-            InputError: a metric called "stage", "step" or "time".
-        """
+        """Writes one row; `metrics` is name -> anything that `float` takes."""
         taken = [name for name in _RESERVED if name in metrics]
         if taken:
             raise InputError(f"A metric of stage {stage!r} is called {taken[0]!r}, which every row has; rename it.")
         row = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
         row |= {name: float(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(_jsonable(row)) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         if self._make_writer:
             self._write_tensorboard(row)
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
-        for writer in self._writers.values():
-            writer.close()
 
     def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for file in (self._file, *self._writers.values()):
+            file.close()
 
     def _write_tensorboard(self, row: dict[str, Any]) -> None:
         stage = row["stage"]
         if stage not in self._writers:
-            self._writers[stage] = self._make_writer(str(self._folder / "tensorboard" / stage))
+            self._writers[stage] = self._make_writer(str(self._events / stage))
         for name in row.keys() - set(_RESERVED):
             self._writers[stage].add_scalar(name, row[name], row["step"], walltime=row["time"])
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Reads the rows of a `metrics.jsonl` (or of the folder that holds it), without a last line that a kill cut short.
+    """Reads the rows of a `metrics.jsonl`, or of the folder that holds it; none where it is missing.
 
-    Args:
-        path: the file or its folder; missing: no rows.
-
-    Returns:
-        The rows in file order; a value that is not finite comes back as NaN.
-
-    Raises:
-        InputError: a line before the last that is no row.
+    A last line that a kill cut short is left out, and a value that is not finite comes back as NaN.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             rows.append({name: math.nan if value is None else value for name, value in row.items()})
@@ -123,16 +97,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _rows_to_keep(rows: list[dict[str, Any]], stage: str, step: int) -> list[dict[str, Any]]:
-    order = {name: place for place, name in enumerate(dict.fromkeys(row["stage"] for row in rows))}
+    order = list(dict.fromkeys(row["stage"] for row in rows))
     if stage not in order:
         return rows
-    return [
-        row for row in rows if order[row["stage"]] < order[stage] or (row["stage"] == stage and row["step"] <= step)
-    ]
+    earlier = order[: order.index(stage)]
+    return [row for row in rows if row["stage"] in earlier or (row["stage"] == stage and row["step"] <= step)]
 
 
-def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
-    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+def _line(row: dict[str, Any]) -> str:
+    valid = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+    return json.dumps(valid) + "\n"
 
 
 def _find_writer(wanted: bool | None) -> Any:
@@ -141,9 +115,76 @@ def _find_writer(wanted: bool | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        if wanted:
-            raise InputError(
-                'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
-            ) from None
-        return None
+        if wanted is None:
+            return None
+        raise InputError(
+            'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
+        ) from None
     return SummaryWriter
+
+
+def progress(
+    iterable: Iterable | None = None,
+    *,
+    description: str,
+    total: int | None = None,
+    start: int = 0,
+    every_s: float = 30.0,
+    stream: TextIO | None = None,
+) -> tqdm:
+    """Shows how far a loop is: a bar on a terminal; in a file or a CI log a line every `every_s`, and none before.
+
+    Args:
+        iterable: what to walk; None: call `.update(n)` by hand.
+        total: how many there will be; None: `len(iterable)` where it has one.
+        start: how many a resumed run has done already.
+        stream: None is stderr.
+    """
+    stream = stream or sys.stderr
+    options = {"desc": description, "total": total, "initial": start, "file": stream}
+    if stream.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **options)
+    form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {elapsed}{postfix}"
+    pace = {"mininterval": every_s, "miniters": 1, "delay": every_s}
+    return _Lines(iterable, bar_format=form, leave=False, **pace, **options)
+
+
+class _Lines(tqdm):
+    """tqdm writes over its line by a carriage return, which a file keeps: here a line ends, and stands once."""
+
+    monitor_interval = 0  # no thread
+    _printed = None
+
+    def display(self, msg: Any = None, pos: Any = None) -> None:
+        if self.n != self._printed:
+            self._printed = self.n
+            print(self, file=self.fp, flush=True)
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag, so that a loop can save and leave; a second signal acts as usual.
+
+    Used as a context manager; `.requested` turns True. Outside the main thread it watches nothing, because Python
+    hands signals to the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: Any) -> None:
+        self.requested = True
+        self.__exit__()
+        told = f"\n{signal.Signals(number).name}: saving, then leaving (again: leave at once)."
+        print(told, file=sys.stderr, flush=True)

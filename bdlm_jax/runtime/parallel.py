@@ -1,12 +1,12 @@
 """One pure step, compiled for one device, for replicas or for a mesh: the only file that names devices.
 
-The three ways give the same numbers, because a step sums its losses, counts and gradients over `axis_name` itself
-(`all_sum`). Under "mesh" there is no axis name: the compiler sees the global batch and places the sums.
+The three ways give the same numbers, because a step sums its losses, counts and gradients over `axis_name` itself.
+Under "mesh" there is no axis name: the compiler sees the global batch and places the sums.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,39 +16,37 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from bdlm_jax.runtime import sharding as mesh_lib
-from bdlm_jax.runtime.placement import fresh, gathered, spread, to_host
-from bdlm_jax.runtime.sharding import BATCH_AXES
+from bdlm_jax.runtime import sharding
+from bdlm_jax.runtime.sharding import Layout, spread
 from bdlm_jax.types import InputError, leaf_name
 
 AXIS = "data"
 
 
 class Compiled(NamedTuple):
-    """A compiled step with the two ways between host and devices.
+    """A compiled step with the ways between host and devices.
 
     run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and, with `donate`, used up;
         `batch` is a pytree whose leaves all have the batch as leading dimension; `constants` (tables of the other arm,
         a graph) are the same for every row and every device; `metrics` are plain arrays without a device dimension.
-    place_state: host pytree -> placed pytree, always a copy, so that donation never eats the caller's arrays.
-    fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys.
+    place_state: host pytree -> placed pytree, always a copy, so that donation never eats the caller's arrays; with
+        `in_parts` also `copy=False`, for a state that the caller gives up: what lies right already is not copied.
+    fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys;
+        with `in_parts` also `to_host=False`: the same on its devices, without added rows.
     place_constants: pytree -> the same on every device; constants placed once are not sent again by every `run`.
     place_batch: batch -> the batch on its devices, for a caller that sends it before it is needed; `run` takes both.
+    in_parts: whether a state stays on its devices between phases ("mesh" of one process that cuts it into parts).
     abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("jit" and "mesh").
-    unpad_state: placed pytree -> the same arrays on their devices without added rows, to save ("jit" and "mesh").
-    take_state: as `place_state`, for a state that the caller gives up: what lies right already is not copied; None
-        where states come to the host between phases (all but a "mesh" of one process that cuts them into parts).
     lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
     """
 
     run: Callable[..., tuple[Any, Any]]
-    place_state: Callable[[Any], Any]
-    fetch_state: Callable[[Any], Any]
+    place_state: Callable[..., Any]
+    fetch_state: Callable[..., Any]
     place_constants: Callable[[Any], Any]
-    place_batch: Callable[[Any], Any] = lambda batch: batch
+    place_batch: Callable[[Any], Any]
+    in_parts: bool = False
     abstract_state: Callable[[Any], Any] | None = None
-    unpad_state: Callable[[Any], Any] | None = None
-    take_state: Callable[[Any], Any] | None = None
     lower: Callable[..., Any] | None = None
 
 
@@ -59,7 +57,7 @@ def compile_step(
     n_devices: int | None = None,
     donate: bool = True,
     mesh: Mapping[str, int] | None = None,
-    rules: mesh_lib.Rules = mesh_lib.RULES,
+    rules: sharding.Rules = sharding.RULES,
 ) -> Compiled:
     """Compiles a pure step the way the config's one word says.
 
@@ -70,24 +68,15 @@ def compile_step(
             shardings: the batch split by rows over data and fsdp, the state as `rules` say).
         n_devices: how many of the machine's devices; None: all ("jit" takes one).
         donate: the state's memory is reused for the new state.
-        mesh: "mesh" only; sizes of the axes, see `mesh.mesh_sizes`; None: all devices on "data".
-        rules: "mesh" only; see `mesh.state_layout`.
-
-    Returns:
-        A `Compiled`.
-
-    Raises:
-        InputError: an unknown word, more devices than there are, a mesh of another size; later, from `run`, a batch
-            that does not divide by the devices, and from `place_state`, a leaf that does not divide.
+        mesh: sizes of the axes, see `sharding.mesh_sizes`; None: all devices on "data".
     """
     if parallel not in ("jit", "pmap", "mesh"):
         raise InputError(f"config.parallel is {parallel!r}; use 'jit', 'pmap' or 'mesh'.")
     if parallel != "mesh" and jax.process_count() > 1:
         raise InputError(f"config.parallel is {parallel!r}, which one process runs alone; use 'mesh' with several.")
-    n_here = jax.device_count()
-    wanted = 1 if parallel == "jit" else n_devices or n_here
-    if not 1 <= wanted <= n_here or (parallel == "jit" and n_devices not in (None, 1)):
-        limit = 1 if parallel == "jit" else n_here
+    limit = 1 if parallel == "jit" else jax.device_count()
+    wanted = limit if n_devices is None else n_devices
+    if not 1 <= wanted <= limit:
         raise InputError(f"{n_devices} devices were asked for, but parallel={parallel!r} can use 1 to {limit} here.")
     devices = jax.devices()[:wanted]
     if parallel == "jit":
@@ -102,8 +91,6 @@ def params_shardings(shapes: Any, *, parallel: str, mesh: Mapping[str, int] | No
 
     Args:
         shapes: pytree of shapes, with paths as below a state's `params`.
-        parallel: as in `compile_step`.
-        mesh: as in `compile_step`.
 
     Returns:
         A pytree of shardings; None where a state comes to the host between phases, and one device takes it whole.
@@ -111,23 +98,14 @@ def params_shardings(shapes: Any, *, parallel: str, mesh: Mapping[str, int] | No
     if parallel != "mesh":
         return None
     made = _make_mesh(mesh, jax.devices())
-    if not _keeps_parts(dict(made.shape)):
+    if not _keeps_parts(made):
         return None
-    layout = mesh_lib.state_layout({"params": shapes}, dict(made.shape))["params"]
+    layout = sharding.state_layout({"params": shapes}, dict(made.shape))["params"]
     return jax.tree.map(lambda leaf: _unpadded_sharding(made, leaf), layout)
 
 
-def all_sum(tree: Any, axis_name: str | None) -> Any:
-    """Sums every leaf over the replicas, and returns the tree as it is where there are none."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-
 def enable_compilation_cache(folder: str | Path) -> None:
-    """Keeps compiled programs in `folder`, so that a second start does not compile again.
-
-    Args:
-        folder: made where it is missing; where JAX_COMPILATION_CACHE_DIR is set, that folder is used instead.
-    """
+    """Keeps compiled programs in `folder`, or where JAX_COMPILATION_CACHE_DIR says, for the next start."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -148,66 +126,63 @@ def device_summary() -> str:
 
 
 def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
-    compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
-
-    def place_state(state):
-        return jax.device_put(jax.tree.map(fresh, state), device)
-
     def place(tree):
         return jax.device_put(tree, device)
 
-    def abstract_state(state):
-        return jax.tree.map(lambda leaf: _shaped(leaf, np.shape(leaf), SingleDeviceSharding(device)), state)
+    def place_state(state):
+        return place(jax.tree.map(sharding.fresh, state))
 
-    return Compiled(compiled, place_state, to_host, place, place, abstract_state, lambda state: state)
+    def abstract_state(state):
+        return jax.tree.map(lambda leaf: _shaped(leaf, SingleDeviceSharding(device)), state)
+
+    run = jax.jit(step, donate_argnums=(0,) if donate else ())
+    return Compiled(run, place_state, sharding.to_host, place, place, abstract_state=abstract_state)
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
     n = len(devices)
     one_axis = jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-    replicated = NamedSharding(one_axis, PartitionSpec())
     # The axis' name is part of an array's layout: another one here, and the second step compiles again.
     replicate = jax.pmap(lambda _, tree: tree, axis_name=AXIS, in_axes=(0, None), devices=devices)
-    compiled_by_count: dict[int, Callable] = {}
 
+    @functools.cache
     def compiled(n_constants: int) -> Callable:
-        if n_constants not in compiled_by_count:
-            compiled_by_count[n_constants] = jax.pmap(
-                lambda state, batch, *constants: step(state, batch, *constants, axis_name=AXIS),
-                axis_name=AXIS,
-                in_axes=(0, 0) + (None,) * n_constants,
-                out_axes=(0, None),
-                devices=devices,
-                donate_argnums=(0,) if donate else (),
-            )
-        return compiled_by_count[n_constants]
+        return jax.pmap(
+            functools.partial(step, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=(0, 0) + (None,) * n_constants,
+            out_axes=(0, None),
+            devices=devices,
+            donate_argnums=(0,) if donate else (),
+        )
 
     def place_batch(batch):
         _check_batch(batch, n)
         return batch
 
     def run(state, batch, *constants):
-        _check_batch(batch, n)
-        rows = jax.tree.map(lambda leaf: leaf.reshape((n, leaf.shape[0] // n) + leaf.shape[1:]), batch)
+        rows = jax.tree.map(lambda leaf: leaf.reshape((n, leaf.shape[0] // n) + leaf.shape[1:]), place_batch(batch))
         return compiled(len(constants))(state, rows, *constants)
 
     def place_state(state):
-        return replicate(np.arange(n), jax.tree.map(fresh, state))
+        return replicate(np.arange(n), jax.tree.map(sharding.fresh, state))
 
     def fetch_state(state):
-        return to_host(jax.tree.map(lambda leaf: leaf[0], state))
+        return sharding.to_host(jax.tree.map(lambda leaf: leaf[0], state))
 
-    return Compiled(run, place_state, fetch_state, lambda constants: jax.device_put(constants, replicated), place_batch)
+    def place_constants(constants):
+        return jax.device_put(constants, NamedSharding(one_axis, PartitionSpec()))
+
+    return Compiled(run, place_state, fetch_state, place_constants, place_batch)
 
 
-def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rules) -> Compiled:
+def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rules) -> Compiled:
     sizes = dict(mesh.shape)
-    replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    n_rows = sizes["data"] * sizes["fsdp"]
+    replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
     layouts: dict[Any, Any] = {}  # by the placed state's structure and shapes
 
     def lay_out(state):
-        layout = mesh_lib.state_layout(state, sizes, rules)
+        layout = sharding.state_layout(state, sizes, rules)
         seen = jax.tree.structure(state), tuple(leaf.padded for leaf in jax.tree.leaves(layout))
         if layouts.setdefault(seen, layout) != layout:
             raise ValueError("one compiled step was given two states of one padded shape; compile a step for each.")
@@ -218,108 +193,91 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: mesh_lib.Rule
 
     def sharded_step(state, batch, *constants):
         layout = layout_of(state) or lay_out(state)
-        with mesh_lib.traced_on(mesh):
-            state, metrics = step(_unpadded(state, layout), batch, *constants)
+        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.n_rows), state, layout)
+        with sharding.traced_on(mesh):
+            state, metrics = step(state, batch, *constants)
+        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.n_padded), state, layout)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
         shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.spec), layout)
-        state = jax.lax.with_sharding_constraint(_padded(state, layout), shardings)
-        return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: replicated, metrics))
+        return jax.lax.with_sharding_constraint(
+            (state, metrics), (shardings, jax.tree.map(lambda _: replicated, metrics))
+        )
 
     compiled = jax.jit(sharded_step, donate_argnums=(0,) if donate else ())
 
     def place_batch(batch):
-        _check_batch(batch, n_rows)
+        _check_batch(batch, sizes["data"] * sizes["fsdp"])
         return jax.tree.map(lambda leaf: spread(leaf, by_rows), batch)
+
+    def place_constants(constants):
+        return jax.tree.map(lambda leaf: spread(leaf, replicated), constants)
 
     def run(state, batch, *constants):
         return compiled(state, place_batch(batch), *place_constants(constants))
 
     def place_state(state, *, copy=True):
         return jax.tree.map(
-            lambda leaf, layout: spread(leaf, NamedSharding(mesh, layout.spec), layout.padded, copy=copy),
-            state,
-            lay_out(state),
+            lambda leaf, to: spread(leaf, NamedSharding(mesh, to.spec), to.n_padded, copy=copy), state, lay_out(state)
         )
 
-    def fetch_state(state):
+    def fetch_state(state, *, to_host=True):
         # Leaf by leaf: gathered all at once, a state would have to fit on every device.
-        host = jax.tree.map(lambda leaf: to_host(gathered(leaf, replicated)), state)
-        return _unpadded(host, layout_of(state))
+        def fetch(leaf, to=None):
+            padded = to is not None and to.shape != to.padded
+            if not to_host:
+                return sharding.moved(leaf, _unpadded_sharding(mesh, to), to.n_rows) if padded else leaf
+            here = leaf if leaf.is_fully_addressable else sharding.moved(leaf, replicated)
+            host = sharding.to_host(here)
+            return host[: to.n_rows] if padded else host
 
-    def place_constants(constants):
-        return jax.tree.map(lambda leaf: spread(leaf, replicated), constants)
+        layout = layout_of(state)
+        return jax.tree.map(fetch, state) if layout is None else jax.tree.map(fetch, state, layout)
 
     def abstract_state(state):
-        return jax.tree.map(
-            lambda leaf, layout: _shaped(leaf, layout.shape, _unpadded_sharding(mesh, layout)), state, lay_out(state)
-        )
-
-    def unpad_state(state):
-        def unpad(leaf, to):
-            if to.shape == to.padded:
-                return leaf
-            return jax.jit(lambda x: x[: to.shape[0]], out_shardings=_unpadded_sharding(mesh, to))(leaf)
-
-        return jax.tree.map(unpad, state, layout_of(state))
+        return jax.tree.map(lambda leaf, to: _shaped(leaf, _unpadded_sharding(mesh, to)), state, lay_out(state))
 
     def lower(state, batch, *constants):
-        _check_batch(batch, n_rows)
-        batch = jax.tree.map(lambda leaf: _shaped(leaf, leaf.shape, by_rows), batch)
-        constants = jax.tree.map(lambda leaf: _shaped(leaf, leaf.shape, replicated), constants)
-        shaped = jax.tree.map(
-            lambda leaf, layout: _shaped(leaf, layout.padded, NamedSharding(mesh, layout.spec)), state, lay_out(state)
+        _check_batch(batch, sizes["data"] * sizes["fsdp"])
+        batch = jax.tree.map(lambda leaf: _shaped(leaf, by_rows), batch)
+        constants = jax.tree.map(lambda leaf: _shaped(leaf, replicated), constants)
+        state = jax.tree.map(
+            lambda leaf, to: _shaped(leaf, NamedSharding(mesh, to.spec), to.padded), state, lay_out(state)
         )
-        return compiled.lower(shaped, batch, *constants)
+        return compiled.lower(state, batch, *constants)
 
-    take_state = partial(place_state, copy=False) if _keeps_parts(sizes) else None
     return Compiled(
-        run, place_state, fetch_state, place_constants, place_batch, abstract_state, unpad_state, take_state, lower
+        run, place_state, fetch_state, place_constants, place_batch, _keeps_parts(mesh), abstract_state, lower
     )
 
 
 def _make_mesh(wanted: Mapping[str, int] | None, devices: list[jax.Device]) -> Mesh:
-    sizes = mesh_lib.mesh_sizes(wanted or {"data": -1}, len(devices))
+    sizes = sharding.mesh_sizes(wanted or {"data": -1}, len(devices))
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
-def _keeps_parts(sizes: Mapping[str, int]) -> bool:
+def _keeps_parts(mesh: Mesh) -> bool:
     """Whether a state stays on its devices between phases; several processes bring theirs to the host."""
-    return sizes["fsdp"] * sizes["tensor"] > 1 and jax.process_count() == 1
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and jax.process_count() == 1
 
 
-def _unpadded_sharding(mesh: Mesh, layout: mesh_lib.Layout) -> NamedSharding:
+def _unpadded_sharding(mesh: Mesh, layout: Layout) -> NamedSharding:
     # Rows that do not divide: by columns where these do, so that no device has to hold the whole table.
     if layout.shape == layout.padded:
         return NamedSharding(mesh, layout.spec)
-    fits = len(layout.shape) > 1 and layout.shape[1] % mesh_lib.n_parts(layout.spec[0], dict(mesh.shape)) == 0
+    fits = len(layout.shape) > 1 and layout.shape[1] % sharding.n_parts(layout.spec[0], dict(mesh.shape)) == 0
     return NamedSharding(mesh, PartitionSpec(None, layout.spec[0]) if fits else PartitionSpec())
 
 
-def _shaped(leaf: Any, shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.result_type(leaf), sharding=sharding)
-
-
-def _padded(state: Any, layout: Any) -> Any:
-    return jax.tree.map(lambda leaf, to: _with_rows(leaf, to.padded), state, layout)
-
-
-def _with_rows(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return leaf if leaf.shape == shape else jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape)])
-
-
-def _unpadded(state: Any, layout: Any) -> Any:
-    if layout is None:
-        return state
-    return jax.tree.map(lambda leaf, to: leaf if to.shape == to.padded else leaf[: to.shape[0]], state, layout)
+def _shaped(leaf: Any, where: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf) if shape is None else shape, jnp.result_type(leaf), sharding=where)
 
 
 def _check_batch(batch: Any, n_devices: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         shape = np.shape(leaf)
         if not shape or shape[0] % n_devices:
-            name = leaf_name(path)
             raise InputError(
-                f"The batch's {name or 'array'} of shape {shape} cannot be split over {n_devices} devices; "
+                f"The batch's {leaf_name(path) or 'array'} of shape {shape} cannot be split over {n_devices} devices; "
                 "make the batch size a multiple of them."
             )

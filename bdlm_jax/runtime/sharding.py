@@ -1,19 +1,21 @@
-"""Where every leaf of a state lies on a mesh of devices: data x fsdp x tensor, by patterns on the leaf's path.
+"""Where every leaf of a state lies on a mesh, data x fsdp x tensor by patterns on its path, and its way there.
 
-Nothing here needs a device: sizes and shapes are enough, so that a dry run and a refusal cost nothing. The layout of
-matrices is Megatron's over `tensor` (Shoeybi et al., arXiv 1909.08053) and ZeRO-3's over `fsdp` (Rajbhandari et al.,
-arXiv 1910.02054).
+The layout of matrices is Megatron's over `tensor` (Shoeybi et al., arXiv 1909.08053) and ZeRO-3's over `fsdp`
+(Rajbhandari et al., arXiv 1910.02054). Sizes and shapes are enough for a layout, so that a dry run and a refusal cost
+nothing; on their way arrays move part by part, and nothing is whole where it does not have to be.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,6 +52,14 @@ class Layout:
     spec: PartitionSpec
     padded: tuple[int, ...]
 
+    @property
+    def n_rows(self) -> int | None:
+        return self.shape[0] if self.shape else None
+
+    @property
+    def n_padded(self) -> int | None:
+        return self.padded[0] if self.padded else None
+
     def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the part that one device holds."""
         parts = [n_parts(axes, sizes) for axes in self.spec] + [1] * (len(self.padded) - len(self.spec))
@@ -57,18 +67,7 @@ class Layout:
 
 
 def mesh_sizes(wanted: Mapping[str, int], n_devices: int) -> dict[str, int]:
-    """Fills in the one axis that is -1, and refuses sizes whose product is not the number of devices.
-
-    Args:
-        wanted: {"data": …, "fsdp": …, "tensor": …}; what is missing is 1.
-        n_devices: how many devices there are.
-
-    Returns:
-        The sizes of all three axes.
-
-    Raises:
-        InputError: an unknown axis, a size of 0, two axes of -1, or another product.
-    """
+    """Gives the size of every axis: a missing one is 1, and the one that is -1 takes the devices that are left."""
     unknown = sorted(set(wanted) - set(AXES))
     sizes = {axis: wanted.get(axis, 1) for axis in AXES}
     told = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -92,18 +91,14 @@ def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> 
 
     A leaf takes the axes of the first rule whose pattern is found in its path; without a rule it is replicated. What
     an optimiser keeps of a parameter is known by the end of its path; where it has a dimension less (Adafactor's means
-    over rows or columns), that dimension's axes are left out.
+    over rows or columns), that dimension's axes are left out. Rows (dimension 0) are padded to a multiple of their
+    parts; another dimension that does not divide is refused.
 
     Args:
         state: pytree of arrays or of their shapes; parameters lie below `params`.
-        sizes: of the mesh's axes.
-        rules: `(pattern, axes)` pairs.
 
     Returns:
-        A pytree of `Layout`. Rows (dimension 0) are padded to a multiple of their parts.
-
-    Raises:
-        InputError: another sharded dimension that does not divide; names the leaf, its shape and the axis.
+        A pytree of `Layout`.
     """
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     shapes = {name.removeprefix("params/"): np.shape(leaf) for name, leaf in named if name.startswith("params/")}
@@ -140,15 +135,97 @@ def split_rows(x: jax.Array) -> jax.Array:
 
     Left alone, the compiler splits a residual stream by its width, as the weights lie, and then sums every product over
     the devices; told where the rows are, it gathers the weights instead, which are fewer.
-
-    Args:
-        x: (B, ...).
-
-    Returns:
-        The same numbers.
     """
     mesh = _MESH.get()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
+def place_as(tree: Any, shapes: Any) -> Any:
+    """Copies every array of a tree to where the `jax.ShapeDtypeStruct` beside it says, part by part."""
+    return jax.tree.map(lambda leaf, to: spread(leaf, to.sharding, copy=True), tree, shapes)
+
+
+def spread_rows(batch: Any, like: Any) -> Any:
+    """Splits a batch by rows over the mesh on which an array lies; where that is none, or cannot be, it stays."""
+    sharding = getattr(like, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not set(BATCH_AXES) <= set(sharding.mesh.axis_names):
+        return batch
+    n_rows = n_parts(BATCH_AXES, dict(sharding.mesh.shape))
+    if any(leaf.shape[0] % n_rows for leaf in jax.tree.leaves(batch)):
+        return batch
+    return jax.tree.map(lambda leaf: spread(leaf, NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES))), batch)
+
+
+def gather_spread(tree: Any) -> Any:
+    """Brings what lies on several devices to the host; the rest stays where it is."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if is_spread(leaf) else leaf, tree)
+
+
+def spread(leaf: Any, sharding: NamedSharding, n_rows: int | None = None, *, copy: bool = False) -> jax.Array:
+    """Puts a leaf where the sharding says, each device's part by itself; `n_rows` adds rows of zeros."""
+    if is_key(leaf):
+        return through_key(lambda data: spread(data, sharding, copy=copy), leaf)
+    shape = np.shape(leaf) if n_rows is None else (n_rows, *np.shape(leaf)[1:])
+    if isinstance(leaf, jax.Array):
+        if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim) and shape == leaf.shape:
+            return leaf
+        if len(leaf.sharding.device_set) > 1:  # it may be too large for any one place
+            return moved(leaf, sharding, n_rows)
+    host = np.asarray(leaf, dtype=jnp.result_type(leaf))
+
+    def part(index):
+        found = host[index]
+        start, stop, _ = index[0].indices(shape[0]) if index else (0, 0, 1)
+        # A copy: on the CPU the array may alias the NumPy buffer, and a later donation must not write into it.
+        missing = stop - start - len(found) if index else 0
+        return np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1)) if missing else np.array(found)
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def moved(leaf: jax.Array, sharding: NamedSharding, n_rows: int | None = None) -> jax.Array:
+    """Copies between devices, with `n_rows` rows where given; one program a sharding and shape, however often."""
+    return _mover(sharding)(leaf, n_rows)
+
+
+@functools.cache
+def _mover(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x, n: with_rows(jnp.copy(x), n), static_argnums=1, out_shardings=sharding)
+
+
+def with_rows(x: Any, n_rows: int | None) -> Any:
+    """Adds rows of zeros, or cuts rows off, until there are `n_rows`; None leaves them."""
+    if n_rows is None or n_rows == x.shape[0]:
+        return x
+    return x[:n_rows] if n_rows < x.shape[0] else jnp.pad(x, [(0, n_rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_spread(leaf: Any) -> bool:
+    """Whether a leaf lies, or is to lie, on several devices; keys are small and count as not."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and not is_key(leaf) and len(sharding.device_set) > 1
+
+
+def through_key(function: Callable[[Any], Any], leaf: Any) -> Any:
+    """Applies a function of arrays; of a typed key to its data, and the result is a key again."""
+    if not is_key(leaf):
+        return function(leaf)
+    return jax.random.wrap_key_data(jnp.asarray(function(jax.random.key_data(leaf))), impl=jax.random.key_impl(leaf))
+
+
+def fresh(leaf: Any) -> jax.Array:
+    """Copies a leaf, so that a donation never eats its caller's."""
+    # Strong types: a weakly typed scalar would come back strong from the first step, and the second call recompile.
+    return jnp.array(leaf, dtype=jnp.result_type(leaf))
+
+
+def to_host(tree: Any) -> Any:
+    """Makes NumPy arrays of a placed tree; typed keys stay keys."""
+    return jax.tree.map(lambda leaf: through_key(np.asarray, leaf), tree)
 
 
 def _axes_of_reduced(shape: tuple, owner: tuple, axes: tuple) -> tuple:

@@ -26,7 +26,7 @@ def main(coordinator, processes, process, folder):
         state, metrics = compiled.run(state, compiled.place_batch(make_batch(step)))
         losses.append(float(metrics["loss"]))
         if step == 1:
-            checkpoint.save(folder / "sharded", step, compiled.unpad_state(state))
+            checkpoint.save(folder / "sharded", step, compiled.fetch_state(state, to_host=False))
     again = checkpoint.restore(checkpoint.latest(folder / "sharded"), like=compiled.abstract_state(make_state()))
     again = compiled.place_state(again)
     for step in (2, 3):

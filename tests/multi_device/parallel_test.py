@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from bdlm_jax.runtime.parallel import all_sum, compile_step
+from bdlm_jax.runtime.parallel import compile_step
 from bdlm_jax.types import InputError
 
 OPTIMIZER = optax.adam(0.05)
@@ -52,6 +52,10 @@ def regression_step(state, batch, offset, *, axis_name=None):
     updates, opt_state = OPTIMIZER.update(gradients, state.opt_state)
     params = optax.apply_updates(state.params, updates)
     return State(params, opt_state, state.step + 1, state.key), {"loss": all_sum(total, axis_name) / count}
+
+
+def all_sum(tree, axis_name):
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 @functools.cache

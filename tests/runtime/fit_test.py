@@ -12,6 +12,10 @@ from bdlm_jax.runtime import fit as fit_lib
 from bdlm_jax.runtime.fit import Arm, Phase, Stopped, fit
 
 
+def same(tree):
+    return tree
+
+
 class NoOptimizer:
     def init(self, params):
         return {"sum": np.zeros((), np.float32)}
@@ -32,9 +36,8 @@ def make_arm(name, calls, *, at_unit=None):
         params = state.params | {name: value}
         return state._replace(params=params, step=state.step + 1), {"loss": value}
 
-    same = lambda tree: tree  # noqa: E731
     return Arm(
-        compiled=parallel.Compiled(run, same, same, same),
+        compiled=parallel.Compiled(run, same, same, same, same),
         optimizer=NoOptimizer(),
         batch=lambda number: np.int32(number),
         view=lambda params: {"other": params["a"] + params["b"]},

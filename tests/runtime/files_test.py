@@ -1,0 +1,47 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdlm_jax.runtime import files
+from bdlm_jax.types import InputError
+
+
+def test_safetensors_names_and_subtrees(tmp_path):
+    table = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    tree = {
+        "params": {
+            "shared": {"user": table, "scale": np.float32(2.5), "column": table.T},  # .T: not contiguous
+            "lm": {"embedding": jnp.array([[1.5, -2.25]], jnp.bfloat16)},
+        }
+    }
+    path = tmp_path / "deep" / "model.safetensors"
+    files.save_safetensors(path, tree)
+    everything = files.load_safetensors(path)
+    assert jax.tree.structure(everything) == jax.tree.structure(tree)
+    for mine, wanted in zip(jax.tree.leaves(everything), jax.tree.leaves(tree)):
+        assert (mine.dtype, mine.shape) == (wanted.dtype, wanted.shape)
+        np.testing.assert_array_equal(mine, wanted)
+    assert sorted(files.load_safetensors(path, prefix="params/shared")) == ["column", "scale", "user"]
+
+
+def test_what_cannot_be_read_or_written_is_refused(tmp_path):
+    (tmp_path / "broken").write_bytes(b"no tensors here")
+    files.save_safetensors(tmp_path / "one", {"a": np.ones(2)})
+    for name, prefix, words in (
+        ("broken", "", "broken cannot be read"),
+        ("missing", "", "missing cannot be read"),
+        ("one", "b", "nothing below 'b'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            files.load_safetensors(tmp_path / name, prefix=prefix)
+    with pytest.raises(InputError, match="slash"):
+        files.save_safetensors(tmp_path / "one", {"a/b": np.ones(2)})
+
+
+def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path):
+    files.write_text(tmp_path / "a", "before")
+    with pytest.raises(KeyError), files.replacing(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]
