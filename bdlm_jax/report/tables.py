@@ -22,20 +22,24 @@ from bdlm_jax.report.finished_run import (
 MAIN_METRICS = (
     "hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "mrr/cand100", "hr@10/full", "ndcg@10/full",
 )  # fmt: skip
-SLICE_METRICS = {
-    "twins": ("hr@1/pair", "auc/pair", "hr@1/cand20", "hr@1/cand100"),
-    "cold": ("hr@1/cold20", "ndcg@10/cold20", "auc/cold20", "hr@10/cand100", "ndcg@10/full"),
-    "knowledge": ("hr@1/knowledge20", "ndcg@10/knowledge20", "auc/knowledge20", "hr@10/cand100", "ndcg@10/full"),
-}
 MARGIN_METRICS = ("hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "ndcg@10/full")
+SLICES = {
+    "twins": (
+        "Items that share their text with another item. `pair`: the target against its twin.",
+        ("hr@1/pair", "auc/pair", "hr@1/cand20", "hr@1/cand100"),
+    ),
+    "cold": (
+        "Targets without any interaction before. `cold20`: the target against 19 other such items.",
+        ("hr@1/cold20", "ndcg@10/cold20", "auc/cold20", "hr@10/cand100", "ndcg@10/full"),
+    ),
+    "knowledge": (
+        "Cold items in words that no other item uses; only the pretraining corpus ties them to known words. "
+        "`knowledge20`: against 19 others.",
+        ("hr@1/knowledge20", "ndcg@10/knowledge20", "auc/knowledge20", "hr@10/cand100", "ndcg@10/full"),
+    ),
+}
 # With fewer the 95 % interval of a share around one half is wider than .43.
 FEWEST_TARGETS = 20
-SLICE_WORDS = {
-    "twins": "Items that share their text with another item. `pair`: the target against its twin.",
-    "cold": "Targets without any interaction before. `cold20`: the target against 19 other such items.",
-    "knowledge": "Cold items in words that no other item uses; only the pretraining corpus ties them to known words. "
-    "`knowledge20`: against 19 others.",
-}
 TIES = (
     "Ties count against the model in HR, NDCG and MRR, and as half in AUC: who scores all candidates alike has "
     "HR 0 and AUC .5."
@@ -48,9 +52,9 @@ def group_lines(runs: Sequence[Finished], pictures: Mapping[str, str], *, level:
     lines += [pictures.get("models", ""), ""]
     if margins := _margins(runs):
         lines += [f"{level} Margins of both arms", "", *margins, ""]
-    for name, metrics in SLICE_METRICS.items():
+    for name, (words, metrics) in SLICES.items():
         if any(key[1] == name for key in runs[0].cells):
-            lines += [f"{level} Slice {name}", "", SLICE_WORDS[name], "", *_slice(runs, name, metrics), ""]
+            lines += [f"{level} Slice {name}", "", words, "", *_slice(runs, name, metrics), ""]
     lines += [TIES, "", pictures.get("slices", ""), ""]
     if chosen := [line for run in runs for line in _chosen(run)]:
         lines += [f"{level} Chosen rounds", "", *chosen, ""]
@@ -105,7 +109,7 @@ def _table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
             rows.append([f"*oracle that sees {sees.replace('_', ' ')}*", *levels])
     chances = [chance_of(runs[0], metric) for metric in metrics]
     rows.append(["*chance*", *("" if chance is None else _number(chance) for chance in chances)])
-    rows.append(["*targets*", *(str(runs[0].cells[models[-1], part, metric][1]) for metric in metrics)])
+    rows.append(["*targets*", *(str(n_targets(runs[:1], part, metric)) for metric in metrics)])
     return _grid(["model", *metrics], rows)
 
 
@@ -147,8 +151,7 @@ def _margin(run: Finished, arm: str, baseline: str, metric: str) -> Margin | Non
     pair = [run.counts.get(model, {}).get(protocol) for model in (arm, baseline)]
     if None in pair or not np.array_equal(pair[0].target, pair[1].target):
         return None
-    values = [case_metric(name, c.better, c.equal, c.others) for c in pair]
-    return relative_margin(pair[0].user, *values)
+    return relative_margin(pair[0].user, *(case_metric(name, c.better, c.equal, c.others) for c in pair))
 
 
 def _margin_cells(margins: Sequence[Margin]) -> list[str]:

@@ -30,11 +30,8 @@ def recommend(
         history: raw item ids or titles, oldest first; as one string, separated by ; or ,.
         arm: "domain" or "lm".
         k: how many.
-        explain: let the LM arm write about each item: text that it generates behind the item's token, which may be
-            wrong; not for the domain arm.
-        temperature: of that text; 0 takes the likeliest token at each place.
-        top_p: see `lm.generate.generate`.
-        seed: of what is drawn.
+        explain: let the LM arm write about each item, text that it generates behind the item's token and that may be
+            wrong; `temperature`, `top_p` and `seed` of that text as in `lm.generate`.
 
     Returns:
         [{"rank", "item", "title", "score"}] and, explained, "words"; best first. Scores compare within one answer, not

@@ -22,31 +22,16 @@ FORMAT = 2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedDomain:
-    """The domain arm: encoded tables and, where they do not suffice, what rebuilds the model.
+    """The domain arm: encoded tables, and what rebuilds the model where they do not suffice."""
 
-    Args:
-        model: its name in `domain.models.MODELS`.
-        user_UD: (U, D) representations of the known users.
-        item_ID: (I, D).
-        degree_I: (I,) interactions over which the tables were propagated.
-        domain: what the model owns beside the tables; {} where they suffice.
-        options: the model's settings.
-        dot: the score is the inner product of two rows.
-        reads_history: the model makes a new user's row of their history.
-    """
-
-    model: str
-    user_UD: np.ndarray
+    model: str  # a name of `domain.models.MODELS`
+    user_UD: np.ndarray  # the known users
     item_ID: np.ndarray
-    degree_I: np.ndarray
-    domain: Params = dataclasses.field(default_factory=dict)
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dot: bool = True
-    reads_history: bool = False
-
-    @property
-    def tables_suffice(self) -> bool:
-        return self.dot and not self.reads_history
+    degree_I: np.ndarray  # interactions over which the tables were propagated
+    domain: Params = dataclasses.field(default_factory=dict)  # what the model owns beside the tables
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model's settings
+    dot: bool = True  # the score is the inner product of two rows
+    reads_history: bool = False  # the model makes a new user's row of their history
 
     @cached_property
     def rebuilt(self):
@@ -59,25 +44,15 @@ class ServedDomain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedLM:
-    """The LM arm: decoder, rows of the id tokens, and how its prompts are made.
-
-    Args:
-        params: the decoder's params.
-        config: its `LMConfig`.
-        id_rows_XM: (X, M) rows of <uid> and <iid>.
-        vocabulary: numbers the tokens.
-        titles: token array of every item.
-        contexts: token array of every user, or None.
-        prompts: options of `history_prompt` ("kind", "user_token", "unnamed", …).
-    """
+    """The LM arm: decoder, rows of the id tokens, and how its prompts are made."""
 
     params: Params
-    config: Any
-    id_rows_XM: Array
-    vocabulary: Any
-    titles: list[np.ndarray]
-    contexts: list[np.ndarray] | None
-    prompts: dict[str, Any]
+    config: Any  # `LMConfig`
+    id_rows_XM: Array  # of <uid> and <iid>
+    vocabulary: Any  # `Vocabulary`
+    titles: list[np.ndarray]  # tokens of every item
+    contexts: list[np.ndarray] | None  # tokens of every user
+    prompts: dict[str, Any]  # options of `history_prompt` ("kind", "user_token", "unnamed", …)
 
 
 def is_served(workdir: str | os.PathLike) -> bool:
@@ -88,32 +63,29 @@ def is_served(workdir: str | os.PathLike) -> bool:
 
 def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: ServedDomain, lm: ServedLM) -> None:
     """Writes workdir/serving, from which `load_*` give the same records back; whole or not at all."""
-    numbers, decoder = lm.vocabulary, dataclasses.asdict(lm.config)
+    tables = {"user": domain.user_UD, "item": domain.item_ID, "degree": domain.degree_I, "domain": domain.domain}
+    tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
+    manifest = {
+        "format": FORMAT,
+        "domain": {
+            "model": domain.model,
+            "dot": domain.dot,
+            "reads history": domain.reads_history,
+            "options": domain.options,
+        },
+        "lm": {
+            "config": dataclasses.asdict(lm.config),
+            "vocabulary": {"n_users": lm.vocabulary.n_users, "n_items": lm.vocabulary.n_items},
+            "prompts": lm.prompts,
+        },
+    }
     with replacing(_folder(workdir)) as folder:
         folder.mkdir()
-        texts = {"user_ids": catalogue.user_ids, "item_ids": catalogue.item_ids, "titles": catalogue.titles}
-        (folder / "catalogue.json").write_text(json.dumps(texts), encoding="utf-8")
+        (folder / "catalogue.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
-        tables = {"user": domain.user_UD, "item": domain.item_ID, "degree": domain.degree_I}
-        own = {} if domain.tables_suffice else domain.domain
-        save_safetensors(folder / "domain.safetensors", tables | {"domain": own})
-        tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
+        save_safetensors(folder / "domain.safetensors", tables)
         save_safetensors(folder / "lm.safetensors", {"lm": lm.params, "id_rows": lm.id_rows_XM, **tokens})
-        numbers.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        manifest = {
-            "format": FORMAT,
-            "domain": {
-                "model": domain.model,
-                "dot": domain.dot,
-                "reads history": domain.reads_history,
-                "options": domain.options,
-            },
-            "lm": {
-                "config": decoder,
-                "vocabulary": {"n_users": numbers.n_users, "n_items": numbers.n_items},
-                "prompts": lm.prompts,
-            },
-        }
+        lm.vocabulary.tokenizer.save_pretrained(str(folder / "tokenizer"))
         write_json(folder / "serving.json", manifest)
 
 
@@ -123,9 +95,7 @@ def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
     try:
         return Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
     except TypeError as error:
-        raise InputError(
-            f"{folder}/catalogue.json and its tensors do not hold a catalogue; delete {folder}."
-        ) from error
+        raise InputError(f"{folder}/catalogue.json holds no catalogue: delete {folder}.") from error
 
 
 def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:

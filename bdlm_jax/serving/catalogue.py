@@ -15,21 +15,17 @@ _SUGGESTIONS = 5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Catalogue:
-    """Raw ids, titles, and every known interaction in time order.
-
-    Args:
-        user_ids: U raw ids.
-        item_ids: I raw ids.
-        titles: I titles.
-        indptr: (U+1,) where each user's items begin in `item`.
-        item: item indices, of training, validation and test together.
-    """
+    """Raw ids, titles, and every known interaction in time order, of training, validation and test together."""
 
     user_ids: list[str]
     item_ids: list[str]
     titles: list[str]
-    indptr: np.ndarray
+    indptr: np.ndarray  # (U+1,) where each user's items begin
     item: np.ndarray
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        return {"user_ids": self.user_ids, "item_ids": self.item_ids, "titles": self.titles}
 
     @cached_property
     def user_index(self) -> dict[str, int]:

@@ -35,7 +35,7 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path
         tables = {"user": arm.user_UD, "item": arm.item_ID}
         save_safetensors(folder / "embeddings.safetensors", {n: rows.astype(np.float32) for n, rows in tables.items()})
         save_safetensors(folder / "seen.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
-        (folder / "ids.json").write_text(json.dumps(_names(catalogue)), encoding="utf-8")
+        (folder / "ids.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
         shutil.copyfile(EXAMPLE, folder / "recommend.py")
         facts = {
             "format": "bdlm_jax domain 1",
@@ -60,7 +60,7 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
     from bdlm_jax.lm.hf_folder import write_hf_folder
 
     arm, catalogue = load_lm_arm(workdir), load_catalogue(workdir)
-    names = _names(catalogue)
+    names = catalogue.names
     if arm.prompts["kind"] != "ids":
         # Tokens, not text: some tokenizers split a text otherwise behind another token than alone.
         names["title_tokens"] = [title.tolist() for title in arm.titles]
@@ -81,10 +81,6 @@ def _new_folder(out: str | os.PathLike) -> Iterator[Path]:
     with replacing(out) as folder:
         folder.mkdir()
         yield folder
-
-
-def _names(catalogue: Catalogue) -> dict[str, list]:
-    return {"user_ids": catalogue.user_ids, "item_ids": catalogue.item_ids, "titles": catalogue.titles}
 
 
 def _checksum(path: Path) -> dict:

@@ -10,7 +10,6 @@ import pytest
 from bdlm_jax.evaluation.evaluate import Counts, result_rows, save_counts
 from bdlm_jax.evaluation.statistics import Margin
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.report import plots
 from bdlm_jax.report.finished_run import phase_names, stage_seconds
 from bdlm_jax.report.tables import _margin_cells
 from experiments import defaults
@@ -174,10 +173,13 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, capsys, words, messag
     assert message in err
 
 
-def test_a_panel_may_lack_a_model(tmp_path):
-    panels = [
-        plots.Bars("a", {"mf": (0.1, 0.0), "bdlm_lm": (0.3, 0.02)}, 0.05),
-        plots.Bars("b", {"bdlm_lm": (0.0, 0.0)}, None),
-    ]
-    plots.plot_bars(tmp_path / "made" / "bars.png", panels, title="t")
-    assert (tmp_path / "made" / "bars.png").stat().st_size > 5000
+def test_a_model_may_lack_a_metric(tmp_path):
+    """As the text LM lacks the full ranking; here it is the only LM, and so the last row."""
+    folder = make_run(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    rows = [row for row in results["rows"] if not row["model"].startswith("bdlm")]
+    results["rows"] = [row for row in rows if (row["model"], row["metric"]) != ("text_lm", "hr@1/cand100")]
+    (folder / "results.json").write_text(json.dumps(results))
+    main = page_of(folder).split("## All targets")[1].split("##")[0]
+    at = row_of(main, "model").index("hr@1/cand100")
+    assert [row_of(main, name)[at] for name in ("lightgcn", "text_lm", "*targets*")] == ["**0.200**", "", "100"]
