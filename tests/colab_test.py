@@ -8,11 +8,11 @@ from nbclient import NotebookClient
 from experiments import quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
 
 
-def read_notebook():
-    return nbformat.read(NOTEBOOK, as_version=4)
+@pytest.fixture
+def notebook():
+    return nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)
 
 
 def flat(config, prefix=""):
@@ -22,28 +22,19 @@ def flat(config, prefix=""):
     return made
 
 
-def test_the_notebook_is_valid_and_cleared():
-    notebook = read_notebook()
+def test_the_notebook_is_valid_and_cleared_and_has_no_logic_of_its_own(notebook):
     nbformat.validate(notebook)
     assert notebook.nbformat == 4
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
-    installs = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
-    assert len(installs) == 1
-    assert "pip install" in installs[0].source
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in cells:
+        assert cell.outputs == [] and cell.execution_count is None
+        assert "def " not in cell.source and "class " not in cell.source
+        assert len(cell.source.splitlines()) <= 20
+    (install,) = (cell for cell in cells if "install" in cell.metadata.get("tags", []))
+    assert "pip install" in install.source
 
 
-def test_the_notebook_has_no_logic_of_its_own():
-    for cell in read_notebook().cells:
-        if cell.cell_type == "code":
-            assert "def " not in cell.source
-            assert "class " not in cell.source
-            assert len(cell.source.splitlines()) <= 20
-
-
-def test_the_notebook_runs_from_start_to_end(tiny_run, tmp_path, monkeypatch):
+def test_the_notebook_runs_from_start_to_end(notebook, tiny_run, tmp_path, monkeypatch):
     """It trains BDLM of the tiny run once more, in a process of its own; only compiled programs are shared."""
     config, trained, results = tiny_run
     before = flat(quickstart.get_config())
@@ -53,9 +44,7 @@ def test_the_notebook_runs_from_start_to_end(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("BDLM_NOTEBOOK_OVERRIDES", json.dumps(overrides))
     monkeypatch.setenv("BDLM_NOTEBOOK_WORKDIR", str(workdir))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(trained / "compiled"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as the fixture does, for the same programs
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = read_notebook()
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
 
@@ -65,8 +54,9 @@ def test_the_notebook_runs_from_start_to_end(tiny_run, tmp_path, monkeypatch):
     assert any("bdlm_domain" in data.get("text/markdown", "") for data in shown)
     assert sum("text/html" in data for data in shown) == 6  # a history, four recommendations, the twins' audiences
     made = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-    values = {(row["model"], row["slice"], row["metric"]): row["value"] for row in made["rows"]}
-    expected = {(row["model"], row["slice"], row["metric"]): row["value"] for row in results["rows"]}
+    values, expected = (
+        {(row["model"], row["slice"], row["metric"]): row["value"] for row in rows["rows"]} for rows in (made, results)
+    )
     assert {"lightgcn", "bdlm_domain", "bdlm_lm"} <= {model for model, _, _ in values}
     for name, value in values.items():
         if name[2].endswith("/full"):

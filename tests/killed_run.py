@@ -10,19 +10,21 @@ import signal
 import sys
 import traceback
 
+# Loaded lazily by the package; here, so that no attempt pays for it.
+import orbax.checkpoint  # noqa: F401
+
 from bdlm_jax import train
 from bdlm_jax.data import candidates
 from bdlm_jax.evaluation import evaluate
-from bdlm_jax.run import build as arms_room
+from bdlm_jax.run import build
 from bdlm_jax.runtime import checkpoint
 from experiments import tiny
 
-# Loaded lazily by the package; here, so that no attempt pays for them.
-import orbax.checkpoint  # noqa: F401  # isort: skip
-
-
-def die(signal_number=signal.SIGKILL):
-    os.kill(os.getpid(), signal_number)
+FUNCTIONS = {
+    "candidates": (candidates, "save_candidates"),
+    "evaluate": (evaluate, "evaluate_full"),
+    "results": (train, "write_json"),
+}
 
 
 def dying_after(function, calls, signal_number=signal.SIGKILL):
@@ -32,7 +34,7 @@ def dying_after(function, calls, signal_number=signal.SIGKILL):
     def called(*args, **kwargs):
         left[0] -= 1
         if not left[0]:
-            die(signal_number)
+            os.kill(os.getpid(), signal_number)
         return function(*args, **kwargs)
 
     return called
@@ -40,13 +42,10 @@ def dying_after(function, calls, signal_number=signal.SIGKILL):
 
 def arrange(where, arm, calls, signal_number):
     """Makes the attempt die in the calls-th unit of an arm in a stage, or in the calls-th call of a function."""
-    if where == "candidates":
-        candidates.save_candidates = dying_after(candidates.save_candidates, calls)
-    elif where == "evaluate":
-        evaluate.evaluate_full = dying_after(evaluate.evaluate_full, calls)
-    elif where == "results":
-        train.write_json = dying_after(train.write_json, calls)
-    fit = arms_room.fit
+    if where in FUNCTIONS:
+        module, name = FUNCTIONS[where]
+        setattr(module, name, dying_after(getattr(module, name), calls))
+    fit = build.fit
 
     def fit_and_die(folder, *, stage, arms, checkpoint_seconds, **options):
         doomed = stage == where
@@ -58,7 +57,7 @@ def arrange(where, arm, calls, signal_number):
         seconds = 0.0 if doomed and signal_number == signal.SIGKILL else 1e9
         return fit(folder, stage=stage, arms=arms, checkpoint_seconds=seconds, **options)
 
-    arms_room.fit = fit_and_die
+    build.fit = fit_and_die
 
 
 def attempt(workdir, where, arm="", calls=1, signal_name="SIGKILL"):
@@ -83,5 +82,5 @@ if __name__ == "__main__":
     workdir = sys.argv[1]
     for place in json.loads(sys.argv[2]):
         code = attempt(workdir, *place)
-        saved = checkpoint.steps(os.path.join(workdir, place[0] if place else "", "checkpoints"))
+        saved = checkpoint.steps(os.path.join(workdir, place[0], "checkpoints"))
         print(json.dumps({"place": place, "code": code, "saved": saved}), flush=True)

@@ -7,15 +7,11 @@ import jax
 import small_bdlm
 from safetensors.numpy import save_file
 
-from bdlm_jax.lm import causal_lm, lora, vocabulary
-from bdlm_jax.lm import hf_config as families
-from bdlm_jax.lm import hf_weights as huggingface
+from bdlm_jax.lm import causal_lm, hf_config, hf_weights, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
-from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual import domain_epoch, lm_step, optimizer, sharing
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import build as arms
-from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run import build, rows
 from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.runtime.parallel import compile_step
 from experiments import tiny
@@ -46,8 +42,8 @@ def write_model(folder, shape: LMConfig, *, seed: int = 0, tokenizer=True):
     """
     folder.mkdir(parents=True, exist_ok=True)
     params = causal_lm.init_lm(jax.random.key(seed), shape)
-    (folder / "config.json").write_text(json.dumps(families.hf_config(shape)))
-    save_file(dict(huggingface.export_tensors(params, shape)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf_config.hf_config(shape)))
+    save_file(dict(hf_weights.export_tensors(params, shape)), folder / "model.safetensors")
     if tokenizer is False:
         return params
     tokenizer = vocabulary.train_tokenizer(WORDS, 270) if tokenizer is True else tokenizer
@@ -62,49 +58,38 @@ def make_run(folder, **lm):
     config.lm.update(lm)
     config.prompts.length = 64
     data = prepare_data(config, folder / "data")
-    texts = lm_rows.encode_texts(config, data, prepare_vocabulary(config, data, folder / "tokenizer"))
-    return arms.Run(config, folder, data, texts, None, jax.random.key(0))
+    texts = rows.encode_texts(config, data, prepare_vocabulary(config, data, folder / "tokenizer"))
+    return build.Run(config, folder, data, texts, None, jax.random.key(0))
 
 
-def make_bdlm(folder, shape: LMConfig, trains: str, *, dropout: float = 0.0):
-    """Writes a model of two bytes' vocabulary, reads it back as a user's, and puts it into `small_bdlm`.
-
-    Returns:
-      (arm, bridge, params).
-    """
+def make_bdlm(folder, shape: LMConfig, trains: str):
+    """Writes a model, reads it back as a user's, puts it into `small_bdlm`, and returns (arm, bridge, params)."""
     write_model(folder, dataclasses.replace(shape, vocab_size=small_bdlm.N_TEXT - 3), tokenizer=False)
-    shape = dataclasses.replace(families.lm_config_from_hf(folder, dropout=dropout), vocab_size=small_bdlm.N_TEXT)
+    shape = dataclasses.replace(hf_config.lm_config_from_hf(folder), vocab_size=small_bdlm.N_TEXT)
     arm = small_bdlm.make_arm()
-    bridge = dataclasses.replace(small_bdlm.make_bridge(dropout=dropout), lm=shape)
+    bridge = dataclasses.replace(small_bdlm.make_bridge(), lm=shape)
     keys = jax.random.split(jax.random.key(3), 3)
     shared = sharing.init_shared(keys[0], n_users=small_bdlm.N_USERS, n_items=small_bdlm.N_ITEMS, width=small_bdlm.D)
     maps = sharing.init_bridge(keys[1], width=small_bdlm.D, lm_width=shape.width)
-    lm = huggingface.load_lm(folder, shape)
+    lm = hf_weights.load_lm(folder, shape)
     if trains == "lora":
         lm[lora.LORA] = lora.init_lora(jax.random.key(2), lm, rank=2, targets=".*_proj/kernel", alpha=4.0)
     return arm, bridge, {"shared": shared, "domain": arm.init(keys[2]), "lm": {**lm, "bridge": maps}}
 
 
-def make_optimizer(trains: str, **options):
-    """The optimiser of the LM's phases and its rules."""
-    rules = arms.lm_rules(trains, train_shared=True)
-    groups = {name: {"learning_rate": 0.01} for name in ("lm", "bridge", "shared")}
-    groups["lm"] |= options
-    return optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=1.0), rules
+def train_round(arm, bridge, params, trains, *, parallel="jit", accumulate=1, domain=False, weights=FEW):
+    """Two steps of the LM arm, and where asked a domain epoch against it and LM steps against that.
 
-
-def train_round(arm, bridge, params, trains, *, parallel="jit", n_steps=2, accumulate=1, domain=False, weights=FEW):
-    """Steps of the LM arm, and where asked a domain epoch against it and LM steps against that.
-
-    Returns:
-      (params, metrics of every unit).
+    Returns (params, metrics of every unit).
     """
-    optimizer, rules = make_optimizer(trains)
+    rules = build.lm_rules(trains, train_shared=True)
+    groups = {name: {"learning_rate": 0.01} for name in ("lm", "bridge", "shared")}
+    mover = optimizer.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
     step = lm_step.make_lm_step(
-        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer,
+        arm=arm, bridge=bridge, weights=weights, optimizer=mover,
         rules=None if trains == "full" else rules, accumulate=accumulate,
     )  # fmt: skip
-    compiled, rows = compile_step(step, parallel=parallel, **PARALLEL[parallel]), small_bdlm.make_rows()
+    compiled, packed = compile_step(step, parallel=parallel, **PARALLEL[parallel]), small_bdlm.make_rows()
     seen = []
 
     def run(compiled, state, batches, view, constants):
@@ -115,18 +100,17 @@ def train_round(arm, bridge, params, trains, *, parallel="jit", n_steps=2, accum
         return compiled.fetch_state(state)
 
     def train_lm(state, start):
-        batches = [rows.batch(start + n, batch_size=8, seed=0) for n in range(n_steps)]
+        batches = [packed.batch(start + n, batch_size=8, seed=0) for n in range(2)]
         view = small_bdlm.make_views(arm, bridge, state.params)[0]
         return run(compiled, state, batches, view, small_bdlm.lm_constants())
 
-    state = train_lm(small_bdlm.make_state(params, optimizer), 0)
+    state = train_lm(small_bdlm.make_state(params, mover), 0)
     if domain:
-        other = small_bdlm.make_optimizer(lm=optimizers.FROZEN)
-        epoch = compile_step(
-            small_bdlm.make_domain_epoch(arm, bridge, optimizer=other), parallel=parallel, **PARALLEL[parallel]
-        )
+        other = small_bdlm.make_optimizer(lm=optimizer.FROZEN)
+        epoch = small_bdlm.make_domain_epoch(arm, bridge, optimizer=other)
+        epoch = compile_step(epoch, parallel=parallel, **PARALLEL[parallel])
         view = small_bdlm.make_views(arm, bridge, state.params)[1]
         slots = [domain_epoch.make_slots(batch_size=16, kl_users=8)]
         mine = run(epoch, small_bdlm.make_state(state.params, other), slots, view, small_bdlm.domain_constants())
-        state = train_lm(state._replace(params=mine.params), n_steps)
+        state = train_lm(state._replace(params=mine.params), 2)
     return state.params, seen

@@ -353,7 +353,8 @@ def make_domain_arm(
     config, data = run.config, run.data
     c, m = config.domain, config.mutual
     user_E, item_E = data.split.edges(TRAIN)
-    kl_users = min(m.kl_users, data.n_users) if weights.kl or weights.align_user else 0
+    n = 1 if config.parallel == "jit" else jax.device_count()  # small data must still divide over the devices
+    kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
     constants = domain_epoch.make_epoch_constants(
         user_E, item_E, n_users=data.n_users, n_items=data.n_items, popularity=c.popularity if c.popularity else None
     )
@@ -366,7 +367,7 @@ def make_domain_arm(
     ]
     optimizer = optimizers.make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
     step = domain_epoch.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, rules=rules)
-    batch_size = min(c.batch_size, len(user_E))
+    batch_size = min(c.batch_size, -(-len(user_E) // n) * n)
     epoch = domain_epoch.make_domain_epoch(
         step, batch_size=batch_size, kl_users=kl_users, kl_items=m.kl_items if weights.kl else 0
     )

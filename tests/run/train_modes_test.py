@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import small_bdlm
 
-from bdlm_jax.mutual import lm_step, options, sharing
-from bdlm_jax.mutual import optimizer as optimizers
-from bdlm_jax.run import build as arms
+from bdlm_jax.mutual import lm_step, optimizer, options, sharing
+from bdlm_jax.run import build
 from bdlm_jax.types import leaf_name
 
 TREE = {
@@ -34,20 +33,20 @@ TABLES = {"shared/user", "shared/item"}
 )
 def test_one_word_says_what_trains(trains, own):
     for train_shared, tables in ((True, TABLES), (False, set())):
-        labels = optimizers.label_params(TREE, arms.lm_rules(trains, train_shared=train_shared))
+        labels = optimizer.label_params(TREE, build.lm_rules(trains, train_shared=train_shared))
         named = jax.tree_util.tree_flatten_with_path(labels)[0]
-        found = {leaf_name(path) for path, label in named if label != optimizers.FROZEN}
+        found = {leaf_name(path) for path, label in named if label != optimizer.FROZEN}
         assert found == own | ALWAYS | tables
 
 
 def test_rows_without_items_go_through_in_parts_too():
     arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
-    optimizer = small_bdlm.make_optimizer(shared=optimizers.FROZEN, domain=optimizers.FROZEN)
+    mover = small_bdlm.make_optimizer(shared=optimizer.FROZEN, domain=optimizer.FROZEN)
     weights = options.LMWeights(item=0.0, text=1.0)
-    step = lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, accumulate=2)
+    step = lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=mover, accumulate=2)
     batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
     batch |= {name: np.zeros((8, 0), np.int32) for name in ("item_index", "item_target", "card_index", "card_item")}
-    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), optimizer))
+    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), mover))
     _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
     assert set(metrics) == {"text", "loss", "gradient_norm"}
 
