@@ -21,7 +21,7 @@ import transformers
 from bdlm_jax.lm import hf_config as families
 from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
 from bdlm_jax.lm.packing import pack
-from bdlm_jax.lm.prompts import history_prompt
+from bdlm_jax.lm.prompts import PromptOptions, history_prompt
 from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
 from bdlm_jax.mutual.losses import text_cross_entropy, text_loss
 
@@ -61,7 +61,7 @@ def make_histories(*, seed, n_users, n_items, n_history):
 def make_ours(vocabulary, encoded, histories, config, *, kind, length, batch_size):
     """Returns (step number -> None, tokens per step, next-item targets per step) of our packed training step."""
     prompts = [
-        history_prompt(vocabulary, items, kind=kind, titles=encoded, user=user, max_tokens=length)
+        history_prompt(vocabulary, items, PromptOptions(kind, max_tokens=length), titles=encoded, user=user)
         for user, items in enumerate(histories)
     ]
     packed = pack(prompts, length, pad=vocabulary.pad)
@@ -113,7 +113,7 @@ def make_theirs(vocabulary, encoded, histories, config, *, length, batch_size, d
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     examples = []
     for items in histories:
-        prompt = history_prompt(vocabulary, items, kind="text", titles=encoded, max_tokens=length)
+        prompt = history_prompt(vocabulary, items, PromptOptions("text", max_tokens=length), titles=encoded)
         answer = len(encoded[items[-1]]) + 1
         labels = np.where(np.arange(len(prompt)) < len(prompt) - answer, -100, prompt.tokens)
         examples.append((torch.from_numpy(prompt.tokens).long(), torch.from_numpy(labels).long()))

@@ -62,8 +62,11 @@ def make_params(arm, bridge):
 def make_rows():
     """Every history with its titles and every item's card, several to a row of 16 tokens."""
     vocabulary = make_vocabulary()
-    options = {"titles": TITLES, "max_tokens": 16, "read_user": True}
-    histories = [prompts.history_prompt(vocabulary, h, user=u, **options) for u, h in enumerate(HISTORIES)]
+    options = prompts.PromptOptions(max_tokens=16)
+    histories = [
+        prompts.history_prompt(vocabulary, h, options, titles=TITLES, user=u, read_user=True)
+        for u, h in enumerate(HISTORIES)
+    ]
     cards = [prompts.card_prompt(vocabulary, i, title) for i, title in enumerate(TITLES)]
     return batches.pack([*histories, *cards], 16)
 

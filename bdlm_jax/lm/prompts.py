@@ -16,6 +16,32 @@ KINDS = ("ids", "ids_titles", "text")
 USER_TOKENS = ("start", "end", "none")
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """How the histories of a run are written; serving.json keeps it.
+
+    Args:
+        kind: "ids", "ids_titles" or "text": see `history_prompt`.
+        user_token: where the user's token stands: "start", "end" (after the history) or "none". "text" has none.
+        unnamed: <user> stands in place of <uid>, though the user is known.
+        max_items: keep the last this many items.
+        max_tokens: drop the oldest items until the prompt fits; where one item alone does not, cut its title.
+    """
+
+    kind: str = "ids_titles"
+    user_token: str = "start"
+    unnamed: bool = False
+    max_items: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        for name, known in (("kind", KINDS), ("user_token", USER_TOKENS)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f'prompt {name} "{getattr(self, name)}" is not known: write one of {", ".join(known)}.'
+                )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
     """One token sequence with its targets.
@@ -43,19 +69,13 @@ class Prompt:
 def history_prompt(
     vocabulary: Vocabulary,
     items: Sequence[int],
+    options: PromptOptions,
     *,
-    kind: str = "ids_titles",
     titles: Sequence[np.ndarray] | None = None,
     user: int | None = None,
-    user_token: str = "start",
-    unnamed: bool = False,
     context: np.ndarray | None = None,
-    max_items: int | None = None,
-    max_tokens: int | None = None,
-    max_title: int | None = None,
     read_user: bool = False,
     predict_first: bool = True,
-    next_item: int | None = None,
 ) -> Prompt:
     """Makes one prompt of a user's history; one history of n items gives n targets.
 
@@ -67,93 +87,42 @@ def history_prompt(
     Args:
         vocabulary: numbers the tokens.
         items: (n,) item indices in time order; a training prompt gets training items only (`check_prompt_items`).
-        kind: "ids", "ids_titles" or "text".
+        options: of the run.
         titles: for each of all I items its title tokens (of `Vocabulary.encode_text`); not needed for "ids".
         user: the user's index; None for a new user, whom <user> stands for.
-        user_token: where the user token stands: "start", "end" (after the history) or "none". "text" has none.
-        unnamed: show <user> in place of <uid>, though the user is known.
         context: (·,) tokens of text about the user.
-        max_items: keep the last this many items.
-        max_tokens: drop the oldest items until the prompt fits; where one item alone does not, cut its title.
-        max_title: keep the first this many tokens of each title.
         read_user: the user's state is read at the last token.
         predict_first: the first item is a target (False: it was cut from the middle of a history, say).
-        next_item: the item to be predicted from the last token; not for "text".
-
-    Returns:
-        A Prompt.
-
-    Raises:
-        InputError: if the options do not fit together.
     """
-    _check_options(kind, user_token, titles, next_item)
-    items = np.asarray(items, np.int32).reshape(-1)
-    if max_items is not None:
-        items = items[max(0, len(items) - max_items) :]
-    user_token = "none" if kind == "text" else user_token
-    shown = vocabulary.unnamed_user if user is None or unnamed else vocabulary.user_token(user)
-    head = [vocabulary.bos] + ([shown] if user_token == "start" else [])
-    tail = [shown] if user_token == "end" else []
-    context = np.zeros(0, np.int32) if context is None else np.asarray(context, np.int32)
-    texts = [] if kind == "ids" else [np.asarray(titles[item], np.int32)[:max_title] for item in items]
-    if max_tokens is not None:
-        items, texts, context = _fit(items, texts, context, room=max_tokens - len(head) - len(tail), kind=kind)
-
-    head = np.concatenate([np.asarray(head, np.int32), context])
-    n, first = len(items), len(head)
-    # Every item is one "mark" token and its title; the mark is the <iid> before it or, in text, the <eos> behind it.
-    length_n = np.fromiter(map(len, texts), np.int64, n) if kind != "ids" else np.zeros(n, np.int64)
-    begin_n = first + np.concatenate([[0], np.cumsum(length_n + 1)])
-    size = int(begin_n[-1]) + len(tail)
-    mark_n = begin_n[1:] - 1 if kind == "text" else begin_n[:-1]
-    is_title = np.zeros(size, bool)
-    is_title[first : begin_n[-1]] = True
-    is_title[mark_n] = False
-
-    tokens = np.empty(size, np.int32)
-    tokens[:first], tokens[size - len(tail) :] = head, tail
-    tokens[mark_n] = vocabulary.eos if kind == "text" else vocabulary.item_token(items)
-    if n and kind != "ids":
-        tokens[is_title] = np.concatenate(texts)
-
-    item_targets, text_targets = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-    is_text_target = is_title
-    if kind == "text":
-        is_text_target = is_title.copy()
-        is_text_target[mark_n] = True
-        if not predict_first and n:
-            is_text_target[: begin_n[1]] = False
-    else:
-        item_targets[mark_n - 1] = items
-        if not predict_first and n:
-            item_targets[first - 1] = -1
-        if next_item is not None:
-            item_targets[size - 1] = next_item
-    at = np.flatnonzero(is_text_target)
-    text_targets[at - 1] = tokens[at]
-    if kind == "ids_titles":
-        whole_n = length_n == [len(titles[item][:max_title]) for item in items]
-        text_targets[begin_n[1:][whole_n & (length_n > 0)] - 1] = vocabulary.eos
-    reads = read_user and user is not None
-    return Prompt(tokens, item_targets, text_targets, user=user if reads else -1, user_at=size - 1 if reads else -1)
+    kind = options.kind
+    if kind != "ids" and titles is None:
+        raise InputError(f'prompt kind "{kind}" needs titles: give the title tokens of every item.')
+    head, tail = _user_tokens(vocabulary, options, user)
+    head, items, texts = _newest(options, items, titles, head, context, n_tail=len(tail))
+    body, is_mark = _body(vocabulary, items, texts, kind)
+    whole = [0 < len(text) == len(titles[item]) for item, text in zip(items, texts)]
+    item_S, text_S = _said(vocabulary, body, is_mark, whole, kind)
+    if len(items) and not predict_first:
+        first = int(is_mark.argmax()) + 1
+        item_S[:first] = text_S[:first] = -1
+    tokens = np.concatenate([head, body, tail]).astype(np.int32)
+    item_targets, text_targets = np.full((2, len(tokens)), -1, np.int32)
+    # Each is predicted from the place before it.
+    item_targets[len(head) - 1 : len(head) + len(body)] = item_S
+    text_targets[len(head) - 1 : len(head) + len(body)] = text_S
+    if not read_user or user is None:
+        return Prompt(tokens, item_targets, text_targets)
+    return Prompt(tokens, item_targets, text_targets, user=user, user_at=len(tokens) - 1)
 
 
 def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
     """Makes <bos> title <item>: what text alone says of an item; its state is read at <item>, its title is predicted.
 
-    Args:
-        vocabulary: numbers the tokens.
-        item: the item's index, which no token shows.
-        title: (·,) its title's tokens.
-        max_tokens: cuts the title's end until the prompt fits.
-
-    Returns:
-        A Prompt.
+    No token shows the item itself; `max_tokens` cuts the title's end until the prompt fits.
     """
     title = _cut_title(title, max_tokens)
-    tokens = np.concatenate([[vocabulary.bos], title, [vocabulary.unnamed_item]]).astype(np.int32)
-    none = np.full(len(tokens), -1, np.int32)
-    text_targets = none.copy()
+    tokens = np.array([vocabulary.bos, *title, vocabulary.unnamed_item], np.int32)
+    none, text_targets = np.full((2, len(tokens)), -1, np.int32)
     text_targets[: len(title)] = title
     return Prompt(tokens, none, text_targets, item=int(item), item_at=len(tokens) - 1)
 
@@ -161,85 +130,85 @@ def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tok
 def card_named_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
     """Makes <bos> <iid> title, with the title and its <eos> predicted: it grounds the item's row in its text.
 
-    Args:
-        vocabulary: numbers the tokens.
-        item: the item's index.
-        title: (·,) its title's tokens.
-        max_tokens: cuts the title's end until the prompt fits; a title that is cut has no <eos>.
-
-    Returns:
-        A Prompt.
+    `max_tokens` cuts the title's end until the prompt fits; a title that is cut has no <eos>.
     """
     shown = _cut_title(title, max_tokens)
-    tokens = np.concatenate([[vocabulary.bos, vocabulary.item_token(item)], shown]).astype(np.int32)
-    none = np.full(len(tokens), -1, np.int32)
-    text_targets = none.copy()
+    tokens = np.array([vocabulary.bos, vocabulary.item_token(item), *shown], np.int32)
+    none, text_targets = np.full((2, len(tokens)), -1, np.int32)
     text_targets[1:] = [*shown, vocabulary.eos if len(shown) == len(title) else -1]
     return Prompt(tokens, none, text_targets)
 
 
-def history_windows(items: Sequence[int], max_items: int) -> list[np.ndarray]:
-    """Cuts a history into disjoint windows from its end, so that the most recent one is full.
-
-    Args:
-        items: (n,) in time order.
-        max_items: the longest window.
-
-    Returns:
-        Windows in time order; only the first can be shorter. None for an empty history.
-    """
-    items = np.asarray(items)
-    stops = range(len(items), 0, -max_items)
-    return [items[max(0, stop - max_items) : stop] for stop in stops][::-1]
-
-
 def check_prompt_items(
-    vocabulary: Vocabulary, prompt: Prompt, allowed: Collection[int] | np.ndarray, *, user: int | None = None
+    vocabulary: Vocabulary, prompt: Prompt, allowed: Collection[int] | np.ndarray, *, user: int
 ) -> None:
-    """Raises if a prompt shows or asks for an item outside a set: the guard against the future in a prompt.
-
-    Args:
-        vocabulary: numbers the tokens.
-        prompt: what a model is about to be given.
-        allowed: the items it may hold, such as the user's training history.
-        user: named in the message.
-
-    Raises:
-        LeakError: if an item token or an item target is not allowed.
-    """
+    """Raises LeakError if a prompt shows or asks for an item outside `allowed`: the guard against the future."""
     targets = prompt.item_targets[prompt.item_targets >= 0]
     present = np.union1d(vocabulary.items_of(prompt.tokens), targets)
     leaked = np.setdiff1d(present, np.fromiter(allowed, np.int64, len(allowed)))
     if len(leaked):
-        whose = "a prompt" if user is None else f"the prompt of user {user}"
-        raise LeakError(f"{whose} holds {len(leaked)} item(s) outside its allowed history, such as item {leaked[0]}.")
+        raise LeakError(
+            f"the prompt of user {user} holds {len(leaked)} item(s) outside its allowed history, such as item "
+            f"{leaked[0]}."
+        )
 
 
-def _check_options(kind, user_token, titles, next_item):
-    if kind not in KINDS:
-        raise InputError(f'prompt kind "{kind}" is not known: write one of {", ".join(KINDS)}.')
-    if user_token not in USER_TOKENS:
-        raise InputError(f'user_token "{user_token}" is not known: write one of {", ".join(USER_TOKENS)}.')
-    if kind != "ids" and titles is None:
-        raise InputError(f'prompt kind "{kind}" needs titles: give the title tokens of every item.')
-    if kind == "text" and next_item is not None:
-        raise InputError('prompt kind "text" has no item target: leave next_item out.')
+def _user_tokens(vocabulary, options, user):
+    """What stands before and behind the history."""
+    shown = vocabulary.unnamed_user if user is None or options.unnamed else vocabulary.user_token(user)
+    where = "none" if options.kind == "text" else options.user_token
+    return [vocabulary.bos, *[shown] * (where == "start")], [shown] * (where == "end")
 
 
-def _fit(items, texts, context, *, room, kind):
-    """Keeps the newest items that fit; always one, whose title and then the context are cut if need be."""
+def _newest(options, items, titles, head, context, *, n_tail):
+    """The newest items that fit with their titles, and the head with the context that leaves room for one of them.
+
+    There is always one item, if there is any: where it does not fit, its title is cut, and then the context.
+    """
+    items = np.asarray(items, np.int32).reshape(-1)
+    if options.max_items is not None:
+        items = items[max(0, len(items) - options.max_items) :]
+    texts = [] if options.kind == "ids" else [np.asarray(titles[item], np.int32) for item in items]
+    context = [] if context is None else list(context)
+    if options.max_tokens is None:
+        return [*head, *context], items, texts
+    room = options.max_tokens - len(head) - n_tail
     if room < 1:
         raise InputError("max_tokens leaves no room for one item: raise it.")
     if not len(items):
-        return items, texts, context[:room]
-    context = context[: room - 1]
-    sizes = np.ones(len(items), np.int64) if kind == "ids" else np.asarray([1 + len(text) for text in texts])
-    fitting = int(np.sum(np.cumsum(sizes[::-1]) <= room - len(context)))
-    keep = max(1, fitting)
-    items, texts = items[-keep:], texts[-keep:]
-    if not fitting and kind != "ids":
-        texts = [texts[0][: room - len(context) - 1]]
-    return items, texts, context
+        return [*head, *context[:room]], items, texts
+    head = [*head, *context[: room - 1]]
+    room -= len(context[: room - 1])
+    size_n = np.fromiter(map(len, texts), np.int64) + 1 if texts else np.ones(len(items), np.int64)
+    keep = max(1, int(np.sum(np.cumsum(size_n[::-1]) <= room)))
+    return head, items[-keep:], [text[: room - 1] for text in texts[-keep:]]  # only a single one can be longer
+
+
+def _body(vocabulary, items, texts, kind):
+    """The history's tokens, and which are marks: every item is one mark and its title.
+
+    The mark is the <iid> before the title or, in text, the <eos> behind it.
+    """
+    if kind == "ids":
+        return vocabulary.item_token(items), np.ones(len(items), bool)
+    size_n = np.fromiter(map(len, texts), np.int64, len(texts))
+    flat, behind_n = np.concatenate([np.zeros(0, np.int32), *texts]), np.cumsum(size_n)
+    at_n, mark_n = (behind_n, vocabulary.eos) if kind == "text" else (behind_n - size_n, vocabulary.item_token(items))
+    return np.insert(flat, at_n, mark_n), np.insert(np.zeros(len(flat), bool), at_n, True)
+
+
+def _said(vocabulary, body, is_mark, whole, kind):
+    """What is predicted at each place of the body and right behind it: items and text tokens, -1 where nothing is."""
+    item_S, text_S = np.full((2, len(body) + 1), -1, np.int32)
+    if kind == "text":
+        text_S[:-1] = body
+        return item_S, text_S
+    item_S[:-1] = np.where(is_mark, body - vocabulary.item_tokens.start, -1)
+    text_S[:-1] = np.where(is_mark, -1, body)
+    if kind == "ids_titles":
+        end_n = np.append(np.flatnonzero(is_mark), len(body))[1:]
+        text_S[end_n[whole]] = vocabulary.eos  # a title that was cut does not end
+    return item_S, text_S
 
 
 def _cut_title(title, max_tokens):

@@ -181,18 +181,20 @@ def title_continuations(texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     return _padded([np.concatenate([title, ends]) for title in texts.titles], texts.vocabulary.pad)
 
 
+def prompt_options(config: ml_collections.ConfigDict, kind: str, *, unnamed: bool = False) -> prompts.PromptOptions:
+    """How the run writes histories."""
+    c = config.prompts
+    return prompts.PromptOptions(kind, c.user_token, unnamed, max_items=c.max_items, max_tokens=c.length)
+
+
 def _history_prompt(config, texts, user, items, kind, *, read_user, first, unnamed=False):
     return prompts.history_prompt(
         texts.vocabulary,
         items,
-        kind=kind,
+        prompt_options(config, kind, unnamed=unnamed),
         titles=texts.titles,
         user=user,
-        user_token=config.prompts.user_token,
-        unnamed=unnamed,
         context=texts.contexts[user] if texts.contexts and kind != "ids" else None,
-        max_items=config.prompts.max_items,
-        max_tokens=config.prompts.length,
         read_user=read_user,
         predict_first=first,
     )

@@ -8,6 +8,7 @@ from bdlm_jax.lm import lora
 from bdlm_jax.mutual import lm_step
 from bdlm_jax.run.build import Run, lm_config, make_arm, make_bridge, make_test_arm
 from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run.rows import prompt_options
 from bdlm_jax.types import Params
 
 
@@ -49,11 +50,5 @@ def lm_fields(run: Run, params: Params) -> dict:
         "vocabulary": run.texts.vocabulary,
         "titles": run.texts.titles,
         "contexts": run.texts.contexts,
-        "prompts": {
-            "kind": c.prompts.kind,
-            "user_token": c.prompts.user_token,
-            "unnamed": not c.prompts.read_named,
-            "max_items": c.prompts.max_items,
-            "max_tokens": c.prompts.length,
-        },
+        "prompts": prompt_options(c, c.prompts.kind, unnamed=not c.prompts.read_named),
     }

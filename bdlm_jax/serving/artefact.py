@@ -52,7 +52,7 @@ class ServedLM:
     vocabulary: Any  # `Vocabulary`
     titles: list[np.ndarray]  # tokens of every item
     contexts: list[np.ndarray] | None  # tokens of every user
-    prompts: dict[str, Any]  # options of `history_prompt` ("kind", "user_token", "unnamed", …)
+    prompts: Any  # `PromptOptions`
 
 
 def is_served(workdir: str | os.PathLike) -> bool:
@@ -76,7 +76,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
         "lm": {
             "config": dataclasses.asdict(lm.config),
             "vocabulary": {"n_users": lm.vocabulary.n_users, "n_items": lm.vocabulary.n_items},
-            "prompts": lm.prompts,
+            "prompts": dataclasses.asdict(lm.prompts),
         },
     }
     with replacing(_folder(workdir)) as folder:
@@ -111,6 +111,7 @@ def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:
 def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
     """Reads the LM arm."""
     from bdlm_jax.lm.config import LMConfig
+    from bdlm_jax.lm.prompts import PromptOptions
     from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer
 
     folder, manifest = _open(workdir)
@@ -123,7 +124,7 @@ def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
         vocabulary=Vocabulary(load_tokenizer(folder / "tokenizer"), min_text=config.vocab_size, **facts["vocabulary"]),
         titles=_cut(tree["titles"]),
         contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
-        prompts=facts["prompts"],
+        prompts=PromptOptions(**facts["prompts"]),
     )
 
 

@@ -61,12 +61,12 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
 
     arm, catalogue = load_lm_arm(workdir), load_catalogue(workdir)
     names = catalogue.names
-    if arm.prompts["kind"] != "ids":
+    if arm.prompts.kind != "ids":
         # Tokens, not text: some tokenizers split a text otherwise behind another token than alone.
         names["title_tokens"] = [title.tolist() for title in arm.titles]
     with _new_folder(out) as folder:
         write_hf_folder(
-            folder, arm.params, arm.config, arm.vocabulary, arm.id_rows_XM, max_tokens=arm.prompts["max_tokens"]
+            folder, arm.params, arm.config, arm.vocabulary, arm.id_rows_XM, max_tokens=arm.prompts.max_tokens
         )
         (folder / "ids.json").write_text(json.dumps(names), encoding="utf-8")
         (folder / "README.md").write_text(_model_card(Path(workdir), arm, catalogue), encoding="utf-8")
@@ -132,19 +132,19 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
     from bdlm_jax.lm.vocabulary import UNNAMED_USER
 
     vocabulary, prompts, n_items = arm.vocabulary, arm.prompts, len(catalogue.item_ids)
-    shows_user = prompts["user_token"] if prompts["kind"] != "text" else "none"
+    shows_user = prompts.user_token if prompts.kind != "text" else "none"
     mark, title = 'tokenizer.convert_tokens_to_ids([f"<iid_{i}>"])', 'ids["title_tokens"][i]'
     pieces = {"ids": mark, "ids_titles": f"{mark} + {title}", "text": f"{title} + [{vocabulary.eos}]"}
     code = _CARD_CODE.format(
         example=catalogue.item_ids[:2],
         head=[vocabulary.tokenizer.bos_token] + [UNNAMED_USER] * (shows_user == "start"),
-        piece=pieces[prompts["kind"]],
+        piece=pieces[prompts.kind],
         tail=f"prompt += tokenizer.convert_tokens_to_ids([{UNNAMED_USER!r}])\n" if shows_user == "end" else "",
         first=vocabulary.item_tokens.start,
         stop=vocabulary.item_tokens.start + n_items,
         k=min(10, max(1, n_items - 2)),
     )
-    named = f"`{UNNAMED_USER}` stands for the user" + ("." if prompts["unnamed"] else "; a known one is `<uid_0>` ….")
+    named = f"`{UNNAMED_USER}` stands for the user" + ("." if prompts.unnamed else "; a known one is `<uid_0>` ….")
     path = workdir / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     cells = [
@@ -157,8 +157,8 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
         n_users=len(catalogue.user_ids),
         n_items=n_items,
         code=code,
-        max_items=prompts["max_items"],
-        max_tokens=prompts["max_tokens"],
+        max_items=prompts.max_items,
+        max_tokens=prompts.max_tokens,
         unnamed="" if shows_user == "none" else named,
         cells="\n".join(cells),
     )

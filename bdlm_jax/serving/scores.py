@@ -3,6 +3,8 @@
 Inner-product models need NumPy alone, microseconds a user; what needs JAX is imported where it is used.
 """
 
+import dataclasses
+
 import numpy as np
 
 from bdlm_jax.serving.artefact import ServedDomain, ServedLM
@@ -45,7 +47,7 @@ def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.n
     from bdlm_jax.lm import causal_lm, packing
 
     prompt = _history_prompt(arm, history, user=user)
-    packed = packing.pack([prompt], arm.prompts["max_tokens"], pad=arm.vocabulary.pad).rows(np.zeros(1, np.int64))
+    packed = packing.pack([prompt], arm.prompts.max_tokens, pad=arm.vocabulary.pad).rows(np.zeros(1, np.int64))
     rows = (packed["tokens"], packed["positions"], packed["segments"])
     hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
     state_M = np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, len(prompt) - 1], np.float32)
@@ -75,9 +77,9 @@ def lm_words(
 
     vocabulary, max_new = arm.vocabulary, max([1, *map(len, arm.titles)])
     prefix = np.array([vocabulary.bos], np.int32)
-    if arm.prompts["kind"] == "ids_titles":
+    if arm.prompts.kind == "ids_titles":
         # An item never follows a user token that ends a prompt.
-        before = {"user_token": "none"} if arm.prompts["user_token"] == "end" else {}
+        before = {"user_token": "none"} if arm.prompts.user_token == "end" else {}
         prefix = _history_prompt(arm, history, user=user, room=1 + max_new, **before).tokens
     marks = vocabulary.item_token(np.asarray(items, np.int32))
     tokens = np.concatenate([np.tile(prefix, (len(marks), 1)), marks[:, None]], axis=1)
@@ -109,9 +111,9 @@ def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: in
     """The prompt behind which a user's state is read, or one that leaves room for what follows on the history."""
     from bdlm_jax.lm import prompts
 
-    context = arm.contexts[user] if arm.contexts and user is not None and arm.prompts["kind"] != "ids" else None
-    max_tokens = arm.prompts["max_tokens"]
-    options = {**arm.prompts, **changes, "max_tokens": max_tokens - min(room, max_tokens // 2)}
+    context = arm.contexts[user] if arm.contexts and user is not None and arm.prompts.kind != "ids" else None
+    max_tokens = arm.prompts.max_tokens
+    options = dataclasses.replace(arm.prompts, max_tokens=max_tokens - min(room, max_tokens // 2), **changes)
     return prompts.history_prompt(
-        arm.vocabulary, history, titles=arm.titles, user=user, context=context, read_user=True, **options
+        arm.vocabulary, history, options, titles=arm.titles, user=user, context=context, read_user=True
     )

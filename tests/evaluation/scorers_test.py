@@ -29,7 +29,7 @@ def states(params):
 def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     user = 4
     prompt = prompts.history_prompt(
-        small_bdlm.make_vocabulary(), HISTORIES[user], titles=TITLES, user=user, max_tokens=16
+        small_bdlm.make_vocabulary(), HISTORIES[user], prompts.PromptOptions(max_tokens=16), titles=TITLES, user=user
     )
     packed = packing.pack([prompt], 16)
     rows_XM, _ = lm_step.id_rows(params, bridge=BRIDGE, arm=ARM)

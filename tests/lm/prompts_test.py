@@ -5,25 +5,22 @@ from hypothesis import strategies as st
 
 from bdlm_jax.lm.prompts import (
     KINDS,
+    USER_TOKENS,
+    PromptOptions,
     card_named_prompt,
     card_prompt,
     check_prompt_items,
     history_prompt,
-    history_windows,
 )
-from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
+from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.types import InputError, LeakError
 
 N_ITEMS = 9
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    return Vocabulary(train_tokenizer(["red shoe", "blue shoe"], 300), 6, N_ITEMS)
-
-
-# Titles are token arrays, so that the expected prompts can be written down; item i has i % 3 + 1 tokens.
+V = Vocabulary(None, 6, N_ITEMS)
+V.__dict__.update(n_text=300, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
+# Item i has i % 3 + 1 tokens, so that the expected prompts can be written down.
 TITLES = [np.arange(100 + 10 * i, 101 + 10 * i + i % 3, dtype=np.int32) for i in range(N_ITEMS)]
+IDS, IDS_TITLES, TEXT = (PromptOptions(kind) for kind in KINDS)
 
 
 def _targets(values):
@@ -31,100 +28,90 @@ def _targets(values):
     return [(int(at), int(values[at])) for at in np.flatnonzero(values >= 0)]
 
 
-def test_ids_prompt_predicts_every_item_from_the_token_before_it(vocabulary):
-    v = vocabulary
-    prompt = history_prompt(v, [4, 0, 7], kind="ids", user=2, read_user=True)
-    expected = [v.bos, v.user_token(2), v.item_token(4), v.item_token(0), v.item_token(7)]
-    assert prompt.tokens.tolist() == expected and prompt.tokens.dtype == np.int32
+def test_ids_prompt_predicts_every_item_from_the_token_before_it():
+    prompt = history_prompt(V, [4, 0, 7], IDS, user=2, read_user=True)
+    assert prompt.tokens.tolist() == [V.bos, V.user_token(2), V.item_token(4), V.item_token(0), V.item_token(7)]
+    assert prompt.tokens.dtype == np.int32
     assert _targets(prompt.item_targets) == [(1, 4), (2, 0), (3, 7)]
     assert _targets(prompt.text_targets) == []
     assert (prompt.user, prompt.user_at, prompt.item, prompt.item_at) == (2, 4, -1, -1)
 
 
-def test_ids_titles_prompt_puts_the_id_before_its_title(vocabulary):
-    v = vocabulary
-    prompt = history_prompt(v, [1, 3], titles=TITLES, user=2, context=np.array([50, 51]))
+def test_ids_titles_prompt_puts_the_id_before_its_title():
+    prompt = history_prompt(V, [1, 3], IDS_TITLES, titles=TITLES, user=2, context=np.array([50, 51]))
     # item 1: title 110 111; item 3: title 130
-    expected = [v.bos, v.user_token(2), 50, 51, v.item_token(1), 110, 111, v.item_token(3), 130]
+    expected = [V.bos, V.user_token(2), 50, 51, V.item_token(1), 110, 111, V.item_token(3), 130]
     assert prompt.tokens.tolist() == expected
     assert _targets(prompt.item_targets) == [(3, 1), (6, 3)]
-    assert _targets(prompt.text_targets) == [(4, 110), (5, 111), (6, v.eos), (7, 130), (8, v.eos)]
+    assert _targets(prompt.text_targets) == [(4, 110), (5, 111), (6, V.eos), (7, 130), (8, V.eos)]
     assert (prompt.user, prompt.user_at) == (-1, -1)
 
 
-def test_text_prompt_ends_every_title_and_has_no_id_token(vocabulary):
-    v = vocabulary
-    prompt = history_prompt(v, [1, 3], kind="text", titles=TITLES, user=2, context=np.array([50]), read_user=True)
-    assert prompt.tokens.tolist() == [v.bos, 50, 110, 111, v.eos, 130, v.eos]
-    assert _targets(prompt.text_targets) == [(1, 110), (2, 111), (3, v.eos), (4, 130), (5, v.eos)]
+def test_text_prompt_ends_every_title_and_has_no_id_token():
+    prompt = history_prompt(V, [1, 3], TEXT, titles=TITLES, user=2, context=np.array([50]), read_user=True)
+    assert prompt.tokens.tolist() == [V.bos, 50, 110, 111, V.eos, 130, V.eos]
+    assert _targets(prompt.text_targets) == [(1, 110), (2, 111), (3, V.eos), (4, 130), (5, V.eos)]
     assert _targets(prompt.item_targets) == []
     assert (prompt.user, prompt.user_at) == (2, 6)
 
 
-def test_user_token_at_the_end_predicts_the_next_item(vocabulary):
-    v = vocabulary
-    prompt = history_prompt(v, [1, 3], kind="ids", user=2, user_token="end", next_item=8, read_user=True)
-    assert prompt.tokens.tolist() == [v.bos, v.item_token(1), v.item_token(3), v.user_token(2)]
-    assert _targets(prompt.item_targets) == [(0, 1), (1, 3), (3, 8)]
-    assert prompt.user_at == 3
+@pytest.mark.parametrize(
+    ("options", "user", "expected", "reads"),
+    [
+        ({"user_token": "end"}, 2, [V.bos, V.item_token(1), V.item_token(3), V.user_token(2)], (2, 3)),
+        ({"user_token": "none"}, 2, [V.bos, V.item_token(1), V.item_token(3)], (2, 2)),
+        ({}, None, [V.bos, V.unnamed_user, V.item_token(1), V.item_token(3)], (-1, -1)),  # a new user
+        ({"unnamed": True}, 2, [V.bos, V.unnamed_user, V.item_token(1), V.item_token(3)], (2, 3)),
+        ({"max_items": 1}, 2, [V.bos, V.user_token(2), V.item_token(3)], (2, 2)),
+    ],
+)
+def test_who_the_user_is_and_where(options, user, expected, reads):
+    prompt = history_prompt(V, [1, 3], PromptOptions("ids", **options), user=user, read_user=True)
+    assert prompt.tokens.tolist() == expected and (prompt.user, prompt.user_at) == reads
+    wanted = [(expected.index(V.item_token(i)) - 1, i) for i in (1, 3) if V.item_token(i) in expected]
+    assert _targets(prompt.item_targets) == wanted
 
 
-@pytest.mark.parametrize("options", [{"user": None}, {"user": 2, "unnamed": True}])
-def test_user_stands_in_for_a_user_that_is_new_or_hidden(vocabulary, options):
-    prompt = history_prompt(vocabulary, [1], kind="ids", read_user=True, **options)
-    assert prompt.tokens[1] == vocabulary.unnamed_user
-    assert prompt.user == (-1 if options["user"] is None else 2)
-
-
-def test_no_user_token(vocabulary):
-    prompt = history_prompt(vocabulary, [1], kind="ids", user=2, user_token="none")
-    assert prompt.tokens.tolist() == [vocabulary.bos, vocabulary.item_token(1)]
-    assert _targets(prompt.item_targets) == [(0, 1)]
-
-
-def test_first_item_can_be_left_out_of_the_targets(vocabulary):
-    ids = history_prompt(vocabulary, [1, 3], kind="ids_titles", titles=TITLES, user=2, predict_first=False)
+def test_first_item_can_be_left_out_of_the_targets():
+    ids = history_prompt(V, [1, 3], IDS_TITLES, titles=TITLES, user=2, predict_first=False)
     assert _targets(ids.item_targets) == [(4, 3)]
-    end = vocabulary.eos
-    assert _targets(ids.text_targets) == [(2, 110), (3, 111), (4, end), (5, 130), (6, end)]
-    text = history_prompt(vocabulary, [1, 3], kind="text", titles=TITLES, predict_first=False)
-    assert _targets(text.text_targets) == [(3, 130), (4, vocabulary.eos)]
+    assert _targets(ids.text_targets) == [(2, 110), (3, 111), (4, V.eos), (5, 130), (6, V.eos)]
+    text = history_prompt(V, [1, 3], TEXT, titles=TITLES, predict_first=False)
+    assert _targets(text.text_targets) == [(3, 130), (4, V.eos)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_history_still_gives_a_prompt(vocabulary, kind):
-    next_item = None if kind == "text" else 5
-    prompt = history_prompt(vocabulary, [], kind=kind, titles=TITLES, user=1, read_user=True, next_item=next_item)
-    assert prompt.tokens.tolist() == [vocabulary.bos] + ([] if kind == "text" else [vocabulary.user_token(1)])
-    assert prompt.user_at == len(prompt) - 1
-    assert _targets(prompt.item_targets) == ([] if kind == "text" else [(1, 5)])
+def test_an_empty_history_still_gives_a_prompt(kind):
+    prompt = history_prompt(V, [], PromptOptions(kind), titles=TITLES, user=1, read_user=True, predict_first=False)
+    assert prompt.tokens.tolist() == [V.bos] + ([] if kind == "text" else [V.user_token(1)])
+    assert (prompt.user, prompt.user_at) == (1, len(prompt) - 1)
+    assert _targets(prompt.item_targets) == _targets(prompt.text_targets) == []
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     items=st.lists(st.integers(0, N_ITEMS - 1), max_size=12),
     kind=st.sampled_from(KINDS),
-    user_token=st.sampled_from(["start", "end", "none"]),
+    user_token=st.sampled_from(USER_TOKENS),
     context=st.integers(0, 4),
     max_tokens=st.integers(4, 30),
     max_items=st.integers(1, 6) | st.none(),
 )
-def test_every_target_is_what_stands_behind_it(vocabulary, items, kind, user_token, context, max_tokens, max_items):
-    v = vocabulary
-    options = dict(kind=kind, user_token=user_token, titles=TITLES, user=1, max_items=max_items)
-    prompt = history_prompt(v, items, context=np.full(context, 60), max_tokens=max_tokens, **options)
+def test_every_target_is_what_stands_behind_it(items, kind, user_token, context, max_tokens, max_items):
+    options = PromptOptions(kind, user_token, max_items=max_items, max_tokens=max_tokens)
+    prompt = history_prompt(V, items, options, titles=TITLES, user=1, context=np.full(context, 60))
     assert len(prompt) <= max_tokens
     tokens = prompt.tokens
     for at, item in _targets(prompt.item_targets):
-        assert tokens[at + 1] == v.item_token(item)
-    ends = [at for at, token in _targets(prompt.text_targets) if token == v.eos and kind == "ids_titles"]
+        assert tokens[at + 1] == V.item_token(item)
+    ends = [at for at, token in _targets(prompt.text_targets) if token == V.eos and kind == "ids_titles"]
     for at, token in _targets(prompt.text_targets):
         assert at in ends or tokens[at + 1] == token
-    assert all(at + 1 == len(tokens) or tokens[at + 1] >= v.n_text for at in ends), "<eos> where a title ends"
+    assert all(at + 1 == len(tokens) or tokens[at + 1] >= V.n_text for at in ends), "<eos> where a title ends"
     if kind == "text":
-        assert not (tokens >= v.n_text).any()
+        assert not (tokens >= V.n_text).any()
         return
-    shown = v.items_of(tokens).tolist()
+    shown = V.items_of(tokens).tolist()
     assert shown == items[len(items) - len(shown) :], "the newest items are kept, in order"
     assert [item for _, item in _targets(prompt.item_targets)] == shown
     assert len(shown) >= min(1, len(items))
@@ -133,55 +120,43 @@ def test_every_target_is_what_stands_behind_it(vocabulary, items, kind, user_tok
     assert len(tokens) == n_head + len(shown) + len(_targets(prompt.text_targets)) - len(ends)
 
 
-def test_titles_are_cut_on_demand(vocabulary):
-    prompt = history_prompt(vocabulary, [2, 5], titles=TITLES, user_token="none", max_title=1)
-    v = vocabulary
-    assert prompt.tokens.tolist() == [v.bos, v.item_token(2), 120, v.item_token(5), 150]
-
-
-def test_card_reads_the_item_behind_its_text_and_shows_no_id(vocabulary):
-    prompt = card_prompt(vocabulary, 5, TITLES[5])
-    assert prompt.tokens.tolist() == [vocabulary.bos, 150, 151, 152, vocabulary.unnamed_item]
+def test_card_reads_the_item_behind_its_text_and_shows_no_id():
+    prompt = card_prompt(V, 5, TITLES[5])
+    assert prompt.tokens.tolist() == [V.bos, 150, 151, 152, V.unnamed_item]
     assert (prompt.item, prompt.item_at, prompt.user) == (5, 4, -1)
     assert _targets(prompt.text_targets) == [(0, 150), (1, 151), (2, 152)]
     assert _targets(prompt.item_targets) == []
-    assert card_prompt(vocabulary, 5, TITLES[5], max_tokens=3).tokens.tolist()[1:] == [150, vocabulary.unnamed_item]
+    assert card_prompt(V, 5, TITLES[5], max_tokens=3).tokens.tolist() == [V.bos, 150, V.unnamed_item]
 
 
-def test_named_card_predicts_the_title_from_the_id(vocabulary):
-    prompt = card_named_prompt(vocabulary, 5, TITLES[5])
-    assert prompt.tokens.tolist() == [vocabulary.bos, vocabulary.item_token(5), 150, 151, 152]
-    assert _targets(prompt.text_targets) == [(1, 150), (2, 151), (3, 152), (4, vocabulary.eos)]
-    assert prompt.item == -1
-    cut = card_named_prompt(vocabulary, 5, TITLES[5], max_tokens=4)
+def test_named_card_predicts_the_title_from_the_id():
+    prompt = card_named_prompt(V, 5, TITLES[5])
+    assert prompt.tokens.tolist() == [V.bos, V.item_token(5), 150, 151, 152]
+    assert _targets(prompt.text_targets) == [(1, 150), (2, 151), (3, 152), (4, V.eos)]
+    assert _targets(prompt.item_targets) == [] and prompt.item == -1
+    cut = card_named_prompt(V, 5, TITLES[5], max_tokens=4)
     assert _targets(cut.text_targets) == [(1, 150), (2, 151)], "a title that is cut does not end"
 
 
-def test_windows_are_cut_from_the_end():
-    assert [w.tolist() for w in history_windows(range(7), 3)] == [[0], [1, 2, 3], [4, 5, 6]]
-    assert [w.tolist() for w in history_windows(range(2), 3)] == [[0, 1]]
-    assert history_windows([], 3) == []
-
-
-def test_future_items_raise(vocabulary):
-    prompt = history_prompt(vocabulary, [1, 3], kind="ids", user=2, next_item=8)
-    check_prompt_items(vocabulary, prompt, [1, 3, 8])
-    with pytest.raises(LeakError, match="item 8"):
-        check_prompt_items(vocabulary, prompt, {1, 3})
-    with pytest.raises(LeakError, match="user 2"):
-        check_prompt_items(vocabulary, prompt, np.array([1, 8]), user=2)
+def test_items_from_outside_the_history_raise():
+    prompt = history_prompt(V, [1, 3, 8], IDS, user=2)
+    check_prompt_items(V, prompt, [1, 3, 8], user=2)
+    with pytest.raises(LeakError, match=r"user 2 holds .* item 8"):
+        check_prompt_items(V, prompt, {1, 3}, user=2)
+    with pytest.raises(LeakError, match="item 3"):
+        check_prompt_items(V, prompt, np.array([1, 8]), user=2)
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("make", "words"),
     [
-        ({"kind": "title"}, "kind"),
-        ({"kind": "ids", "user_token": "middle"}, "user_token"),
-        ({"kind": "text"}, "titles"),
-        ({"kind": "text", "titles": TITLES, "next_item": 1}, "next_item"),
-        ({"kind": "ids", "max_tokens": 2}, "max_tokens"),
+        (lambda: PromptOptions("title"), 'kind "title"'),
+        (lambda: PromptOptions(user_token="middle"), 'user_token "middle"'),
+        (lambda: history_prompt(V, [1, 2], TEXT), "needs titles"),
+        (lambda: history_prompt(V, [1, 2], PromptOptions("ids", max_tokens=2)), "max_tokens leaves no room"),
+        (lambda: card_prompt(V, 5, TITLES[5], max_tokens=1), "max_tokens 1 leaves no room"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(vocabulary, options, word):
-    with pytest.raises(InputError, match=word):
-        history_prompt(vocabulary, [1, 2], **options)
+def test_options_that_do_not_fit_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()

@@ -52,7 +52,12 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     counts = dict.fromkeys(wanted, 0)
     for user, history in enumerate(HISTORIES):
         prompt = prompts.history_prompt(
-            vocabulary, history, titles=small_bdlm.TITLES, user=user, max_tokens=16, read_user=True
+            vocabulary,
+            history,
+            prompts.PromptOptions(max_tokens=16),
+            titles=small_bdlm.TITLES,
+            user=user,
+            read_user=True,
         )
         hidden = hidden_alone(params, prompt)
         for at in np.flatnonzero(prompt.item_targets >= 0):

@@ -54,7 +54,7 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
         np.testing.assert_allclose(scores_I, expected_UI[user], rtol=1e-4, atol=1e-4)
     assert served.config == stages.lm_config(run)
     assert served.vocabulary.n_tokens == run.texts.vocabulary.n_tokens
-    assert served.prompts["max_tokens"] == config.prompts.length
+    assert served.prompts.max_tokens == config.prompts.length
 
 
 def test_the_catalogue_holds_every_interaction_and_raw_names(run):

@@ -53,7 +53,7 @@ def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
     assert np.isfinite(new_I).all()
     assert not np.allclose(new_I, scores.lm_scores(served, history[::-1])), "order counts"
     for named in (False, True):
-        reading = dataclasses.replace(served, prompts=served.prompts | {"unnamed": not named})
+        reading = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, unnamed=not named))
         assert np.allclose(new_I, scores.lm_scores(reading, history)), "nobody's name is shown for a new user"
         assert np.allclose(new_I, scores.lm_scores(reading, history, user=0)) != named
 
@@ -63,7 +63,7 @@ def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
 def test_words_are_asked_for_behind_the_items_token(tiny_run, monkeypatch, kind, user_token):
     """On the card, or behind the history where titles stand in it; and no special token can be written."""
     served = artefact.load_lm_arm(tiny_run[1])
-    served = dataclasses.replace(served, prompts=served.prompts | {"kind": kind, "user_token": user_token})
+    served = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, kind=kind, user_token=user_token))
     vocabulary, asked = served.vocabulary, {}
 
     def write(params, config, tokens, mask, **options):
@@ -85,7 +85,7 @@ def test_words_are_asked_for_behind_the_items_token(tiny_run, monkeypatch, kind,
 
 def test_words_leave_room_for_themselves_in_a_long_history(tiny_run, monkeypatch):
     served = artefact.load_lm_arm(tiny_run[1])
-    served = dataclasses.replace(served, prompts=served.prompts | {"kind": "ids_titles", "max_tokens": 40})
+    served = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, kind="ids_titles", max_tokens=40))
     sizes = []
 
     def write(params, config, tokens, mask, *, max_new, **options):
