@@ -8,8 +8,8 @@ import hashlib
 import http.client
 import os
 import re
+import shutil
 import stat
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +17,9 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
+from bdlm_jax.runtime.files import replacing, write_text
 from bdlm_jax.types import InputError
 
 _CHUNK = 1 << 20
@@ -30,48 +33,24 @@ _MOVIELENS_MD5 = {
     "ml-latest-small": None,
 }
 _AMAZON = {
-    2014: (
-        "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles",
-        "reviews_{}{}.json.gz",
-        "meta_{}.json.gz",
-    ),
-    2018: (
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2",
-        "categoryFilesSmall/{}{}.json.gz",
-        "metaFiles2/meta_{}.json.gz",
-    ),
-    2023: (
-        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
-        "review_categories/{}{}.jsonl.gz",
-        "meta_categories/meta_{}.jsonl.gz",
-    ),
+    2014: ("reviews_{}{}.json.gz", "meta_{}.json.gz"),
+    2018: ("categoryFilesSmall/{}{}.json.gz", "metaFiles2/meta_{}.json.gz"),
+    2023: ("review_categories/{}{}.jsonl.gz", "meta_categories/meta_{}.jsonl.gz"),
+}
+_AMAZON_PUBLISHERS = {
+    2014: "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles",
+    2018: "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2",
+    2023: "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw",
 }
 
 
 def download(
-    url: str,
-    path: str | os.PathLike,
-    *,
-    sha256: str | None = None,
-    md5: str | None = None,
-    progress: bool = True,
-    retries: int = 4,
+    url: str, path: str | Path, *, sha256: str | None = None, md5: str | None = None, progress=True, retries: int = 4
 ) -> Path:
-    """Fetches `url` to `path`, going on where an earlier attempt stopped.
+    """Fetches `url` to `path`, going on where an earlier attempt stopped; returns `path`.
 
-    Args:
-        url: http or https address.
-        path: the file to make; a file that is there already is kept if its checksum fits (or none is given).
-        sha256: expected checksum, hexadecimal.
-        md5: expected checksum, hexadecimal.
-        progress: show a line on standard error.
-        retries: attempts after the first when the connection fails.
-
-    Returns:
-        path.
-
-    Raises:
-        InputError: the address does not answer, or the file is not what its checksum says (it is removed then).
+    A file that is there already is kept if its checksum fits (or none is given); one that comes and does not fit is
+    removed. `retries` counts the attempts after the first when the connection fails.
     """
     path = Path(path)
     if not url.startswith(("http://", "https://")):
@@ -135,23 +114,13 @@ def _fetch(url: str, part: Path, tag: Path, progress: bool, *, has_checksum: boo
         total = start + int(length) if length else None
         etag = response.headers.get("ETag", "")
         tag.write_text("" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", ""))
-        done, shown = start, 0.0
-        with open(part, "ab" if resumed else "wb") as file:
+        shown = {"desc": part.name.removesuffix(".part"), "unit": "B", "unit_scale": True, "disable": not progress}
+        with open(part, "ab" if resumed else "wb") as file, tqdm(initial=start, total=total, **shown) as bar:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)
-                done += len(chunk)
-                if progress and time.monotonic() - shown > 0.5:
-                    shown = time.monotonic()
-                    _show(part, done, total)
-        if progress:
-            _show(part, done, total, end="\n")
-    if total is not None and done != total:
-        raise OSError(f"{done} of {total} bytes came")
-
-
-def _show(part: Path, done: int, total: int | None, end: str = "") -> None:
-    share = f" of {total / 1e6:.1f} MB, {100 * done / total:.0f} %" if total else " MB"
-    print(f"\r{part.name.removesuffix('.part')}: {done / 1e6:.1f}{share}", end=end, file=sys.stderr, flush=True)
+                bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise OSError(f"{part.stat().st_size} of {total} bytes came")
 
 
 def _digest(path: Path, name: str) -> str:
@@ -164,20 +133,11 @@ def _fits(path: Path, sha256: str | None, md5: str | None) -> bool:
     return all(_digest(path, name) == value.strip().lower() for name, value in wanted.items() if value)
 
 
-def safe_unzip(archive: str | os.PathLike, folder: str | os.PathLike, *, max_bytes: int = 8 << 30) -> list[Path]:
-    """Unpacks a zip into `folder` and nowhere else.
+def safe_unzip(archive: str | Path, folder: str | Path, *, max_bytes: int = 8 << 30) -> list[Path]:
+    """Unpacks a zip into `folder` and nowhere else; the files, in the archive's order.
 
-    Args:
-        archive: the zip.
-        folder: where to; made if needed.
-        max_bytes: refuse more than this in all; a member that is longer than the archive claims is refused as broken.
-
-    Returns:
-        The files, in the archive's order.
-
-    Raises:
-        InputError: the archive is broken, names a path outside, holds a link, or is too large. Nothing is unpacked if
-            the archive's own list shows it.
+    Nothing is unpacked if the archive's own list shows a path outside, a link, or more than `max_bytes` in all; a
+    member that is longer than the list claims is refused as broken.
     """
     folder = Path(folder)
     try:
@@ -194,12 +154,10 @@ def safe_unzip(archive: str | os.PathLike, folder: str | os.PathLike, *, max_byt
                     raise InputError(
                         f"{archive}: {member.filename} would leave the folder through a link; use another one."
                     )
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(target.name + ".part")
-                with opened.open(member) as source, open(part, "wb") as file:
-                    while chunk := source.read(_CHUNK):
-                        file.write(chunk)
-                os.replace(part, target)
+                if target.is_dir():
+                    raise InputError(f"{archive}: {target} is a folder already; use another one.")
+                with opened.open(member) as source, replacing(target) as partial, open(partial, "wb") as file:
+                    shutil.copyfileobj(source, file, _CHUNK)
                 paths.append(target)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive} cannot be unpacked ({error}); fetch it again.") from error
@@ -207,17 +165,10 @@ def safe_unzip(archive: str | os.PathLike, folder: str | os.PathLike, *, max_byt
 
 
 def _check_member(archive, member: zipfile.ZipInfo) -> None:
-    # the raw name: ZipInfo cuts names at a NUL and turns the system's separator into "/"
+    # The raw name too: ZipInfo cuts names at a NUL and turns the system's separator into "/".
     for name in {member.filename, member.orig_filename}:
         pure = PurePosixPath(name)
-        if (
-            not pure.parts
-            or pure.is_absolute()
-            or ".." in pure.parts
-            or "\\" in name
-            or "\x00" in name
-            or re.match(r"[A-Za-z]:", name)
-        ):
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts or re.search(r"^[A-Za-z]:|[\\\0]", name):
             raise InputError(f"{archive}: {name!r} points outside the folder; do not use this archive.")
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
@@ -226,23 +177,8 @@ def _check_member(archive, member: zipfile.ZipInfo) -> None:
         raise InputError(f"{archive}: {member.filename!r} is encrypted; unpack it yourself.")
 
 
-def fetch_movielens(
-    name: str, folder: str | os.PathLike, *, publisher: str = _GROUPLENS, progress: bool = True
-) -> Path:
-    """Downloads a MovieLens set from GroupLens, checks its md5 and unpacks it.
-
-    Args:
-        name: "ml-100k", "ml-1m", "ml-20m" or "ml-latest-small".
-        folder: where the zip and the unpacked folder go.
-        publisher: address of the folder that holds the zips.
-        progress: show a line on standard error.
-
-    Returns:
-        The unpacked folder, ready for `read_movielens`.
-
-    Raises:
-        InputError: no such set, or the download fails.
-    """
+def fetch_movielens(name: str, folder: str | Path, *, publisher: str = _GROUPLENS, progress: bool = True) -> Path:
+    """Downloads a MovieLens set from GroupLens, checks its md5 and unpacks it; the folder is for `read_movielens`."""
     if name not in _MOVIELENS_MD5:
         raise InputError(f"there is no MovieLens set {name!r} here; use one of {', '.join(_MOVIELENS_MD5)}.")
     folder, url = Path(folder), f"{publisher}/{name}.zip"
@@ -275,30 +211,21 @@ def _published_md5(url: str) -> str | None:
 def fetch_amazon(
     category: str,
     year: int,
-    folder: str | os.PathLike,
+    folder: str | Path,
     *,
     five_core: bool = True,
     publisher: str | None = None,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Downloads a category of the Amazon reviews and its metadata; terms of use are the publisher's (research).
+    """Downloads the "reviews" and "metadata" of an Amazon category, for `read_amazon`.
 
-    No checksum is published, so the sha256 of the first download is kept beside each file, and a file that changes
-    later is refused.
+    The terms of use are the publisher's (research). No checksum is published, so the sha256 of the first download is
+    kept beside each file, and a file that changes later is refused.
 
     Args:
         category: as the publisher spells it: "Beauty" (2014), "All_Beauty" (2018, 2023), …
         year: 2014, 2018 or 2023.
-        folder: where the files go.
         five_core: the 5-core reviews, which 2014 and 2018 have; 2023 has only all reviews.
-        publisher: address to use in place of the known one.
-        progress: show a line on standard error.
-
-    Returns:
-        {"reviews": path, "metadata": path}, ready for `read_amazon`.
-
-    Raises:
-        InputError: no such year or category, or the download fails.
     """
     if year not in _AMAZON:
         raise InputError(f"the Amazon reviews have no edition of {year}; use 2014, 2018 or 2023.")
@@ -306,12 +233,11 @@ def fetch_amazon(
         raise InputError(
             f"{category!r} is no category as Amazon's publisher spells them, such as 'Grocery_and_Gourmet_Food'."
         )
-    base, reviews, metadata = _AMAZON[year]
-    suffix = "_5" if five_core and year != 2023 else ""
-    names = {"reviews": reviews.format(category, suffix), "metadata": metadata.format(category)}
+    base, suffix = publisher or _AMAZON_PUBLISHERS[year], "_5" if five_core and year != 2023 else ""
+    reviews, metadata = (name.format(category, suffix) for name in _AMAZON[year])
     return {
-        kind: _download_recorded(f"{publisher or base}/{name}", Path(folder) / Path(name).name, progress)
-        for kind, name in names.items()
+        kind: _download_recorded(f"{base}/{name}", Path(folder) / Path(name).name, progress)
+        for kind, name in (("reviews", reviews), ("metadata", metadata))
     }
 
 
@@ -323,7 +249,5 @@ def _download_recorded(url: str, path: Path, progress: bool) -> Path:
             raise InputError(f"{record} holds no sha256; remove it to accept the file anew.")
         return download(url, path, sha256=found[0], progress=progress)
     download(url, path, progress=progress)
-    part = record.with_name(record.name + ".part")
-    part.write_text(f"{_digest(path, 'sha256')}  {path.name}\n")
-    os.replace(part, record)
+    write_text(record, f"{_digest(path, 'sha256')}  {path.name}\n")
     return path

@@ -5,9 +5,10 @@ slip into a graph or a prompt by an index that is off by one.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 
 from bdlm_jax.data.interactions import Interactions, build_interactions
 from bdlm_jax.types import InputError, LeakError
@@ -134,58 +135,37 @@ def from_parts(
     test: Sequence,
     *,
     validation: Sequence | None = None,
-    item_fields: Mapping | None = None,
-    user_fields: Mapping | None = None,
     where: Callable[[str, int], str] = "{} part, row {}".format,
 ) -> Split:
-    """Takes a split as somebody published it.
+    """Takes a split as somebody published it, in columns (user, item) of raw ids.
 
-    Without times, each user's rows keep their order, training before validation before test. A pair that repeats in
-    its part counts once.
-
-    Args:
-        train, test, validation: columns of raw ids: (user, item), or (user, item, time) in all parts.
-        item_fields, user_fields: as in `make_interactions`.
-        where: (name of the part, row) -> words that name the row in a message.
+    Each user's rows keep their order, training before validation before test. A pair that repeats in its part counts
+    once. `where` names a row of a part in a message.
     """
-    named = {"train": train, "validation": validation, "test": test}
-    parts = [(PART_NAMES.index(name), columns) for name, columns in named.items() if columns is not None]
-    widths = {len(columns) for _, columns in parts}
-    if widths not in ({2}, {3}):
-        raise InputError("each part needs the columns (user, item), or (user, item, time) in all parts.")
-    lengths = [len(columns[0]) for _, columns in parts]
-    raw_part = np.repeat([part for part, _ in parts], lengths).astype(np.int8)
-    starts = np.cumsum([0, *lengths])
+    parts = {"train": train, "validation": validation, "test": test}
+    parts = {name: list(map(np.asarray, columns)) for name, columns in parts.items() if columns is not None}
+    lengths = [len(user) for user, _ in parts.values()]
+    part = np.repeat(np.array([PART_NAMES.index(name) for name in parts], np.int8), lengths)
+    row = np.concatenate([np.arange(length) for length in lengths])
 
-    def where_merged(row):
-        index = int(np.searchsorted(starts, row, side="right")) - 1
-        return where(PART_NAMES[parts[index][0]], row - int(starts[index]))
+    def where_merged(at: int) -> str:
+        return where(PART_NAMES[part[at]], int(row[at]))
 
-    merged = [np.concatenate([np.asarray(columns[i]) for _, columns in parts]) for i in range(widths.pop())]
-    interactions, row_E = build_interactions(
-        **dict(zip(("user", "item", "time"), merged)),
-        item_fields=item_fields,
-        user_fields=user_fields,
-        duplicates="keep",
-        where=where_merged,
-    )
-    part_E = raw_part[row_E]
-    pair_E = interactions.user_E.astype(np.int64) * interactions.n_items + interactions.item_E
-    by_pair = np.lexsort((part_E, pair_E))
-    same = pair_E[by_pair][1:] == pair_E[by_pair][:-1]
-    crossing = same & (part_E[by_pair][1:] != part_E[by_pair][:-1])
-    if crossing.any():
-        first, second = by_pair[:-1][crossing][0], by_pair[1:][crossing][0]
+    user, item = map(np.concatenate, zip(*parts.values()))
+    interactions, row_E = build_interactions(user, item, duplicates="keep", where=where_merged)
+    part_E = part[row_E]
+    pair_E = pd.Series(interactions.user_E.astype(np.int64) * interactions.n_items + interactions.item_E)
+    again_E = (pair_E * len(PART_NAMES) + part_E).duplicated().to_numpy()
+    crossing_E = pair_E.duplicated().to_numpy() & ~again_E
+    if crossing_E.any():
+        at = int(np.argmax(crossing_E))
+        first = part_E[int(np.argmax(pair_E == pair_E[at]))]
         raise InputError(
-            f"{where_merged(int(row_E[second]))}: this user-item pair is also in the {PART_NAMES[part_E[first]]} part; "
+            f"{where_merged(row_E[at])}: this user-item pair is also in the {PART_NAMES[first]} part; "
             "remove one of the two."
         )
-    keep_E = np.ones(len(part_E), bool)
-    keep_E[by_pair[1:][same]] = False
-    if keep_E.all():
-        return Split(interactions, part_E)
-    columns = {name: getattr(interactions, name)[keep_E] for name in ("user_E", "item_E", "time_E")}
-    return Split(dataclasses.replace(interactions, **columns), part_E[keep_E])
+    columns = {name: getattr(interactions, name)[~again_E] for name in ("user_E", "item_E", "time_E")}
+    return Split(dataclasses.replace(interactions, **columns), part_E[~again_E])
 
 
 def seen_mask(seen, user_B: np.ndarray, n_items: int) -> np.ndarray:

@@ -6,8 +6,6 @@ use. The corpus is what ties the two: it says nothing about users, interactions,
 
 from typing import NamedTuple
 
-from bdlm_jax.types import InputError
-
 KNOWN_WORDS, EVEN_SYNONYMS, ODD_SYNONYMS = 0, 1, 2
 
 # Real synonyms, so that a language model pretrained elsewhere can bring its own knowledge of them.
@@ -46,15 +44,13 @@ MATERIALS = (
     ("marble", "granite", "basalt"),
 )
 
-# fmt: off
 _PLACES = (
     "harbour", "garden", "attic", "market", "river", "bakery", "orchard", "station", "library", "theatre",
     "meadow", "bridge", "tower", "valley", "island", "forest", "castle", "village", "museum", "stable",
     "chapel", "cellar", "terrace", "quarry", "lagoon", "prairie", "canyon", "tavern", "foundry", "academy",
     "dockyard", "vineyard", "lighthouse", "monastery", "courtyard", "greenhouse", "windmill", "glacier", "desert",
     "fountain",
-)
-# fmt: on
+)  # fmt: skip
 _NOUN_FRAMES = (
     "the {w} stood in the {x} near the {y}",
     "they carried the {w} from the {x} to the {y}",
@@ -79,21 +75,11 @@ class Words(NamedTuple):
     material: tuple
 
 
-def make_words(rng, *, n_categories, n_styles, n_materials, n_synonyms):
-    """Names every attribute value, with English words as far as the lists reach and coined ones beyond.
+def make_words(rng, *, n_categories, n_styles, n_materials, n_synonyms) -> Words:
+    """Names every attribute value, with English words as far as the lists reach and coined ones (by `rng`) beyond.
 
-    Args:
-        rng: np.random.Generator, for the coined words only.
-        n_categories, n_styles, n_materials: how many concepts of each kind.
-        n_synonyms: synonyms of every concept, two at least.
-
-    Returns:
-        Words; no word occurs twice, and none is a word of the corpus' own sentences.
+    A concept has `n_synonyms` words beside the known one. No word occurs twice, or in the corpus' own sentences.
     """
-    if n_synonyms < 2:
-        raise InputError(
-            f"make_world: n_synonyms is {n_synonyms}, but validation and test need one each: give 2 or more."
-        )
     taken = {word for listed in (CATEGORIES, STYLES, MATERIALS) for concept in listed for word in concept}
     taken |= frame_words() | set(_PLACES)
 
@@ -113,26 +99,18 @@ def make_words(rng, *, n_categories, n_styles, n_materials, n_synonyms):
     return Words(concepts(CATEGORIES, n_categories), concepts(STYLES, n_styles), concepts(MATERIALS, n_materials))
 
 
-def frame_words():
-    """Returns the set of words that the corpus' sentence frames are made of."""
+def frame_words() -> set[str]:
+    """The words that the corpus' sentence frames are made of."""
     frames = _NOUN_FRAMES + _ADJECTIVE_FRAMES + _NOUN_STATEMENTS + _ADJECTIVE_STATEMENTS
     return {word for frame in frames for word in frame.split() if "{" not in word}
 
 
-def make_corpus(rng, words, *, n_sentences):
+def make_corpus(rng, words: Words, *, n_sentences: int) -> list[str]:
     """Writes the general text: synonyms in the company their known words keep, and plain statements (ours).
 
     Half of the sentences put a word in one of its concept's own places (three of them, the same for every word of
     the concept); a quarter states that two words mean the same; a quarter says so of a pair of words, as in
     "rural lantern means rustic lamp". Whole titles of three attributes never occur.
-
-    Args:
-        rng: np.random.Generator.
-        words: Words.
-        n_sentences: how many.
-
-    Returns:
-        list[str], shuffled.
     """
     concepts = [(concept, True) for concept in words.category]
     concepts += [(concept, False) for concept in words.style + words.material]
@@ -159,23 +137,12 @@ def make_corpus(rng, words, *, n_sentences):
     return [sentences[n] for n in rng.permutation(len(sentences))] if sentences else []
 
 
-def make_titles(rng, words, *, style_I, material_I, category_I, vocabulary_I):
-    """Writes the items' titles: "style material category".
-
-    Args:
-        rng: np.random.Generator, picks among the synonyms.
-        words: Words.
-        style_I, material_I, category_I: (I,) concept indices.
-        vocabulary_I: (I,) int: KNOWN_WORDS, or EVEN_SYNONYMS, or ODD_SYNONYMS: which words a title may use.
-
-    Returns:
-        list[str] of length I.
-    """
+def make_titles(rng, words: Words, *, style_I, material_I, category_I, vocabulary_I) -> list[str]:
+    """Writes the items' titles, "style material category", with the words that `vocabulary_I` allows each."""
+    allowed = {KNOWN_WORDS: slice(0, 1), EVEN_SYNONYMS: slice(1, None, 2), ODD_SYNONYMS: slice(2, None, 2)}
     titles = []
     for style, material, category, vocabulary in zip(style_I, material_I, category_I, vocabulary_I):
-        allowed = {KNOWN_WORDS: slice(0, 1), EVEN_SYNONYMS: slice(1, None, 2), ODD_SYNONYMS: slice(2, None, 2)}[
-            vocabulary
-        ]
-        choices = (words.style[style][allowed], words.material[material][allowed], words.category[category][allowed])
+        concepts = words.style[style], words.material[material], words.category[category]
+        choices = [concept[allowed[vocabulary]] for concept in concepts]
         titles.append(" ".join(choice[rng.integers(len(choice))] for choice in choices))
     return titles

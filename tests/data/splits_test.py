@@ -127,14 +127,6 @@ def test_from_parts_drops_repeats_inside_a_part_and_refuses_them_across():
     assert split.counts() == {"train": 2, "validation": 0, "test": 1}
     with pytest.raises(InputError, match="test part, row 1: this user-item pair is also in the train part"):
         from_parts(([1, 1], [4, 5]), ([1, 1], [6, 5]))
-    with pytest.raises(InputError, match="user, item, time"):
-        from_parts(([1], [4]), ([1], [6], [3]))
-
-
-def test_from_parts_follows_times_where_they_are_given():
-    split = from_parts(([1, 1], [4, 5], [20, 10]), ([1], [6], [15]))
-    assert split.interactions.item_ids[split.interactions.item_E].tolist() == ["5", "6", "4"]
-    assert split.part_E.tolist() == [TRAIN, TEST, TRAIN]
 
 
 @settings(max_examples=40, deadline=None)
