@@ -79,6 +79,12 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+def fetch(server, folder, **options):
+    """Downloads f.bin silently, and checks what came."""
+    download(f"{server.url}/f.bin", folder / "f.bin", progress=False, **options)
+    assert (folder / "f.bin").read_bytes() == BODY
+
+
 def test_a_file_is_fetched_verified_and_kept(server, tmp_path, capsys):
     path = tmp_path / "new" / "f.bin"
     assert download(f"{server.url}/f.bin", path, sha256=SHA256.upper(), md5=MD5) == path
@@ -89,84 +95,60 @@ def test_a_file_is_fetched_verified_and_kept(server, tmp_path, capsys):
     assert len(server.asked) == 1
 
 
-def test_progress_can_be_silent(server, tmp_path, capsys):
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_broken_connection_goes_on_where_it_stopped(server, tmp_path):
+def test_a_broken_connection_goes_on_where_it_stopped(server, tmp_path, capsys):
     server.cut_after = 300_000
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", sha256=SHA256, progress=False)
+    fetch(server, tmp_path, sha256=SHA256)
     assert server.asked == [("/f.bin", None, 300_000), ("/f.bin", "bytes=300000-", len(BODY) - 300_000)]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_part_of_an_earlier_run_goes_on(server, tmp_path):
     server.cut_after = 1000
     with pytest.raises(InputError, match=r"broke off 1 times .*1000 bytes are kept and the next call goes on"):
-        download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False, retries=0)
+        fetch(server, tmp_path, retries=0)
     assert names(tmp_path) == ["f.bin.part", "f.bin.part.tag"]
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False)
+    fetch(server, tmp_path)
     assert server.asked[-1] == ("/f.bin", "bytes=1000-", len(BODY) - 1000)
-    assert (tmp_path / "f.bin").read_bytes() == BODY
     assert names(tmp_path) == ["f.bin"]
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
-    server.ranges = False
-    (tmp_path / "f.bin.part").write_bytes(BODY[:5000])
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", sha256=SHA256, progress=False)
-    assert server.asked == [("/f.bin", "bytes=5000-", len(BODY))]
-    assert (tmp_path / "f.bin").read_bytes() == BODY
-
-
-def test_a_file_that_changed_at_the_publisher_starts_over(server, tmp_path):
-    (tmp_path / "f.bin.part").write_bytes(b"old version")
-    (tmp_path / "f.bin.part.tag").write_text('"v0"')
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False)
-    assert (tmp_path / "f.bin").read_bytes() == BODY
-
-
-def test_a_part_that_nothing_vouches_for_is_not_built_upon(server, tmp_path):
-    server.etag = ""
-    (tmp_path / "f.bin.part").write_bytes(b"who knows")
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False)
-    assert (tmp_path / "f.bin").read_bytes() == BODY
-    assert server.asked[0][1] is None
-
-
-@pytest.mark.parametrize("extra", [b"", b"longer than the file"])
-def test_a_part_that_is_complete_or_too_long_is_settled(server, tmp_path, extra):
-    (tmp_path / "f.bin.part").write_bytes(BODY + extra)
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", sha256=SHA256, progress=False)
-    assert (tmp_path / "f.bin").read_bytes() == BODY
-    assert sum(sent for _, _, sent in server.asked) == (len(BODY) if extra else 0)
+@pytest.mark.parametrize(
+    ("part", "tag", "moods", "checksum", "asked"),
+    [
+        (BODY[:5000], None, {"ranges": False}, SHA256, [("bytes=5000-", len(BODY))]),
+        (b"old version", '"v0"', {}, None, [("bytes=11-", len(BODY))]),
+        (b"nobody vouches for this", None, {"etag": ""}, None, [(None, len(BODY))]),
+        (BODY, None, {}, SHA256, []),
+        (BODY + b"too long", None, {}, SHA256, [(None, len(BODY))]),
+    ],
+)
+def test_a_kept_part_is_built_upon_only_where_it_fits(server, tmp_path, part, tag, moods, checksum, asked):
+    (tmp_path / "f.bin.part").write_bytes(part)
+    if tag:
+        (tmp_path / "f.bin.part.tag").write_text(tag)
+    vars(server).update(moods)
+    fetch(server, tmp_path, sha256=checksum)
+    assert [entry[1:] for entry in server.asked] == asked
 
 
 @pytest.mark.parametrize("checksum", [{"sha256": "0" * 64}, {"md5": "0" * 32}])
-def test_a_corrupt_file_is_removed(server, tmp_path, checksum):
+def test_a_corrupt_file_is_removed_and_a_wrong_one_replaced(server, tmp_path, checksum):
     with pytest.raises(InputError, match="is not the file that its checksum names"):
-        download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False, **checksum)
+        fetch(server, tmp_path, **checksum)
     assert names(tmp_path) == []
-
-
-def test_a_file_at_the_place_that_does_not_fit_is_replaced(server, tmp_path):
     (tmp_path / "f.bin").write_bytes(b"another")
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", sha256=SHA256, progress=False)
-    assert (tmp_path / "f.bin").read_bytes() == BODY
+    fetch(server, tmp_path, sha256=SHA256)
 
 
 def test_a_missing_file_is_said_at_once_and_a_busy_server_is_asked_again(server, tmp_path):
     with pytest.raises(InputError, match="answers 404"):
         download(f"{server.url}/none", tmp_path / "none", progress=False)
     server.failures = 2
-    download(f"{server.url}/f.bin", tmp_path / "f.bin", progress=False)
+    fetch(server, tmp_path)
     server.failures = 9
     with pytest.raises(InputError, match="answers 503"):
         download(f"{server.url}/f.bin", tmp_path / "g.bin", progress=False, retries=1)
     assert names(tmp_path) == ["f.bin"]
-
-
-def test_an_address_that_is_not_http_is_refused(tmp_path):
     with pytest.raises(InputError, match="no http or https address"):
         download("file:///etc/hostname", tmp_path / "x")
 
@@ -193,7 +175,7 @@ def test_a_path_outside_is_refused_before_anything_is_written(tmp_path, name):
     assert names(tmp_path) == ["a.zip"]
 
 
-def test_links_and_encryption_are_refused(tmp_path):
+def test_links_and_files_in_the_place_of_folders_are_refused(tmp_path):
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     with pytest.raises(InputError, match="is a link"):
@@ -203,6 +185,10 @@ def test_links_and_encryption_are_refused(tmp_path):
     with pytest.raises(InputError, match="would leave the folder through a link"):
         safe_unzip(make_zip(tmp_path / "b.zip", [("d/x.txt", b"x")]), tmp_path / "out")
     assert "x.txt" not in names(tmp_path)
+    (tmp_path / "out" / "kept").mkdir()
+    with pytest.raises(InputError, match="is a folder already"):
+        safe_unzip(make_zip(tmp_path / "c.zip", [("kept", b"x")]), tmp_path / "out")
+    assert (tmp_path / "out" / "kept").is_dir()
 
 
 def test_bombs_are_refused_whatever_their_list_says(tmp_path):

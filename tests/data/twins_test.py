@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -311,4 +310,3 @@ def test_unknown_oracles_and_parts_are_refused(small):
         oracle_scores(small, TEST, "tea leaves")
     with pytest.raises(InputError, match="VALIDATION"):
         oracle_scores(small, TRAIN, "both")
-    assert dataclasses.is_dataclass(small)
