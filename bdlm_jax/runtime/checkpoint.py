@@ -29,25 +29,23 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
     import orbax.checkpoint as ocp
 
     named = _named(tree)
-    final = Path(folder).absolute() / str(step)
-    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in named.values())
-    if not (together or distributed.is_first()):
-        return final  # every process holds the whole tree: the first writes it
     kinds = {name: _kind(leaf) for name, leaf in named.items()}
     for name, leaf in named.items():
         if not isinstance(leaf, _STORABLE) or kinds[name].startswith("object"):
             raise InputError(f"{name} is a {kinds[name]}, which no checkpoint can hold; use an array or a number.")
-    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if is_key(leaf)}
-    # Orbax refuses arrays without elements; their kind says everything.
-    leaves = {name: _packed(leaf) for name, leaf in named.items() if np.size(leaf)}
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _manager(final.parent, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
-        told = {"kinds": kinds, "keys": keys}
-        parts = ocp.args.Composite(named=ocp.args.JsonSave(told), leaves=ocp.args.PyTreeSave(leaves))
-        manager.save(step, args=parts, force=True)
-    if distributed.is_first():
-        flush_to_disk(final)
-    return final
+    folder = Path(folder).absolute()
+    together = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in named.values())
+    if together or distributed.is_first():  # else every process holds the whole tree, and the first writes it
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if is_key(leaf)}
+        # Orbax refuses arrays without elements; their kind says everything.
+        leaves = {name: _packed(leaf) for name, leaf in named.items() if np.size(leaf)}
+        told = ocp.args.JsonSave({"kinds": kinds, "keys": keys})
+        with _manager(folder, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
+            manager.save(step, args=ocp.args.Composite(named=told, leaves=ocp.args.PyTreeSave(leaves)), force=True)
+        if distributed.is_first():
+            flush_to_disk(folder / str(step))
+    return folder / str(step)
 
 
 def steps(folder: str | Path) -> list[int]:

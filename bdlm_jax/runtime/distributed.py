@@ -12,20 +12,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from bdlm_jax.types import InputError
 
 
 def join(*, coordinator: str, processes: int, process: int) -> None:
-    """Makes this process one of several; call it before anything touches a device.
+    """Makes this process number `process` of several; call it before anything touches a device.
 
-    Args:
-        coordinator: "host:port" of process 0; "auto" lets JAX ask the cluster (Slurm, a TPU pod); "" is one process.
-        processes: how many there are.
-        process: this one's number, from 0.
-
-    Raises:
-        InputError: a number out of range, or processes that do not find each other.
+    `coordinator` is "host:port" of process 0; "auto" lets JAX ask the cluster (Slurm, a TPU pod); "" is one process.
     """
     if not coordinator:
         if processes != 1 or process != 0:
@@ -34,13 +29,13 @@ def join(*, coordinator: str, processes: int, process: int) -> None:
                 "give config.distributed.coordinator host:port of process 0, or auto."
             )
         return
-    if coordinator != "auto" and not 0 <= process < processes:
-        raise InputError(f"config.distributed.process is {process}; it must be from 0 to {processes - 1}.")
+    given = {}
+    if coordinator != "auto":
+        if not 0 <= process < processes:
+            raise InputError(f"config.distributed.process is {process}; it must be from 0 to {processes - 1}.")
+        given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     # XLA's CPU devices talk to each other through gloo only; elsewhere the word is not read.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {} if coordinator == "auto" else {"coordinator_address": coordinator}
-    if given:
-        given |= {"num_processes": processes, "process_id": process}
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
@@ -58,39 +53,25 @@ def is_first() -> bool:
 def agree(*flags: bool, now: bool = True) -> tuple[bool, ...]:
     """Returns the first process' flags in every process; with one process, the flags themselves at no cost.
 
-    What a clock or a signal decides must be decided alike, or the processes wait for each other for ever.
-
-    Args:
-        flags: what this process thinks.
-        now: with several processes, whether to ask at all, for that waits for the devices; where not, all are False.
+    What a clock or a signal decides must be decided alike, or the processes wait for each other for ever. Where several
+    are not to ask `now`, for that waits for the devices, all flags are False.
     """
     if jax.process_count() == 1:
         return flags
     if not now:
         return (False,) * len(flags)
-    from jax.experimental import multihost_utils
-
     return tuple(bool(flag) for flag in multihost_utils.broadcast_one_to_all(np.asarray(flags)))
 
 
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here; `what` names the place, alike in all."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def run_folder(workdir: str | Path) -> Iterator[str]:
-    """Gives the folder that this process may write: the run directory itself, or a copy that goes away.
-
-    Args:
-        workdir: the run directory, which every process can read.
-
-    Yields:
-        The folder.
-    """
+    """Gives the folder that this process may write: the run directory itself, or a copy that goes away."""
     if is_first():
         wait_for_all("run directory copied")
         yield str(workdir)

@@ -4,6 +4,7 @@ The file of numbers holds each step once, however often the run was killed: a re
 to write again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "loss": 2.3}`.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -110,16 +111,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _find_writer(wanted: bool | None) -> Any:
-    if wanted is False:
-        return None
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        if wanted is None:
-            return None
+    found = importlib.util.find_spec("tensorboardX") is not None
+    if wanted and not found:
         raise InputError(
             'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
-        ) from None
+        )
+    if not found or wanted is False:
+        return None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter
 
 
@@ -132,17 +132,9 @@ def progress(
     every_s: float = 30.0,
     stream: TextIO | None = None,
 ) -> tqdm:
-    """Shows how far a loop is: a bar on a terminal; in a file or a CI log a line every `every_s`, and none before.
-
-    Args:
-        iterable: what to walk; None: call `.update(n)` by hand.
-        total: how many there will be; None: `len(iterable)` where it has one.
-        start: how many a resumed run has done already.
-        stream: None is stderr.
-    """
-    stream = stream or sys.stderr
-    options = {"desc": description, "total": total, "initial": start, "file": stream}
-    if stream.isatty():
+    """tqdm from `start` to `total`; in a file or a CI log one line every `every_s` seconds, and none before."""
+    options = {"desc": description, "total": total, "initial": start, "file": stream or sys.stderr}
+    if options["file"].isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
     form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {elapsed}{postfix}"
     pace = {"mininterval": every_s, "miniters": 1, "delay": every_s}

@@ -26,15 +26,13 @@ AXIS = "data"
 class Compiled(NamedTuple):
     """A compiled step with the ways between host and devices.
 
-    run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and, with `donate`, used up;
-        `batch` is a pytree whose leaves all have the batch as leading dimension; `constants` (tables of the other arm,
-        a graph) are the same for every row and every device; `metrics` are plain arrays without a device dimension.
-    place_state: host pytree -> placed pytree, always a copy, so that donation never eats the caller's arrays; with
-        `in_parts` also `copy=False`, for a state that the caller gives up: what lies right already is not copied.
-    fetch_state: placed pytree (a state or any subtree of one) -> host pytree of NumPy arrays; typed keys stay keys;
-        with `in_parts` also `to_host=False`: the same on its devices, without added rows.
-    place_constants: pytree -> the same on every device; constants placed once are not sent again by every `run`.
-    place_batch: batch -> the batch on its devices, for a caller that sends it before it is needed; `run` takes both.
+    run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and, with `donate`, used up; every
+        leaf of `batch` has its rows first; `constants` (the other arm's tables) are the same on every device.
+    place_state: always a copy, so that donation never eats the caller's arrays; with `in_parts` also `copy=False`,
+        for a state that the caller gives up: what lies right already is not copied.
+    fetch_state: a placed state, or any subtree of one, as NumPy arrays; typed keys stay keys. With `in_parts` also
+        `to_host=False`: on its devices, without added rows.
+    place_constants, place_batch: what is placed once is not sent again by `run`, which takes both.
     in_parts: whether a state stays on its devices between phases ("mesh" of one process that cuts it into parts).
     abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("jit" and "mesh").
     lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
@@ -89,11 +87,7 @@ def compile_step(
 def params_shardings(shapes: Any, *, parallel: str, mesh: Mapping[str, int] | None = None) -> Any:
     """Says where every parameter lies between phases, so that a loader can put it there and nowhere else.
 
-    Args:
-        shapes: pytree of shapes, with paths as below a state's `params`.
-
-    Returns:
-        A pytree of shardings; None where a state comes to the host between phases, and one device takes it whole.
+    `shapes` has the paths below a state's `params`. None where a state comes to the host between phases.
     """
     if parallel != "mesh":
         return None
@@ -193,15 +187,16 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rule
 
     def sharded_step(state, batch, *constants):
         layout = layout_of(state) or lay_out(state)
-        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.n_rows), state, layout)
+        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.shape), state, layout)
         with sharding.traced_on(mesh):
             state, metrics = step(state, batch, *constants)
-        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.n_padded), state, layout)
+        state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.padded), state, layout)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
-        shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.spec), layout)
-        return jax.lax.with_sharding_constraint(
-            (state, metrics), (shardings, jax.tree.map(lambda _: replicated, metrics))
+        places = (
+            jax.tree.map(lambda to: NamedSharding(mesh, to.spec), layout),
+            jax.tree.map(lambda _: replicated, metrics),
         )
+        return jax.lax.with_sharding_constraint((state, metrics), places)
 
     compiled = jax.jit(sharded_step, donate_argnums=(0,) if donate else ())
 
@@ -216,34 +211,34 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rule
         return compiled(state, place_batch(batch), *place_constants(constants))
 
     def place_state(state, *, copy=True):
-        return jax.tree.map(
-            lambda leaf, to: spread(leaf, NamedSharding(mesh, to.spec), to.n_padded, copy=copy), state, lay_out(state)
-        )
+        def place(leaf, to):
+            return spread(leaf, NamedSharding(mesh, to.spec), to.padded, copy=copy)
+
+        return jax.tree.map(place, state, lay_out(state))
 
     def fetch_state(state, *, to_host=True):
-        # Leaf by leaf: gathered all at once, a state would have to fit on every device.
         def fetch(leaf, to=None):
             padded = to is not None and to.shape != to.padded
             if not to_host:
-                return sharding.moved(leaf, _unpadded_sharding(mesh, to), to.n_rows) if padded else leaf
-            here = leaf if leaf.is_fully_addressable else sharding.moved(leaf, replicated)
-            host = sharding.to_host(here)
-            return host[: to.n_rows] if padded else host
+                return sharding.moved(leaf, _unpadded_sharding(mesh, to), to.shape) if padded else leaf
+            # Leaf by leaf: gathered all at once, a state would have to fit on every device.
+            host = sharding.to_host(leaf if leaf.is_fully_addressable else sharding.moved(leaf, replicated))
+            return host[: to.shape[0]] if padded else host
 
         layout = layout_of(state)
-        return jax.tree.map(fetch, state) if layout is None else jax.tree.map(fetch, state, layout)
+        return jax.tree.map(fetch, state, *([] if layout is None else [layout]))
 
     def abstract_state(state):
         return jax.tree.map(lambda leaf, to: _shaped(leaf, _unpadded_sharding(mesh, to)), state, lay_out(state))
 
     def lower(state, batch, *constants):
+        def shaped(leaf, to):
+            return _shaped(leaf, NamedSharding(mesh, to.spec), to.padded)
+
         _check_batch(batch, sizes["data"] * sizes["fsdp"])
         batch = jax.tree.map(lambda leaf: _shaped(leaf, by_rows), batch)
         constants = jax.tree.map(lambda leaf: _shaped(leaf, replicated), constants)
-        state = jax.tree.map(
-            lambda leaf, to: _shaped(leaf, NamedSharding(mesh, to.spec), to.padded), state, lay_out(state)
-        )
-        return compiled.lower(state, batch, *constants)
+        return compiled.lower(jax.tree.map(shaped, state, lay_out(state)), batch, *constants)
 
     return Compiled(
         run, place_state, fetch_state, place_constants, place_batch, _keeps_parts(mesh), abstract_state, lower

@@ -52,14 +52,6 @@ class Layout:
     spec: PartitionSpec
     padded: tuple[int, ...]
 
-    @property
-    def n_rows(self) -> int | None:
-        return self.shape[0] if self.shape else None
-
-    @property
-    def n_padded(self) -> int | None:
-        return self.padded[0] if self.padded else None
-
     def shard(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the part that one device holds."""
         parts = [n_parts(axes, sizes) for axes in self.spec] + [1] * (len(self.padded) - len(self.spec))
@@ -161,16 +153,16 @@ def gather_spread(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf) if is_spread(leaf) else leaf, tree)
 
 
-def spread(leaf: Any, sharding: NamedSharding, n_rows: int | None = None, *, copy: bool = False) -> jax.Array:
-    """Puts a leaf where the sharding says, each device's part by itself; `n_rows` adds rows of zeros."""
+def spread(leaf: Any, sharding: NamedSharding, shape: tuple | None = None, *, copy: bool = False) -> jax.Array:
+    """Puts a leaf where the sharding says, each device's part by itself; `shape` adds rows of zeros."""
     if is_key(leaf):
         return through_key(lambda data: spread(data, sharding, copy=copy), leaf)
-    shape = np.shape(leaf) if n_rows is None else (n_rows, *np.shape(leaf)[1:])
+    shape = np.shape(leaf) if shape is None else shape
     if isinstance(leaf, jax.Array):
         if not copy and leaf.sharding.is_equivalent_to(sharding, leaf.ndim) and shape == leaf.shape:
             return leaf
         if len(leaf.sharding.device_set) > 1:  # it may be too large for any one place
-            return moved(leaf, sharding, n_rows)
+            return moved(leaf, sharding, shape)
     host = np.asarray(leaf, dtype=jnp.result_type(leaf))
 
     def part(index):
@@ -183,21 +175,22 @@ def spread(leaf: Any, sharding: NamedSharding, n_rows: int | None = None, *, cop
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def moved(leaf: jax.Array, sharding: NamedSharding, n_rows: int | None = None) -> jax.Array:
-    """Copies between devices, with `n_rows` rows where given; one program a sharding and shape, however often."""
-    return _mover(sharding)(leaf, n_rows)
+def moved(leaf: jax.Array, sharding: NamedSharding, shape: tuple | None = None) -> jax.Array:
+    """Copies between devices, with more or fewer rows by `shape`; compiled once for a sharding and a pair of shapes."""
+    return _mover(sharding)(leaf, shape or leaf.shape)
 
 
 @functools.cache
 def _mover(sharding: NamedSharding) -> Callable:
-    return jax.jit(lambda x, n: with_rows(jnp.copy(x), n), static_argnums=1, out_shardings=sharding)
+    return jax.jit(lambda x, shape: with_rows(jnp.copy(x), shape), static_argnums=1, out_shardings=sharding)
 
 
-def with_rows(x: Any, n_rows: int | None) -> Any:
-    """Adds rows of zeros, or cuts rows off, until there are `n_rows`; None leaves them."""
-    if n_rows is None or n_rows == x.shape[0]:
+def with_rows(x: Any, shape: tuple) -> Any:
+    """Adds rows of zeros, or cuts rows off, until `shape` is reached."""
+    if x.shape == shape:
         return x
-    return x[:n_rows] if n_rows < x.shape[0] else jnp.pad(x, [(0, n_rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    more = shape[0] - x.shape[0]
+    return x[: shape[0]] if more < 0 else jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
 
 
 def is_key(leaf: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mesh_test import make, make_state, train
+from toy import make, make_state, train
 
 from bdlm_jax.runtime import checkpoint, distributed
 from bdlm_jax.types import InputError
@@ -50,7 +50,7 @@ def test_two_processes_train_the_numbers_of_one(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "begun").write_text("")
     two = start(2, tmp_path)
-    compiled = make({"data": 2, "fsdp": 2})
+    compiled = make(data=2, fsdp=2)
     state, losses = train(compiled, compiled.place_state(make_state()), range(4))
     host = compiled.fetch_state(state)
     np.testing.assert_allclose(two["losses"], losses, rtol=1e-5)

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 
 from bdlm_jax.runtime import checkpoint, distributed
-from bdlm_jax.runtime.parallel import compile_step
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mesh_test import assert_close, leaves_named, make_batch, make_state, mlp_step
+from toy import assert_close, leaves_named, make, make_batch, make_state, train
 
 
 def main(coordinator, processes, process, folder):
@@ -20,17 +19,14 @@ def main(coordinator, processes, process, folder):
     assert (jax.process_count(), jax.device_count()) == (int(processes), 4)
     assert distributed.agree(first, not first) == (True, False)  # the first process' word holds
 
-    compiled = compile_step(mlp_step, parallel="mesh", mesh={"data": 2, "fsdp": 2})
-    state, losses = compiled.place_state(make_state()), []
-    for step in range(4):
-        state, metrics = compiled.run(state, compiled.place_batch(make_batch(step)))
+    compiled = make(data=2, fsdp=2)
+    state, losses = train(compiled, compiled.place_state(make_state()), range(2))
+    checkpoint.save(folder / "sharded", 1, compiled.fetch_state(state, to_host=False))
+    for number in (2, 3):
+        state, metrics = compiled.run(state, compiled.place_batch(make_batch(number)))
         losses.append(float(metrics["loss"]))
-        if step == 1:
-            checkpoint.save(folder / "sharded", step, compiled.fetch_state(state, to_host=False))
     again = checkpoint.restore(checkpoint.latest(folder / "sharded"), like=compiled.abstract_state(make_state()))
-    again = compiled.place_state(again)
-    for step in (2, 3):
-        again, _ = compiled.run(again, make_batch(step))
+    again, _ = train(compiled, compiled.place_state(again), (2, 3))
     host = compiled.fetch_state(state)
     assert_close(compiled.fetch_state(again), host)
 

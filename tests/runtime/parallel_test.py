@@ -8,64 +8,47 @@ from bdlm_jax.runtime.parallel import compile_step, device_summary, enable_compi
 from bdlm_jax.types import InputError
 
 
-def add_step(state, batch, *, axis_name=None):
-    del axis_name
-    key, _ = jax.random.split(state["key"])
-    table = state["table"] + batch.sum()
-    return {"table": table, "copy": table, "key": key, "step": state["step"] + 1}, {"sum": batch.sum()}
-
-
 def make_state():
     table = jnp.ones((64, 64))
     return {"table": table, "copy": table, "key": jax.random.key(0), "step": 0}
 
 
+def add_step(state, batch, *, axis_name=None):
+    key, _ = jax.random.split(state["key"])
+    table = state["table"] + batch.sum()
+    return {"table": table, "copy": table, "key": key, "step": state["step"] + 1}, {"sum": batch.sum()}
+
+
 @pytest.mark.parametrize("parallel", ["jit", "pmap", "mesh"])
 def test_donation_eats_neither_the_callers_arrays_nor_what_was_fetched(parallel):
-    state = make_state()
-    compiled = compile_step(add_step, parallel=parallel, n_devices=1)
+    state, traces = make_state(), []
+
+    def counting_step(state, batch, *, axis_name=None):
+        traces.append(axis_name)
+        return add_step(state, batch)
+
+    compiled = compile_step(counting_step, parallel=parallel, n_devices=1)
     placed = compiled.place_state(state)
     fetched = compiled.fetch_state(placed)
     for _ in range(2):
         placed, metrics = compiled.run(placed, np.ones(4, np.float32))
-    assert float(metrics["sum"]) == 4
-    assert metrics["sum"].shape == ()
-    assert (np.asarray(state["table"]) == 1).all()
-    assert (fetched["table"] == 1).all()
+    assert len(traces) == 1
+    assert float(metrics["sum"]) == 4 and metrics["sum"].shape == ()
+    assert (np.asarray(state["table"]) == 1).all() and (fetched["table"] == 1).all()
     assert (jax.random.key_data(state["key"]) == jax.random.key_data(fetched["key"])).all()
     after = compiled.fetch_state(placed)
-    assert (after["table"] == 1 + 4 + 4).all()
+    assert (after["table"] == 1 + 4 + 4).all() and after["step"] == 2
     assert isinstance(after["table"], np.ndarray)
-    assert after["step"] == 2
     assert jnp.issubdtype(after["key"].dtype, jax.dtypes.prng_key)
 
 
-def test_fetching_takes_subtrees():
-    compiled = compile_step(add_step, parallel="pmap", n_devices=1)
+@pytest.mark.parametrize("parallel", ["jit", "mesh"])
+@pytest.mark.parametrize("donate", [True, False])
+def test_donated_memory_is_used_up_and_kept_when_asked(parallel, donate):
+    compiled = compile_step(add_step, parallel=parallel, n_devices=1, donate=donate)
     placed = compiled.place_state(make_state())
-    assert compiled.fetch_state({"only": placed["table"]})["only"].shape == (64, 64)
-
-
-def test_donated_memory_is_used_up_and_kept_when_asked():
-    for donate in (True, False):
-        compiled = compile_step(add_step, parallel="jit", donate=donate)
-        placed = compiled.place_state(make_state())
-        compiled.run(placed, np.ones(4, np.float32))
-        assert placed["table"].is_deleted() is donate
-
-
-def test_a_second_step_does_not_compile_again():
-    traces = []
-
-    def counting_step(state, batch, *, axis_name=None):
-        traces.append(1)
-        return add_step(state, batch, axis_name=axis_name)
-
-    compiled = compile_step(counting_step, parallel="jit")
-    state = compiled.place_state(make_state())
-    for _ in range(3):
-        state, _ = compiled.run(state, np.ones(4, np.float32))
-    assert len(traces) == 1
+    compiled.run(placed, np.ones(4, np.float32))
+    assert placed["table"].is_deleted() is donate
 
 
 @pytest.mark.parametrize(
@@ -84,8 +67,7 @@ def test_what_the_machine_cannot_do_is_refused(options, words):
 
 
 def test_device_summary_names_the_platform():
-    assert jax.devices()[0].platform in device_summary()
-    assert jax.__version__ in device_summary()
+    assert jax.devices()[0].platform in device_summary() and jax.__version__ in device_summary()
 
 
 @pytest.mark.parametrize("from_environment", [False, True])
@@ -93,10 +75,8 @@ def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch, from_envi
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     if from_environment:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    before = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     try:
         enable_compilation_cache(tmp_path / "compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
