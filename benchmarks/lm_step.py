@@ -23,7 +23,8 @@ from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
 from bdlm_jax.lm.packing import pack
 from bdlm_jax.lm.prompts import PromptOptions, history_prompt
 from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
-from bdlm_jax.mutual.losses import text_cross_entropy, text_loss
+from bdlm_jax.mutual.lm_step import states_at
+from bdlm_jax.mutual.losses import text_loss
 
 # The first three have about as many decoder parameters as the name says (embeddings not counted); the others are the
 # shapes of SmolLM-135M, Qwen2.5-0.5B, Llama-3.2-1B and Vicuna-7B.
@@ -82,9 +83,8 @@ def make_ours(vocabulary, encoded, histories, config, *, kind, length, batch_siz
         has = batch["item_target"] >= 0
         total = jnp.where(has, nll, 0).sum() / has.sum()
         if kind == "ids_titles":
-            text, count = text_cross_entropy(
-                params["lm"], config, hidden_BLM, batch["text_index"], batch["text_target"]
-            )
+            text_states = states_at(hidden_BLM, batch["text_index"])
+            text, count = text_loss(params["lm"], config, text_states, batch["text_target"].reshape(-1))
             total += 0.5 * text / count
         return total
 
@@ -168,7 +168,9 @@ def make_equal_ours(config, tokens_SBL):
 
     def update(params, state, batch):
         def loss(params):
-            total, count = text_loss(params, config, batch)
+            hidden_BLM = lm_hidden(params, config, batch["tokens"], batch["positions"], batch["segments"], None)
+            states = states_at(hidden_BLM, batch["text_index"])
+            total, count = text_loss(params, config, states, batch["text_target"].reshape(-1))
             return total / count
 
         value, gradient = jax.value_and_grad(loss)(params)

@@ -35,20 +35,7 @@ class Popularity:
 
 
 def make_seen(user: Array, item: Array, n_users: int, n_items: int) -> Seen:
-    """Sorts the items that each user has seen into rows on the device.
-
-    Args:
-      user: (E,) user indices; pairs may repeat and come in any order.
-      item: (E,) item indices.
-      n_users: U.
-      n_items: I.
-
-    Returns:
-      A Seen.
-
-    Raises:
-      InputError: an index out of range, or a user who has seen every item, for whom no negative exists.
-    """
+    """Sorts the items that each user has seen into rows on the device; pairs may repeat and come in any order."""
     user, item = np.asarray(user, np.int64), np.asarray(item, np.int64)
     for name, index, size in (("user", user, n_users), ("item", item, n_items)):
         if index.size and (index.min() < 0 or index.max() >= size):
@@ -67,34 +54,10 @@ def make_seen(user: Array, item: Array, n_users: int, n_items: int) -> Seen:
     )
 
 
-def sample_negatives(key: Array, seen: Seen, user_B: Array) -> Array:
-    """Draws one item for each entry of `user_B` (any shape), uniform over the items which that user has not seen.
-
-    Each unseen item's probability is exact to 2⁻³², the grain of one random word.
-
-    Args:
-      key: a JAX key.
-      seen: from `make_seen`.
-      user_B: user indices; a shape (B, N) draws N a row, with replacement.
-
-    Returns:
-      int32 items in the shape of `user_B`.
-    """
-    start, stop = seen.indptr[user_B], seen.indptr[user_B + 1]
-    rank = _draw_below(key, seen.n_items - (stop - start))
-    return rank + _count_at_most(lambda e: seen.item[e] - (e - start), start, stop, rank, seen.depth)
-
-
 def make_popularity(seen: Seen, degree_I: Array, *, alpha: float = 0.75) -> Popularity:
     """Turns degrees into integer weights ∝ max(degree, 1)^alpha, at least 1 each, so that draws are exact.
 
-    Args:
-      seen: from `make_seen`.
-      degree_I: (I,) training interactions of each item.
-      alpha: 0 is uniform, 1 the popularity itself; 0.75 is word2vec's.
-
-    Returns:
-      A Popularity for `sample_popular_negatives`.
+    0 is uniform, 1 the popularity itself; 0.75 is word2vec's.
     """
     mass = np.maximum(np.asarray(degree_I, np.float64), 1.0) ** alpha
     weight = np.maximum(1, np.floor(mass / mass.sum() * (POPULARITY_TOTAL - mass.size))).astype(np.int64)
@@ -110,21 +73,16 @@ def make_popularity(seen: Seen, degree_I: Array, *, alpha: float = 0.75) -> Popu
     )
 
 
-def sample_popular_negatives(key: Array, seen: Seen, popularity: Popularity, user_B: Array) -> Array:
-    """Draws one unseen item for each entry of `user_B`, with probability ∝ its weight among the user's unseen items.
+def sample_negatives(key: Array, seen: Seen, user_B: Array, popularity: Popularity | None = None) -> Array:
+    """Draws one int32 item for each entry of `user_B` (any shape), over the items which that user has not seen.
 
-    The same search as `sample_negatives`, over weight instead of count; integers keep it exact (ours).
-
-    Args:
-      key: a JAX key.
-      seen: from `make_seen`.
-      popularity: from `make_popularity` on the same `seen`.
-      user_B: user indices of any shape.
-
-    Returns:
-      int32 items in the shape of `user_B`.
+    Uniform, each unseen item's probability exact to 2⁻³², the grain of one random word; or ∝ its popularity, by the
+    same search over weight instead of count, which integers keep exact (ours).
     """
     start, stop = seen.indptr[user_B], seen.indptr[user_B + 1]
+    if popularity is None:
+        rank = _draw_below(key, seen.n_items - (stop - start))
+        return rank + _count_at_most(lambda e: seen.item[e] - (e - start), start, stop, rank, seen.depth)
     mass = _draw_below(key, popularity.unseen_U[user_B])
     count = _count_at_most(lambda e: popularity.unseen_below[e], start, stop, mass, seen.depth)
     # Weight of the first `count` seen items: below the next seen one, total less unseen; in the whole row, likewise.
@@ -135,15 +93,12 @@ def sample_popular_negatives(key: Array, seen: Seen, popularity: Popularity, use
     return (jnp.searchsorted(popularity.below, mass + total - unseen, side="right") - 1).astype(jnp.int32)
 
 
-def random_order(key: Array, n: int) -> Array:
-    """Returns a pseudo-random permutation (n,) of 0…n-1 without sorting; on a CPU 1 M rows take a sort's tenth.
+def random_order(key: Array, n: int, *, first: int | None = None) -> Array:
+    """Returns a pseudo-random permutation of 0…n-1 (n < 2³¹), or its `first` entries at the cost of those alone.
 
     A keyed Feistel network permutes 0…2^k - 1; what falls outside is sent through again until it lands inside, which
-    keeps it a permutation (Black and Rogaway 2002, cycle walking). Good for shuffling epochs, not for cryptography.
-
-    Args:
-      key: a JAX key.
-      n: rows, at least 1; a Python integer below 2³¹.
+    keeps it a permutation (Black and Rogaway 2002, cycle walking). Without sorting: on a CPU 1 M rows take a sort's
+    tenth. Good for shuffling epochs, not for cryptography.
     """
     high_bits = max(n - 1, 1).bit_length() // 2
     low_bits = max(n - 1, 1).bit_length() - high_bits
@@ -156,8 +111,8 @@ def random_order(key: Array, n: int) -> Array:
             low ^= _mix(high ^ keys[k + 1]) & jnp.uint32(2**low_bits - 1)
         return (high << low_bits) | low
 
-    first = shuffle(jnp.arange(n, dtype=jnp.uint32))
-    walk = jax.lax.while_loop(lambda x: jnp.any(x >= n), lambda x: jnp.where(x >= n, shuffle(x), x), first)
+    start = shuffle(jnp.arange(n if first is None else first, dtype=jnp.uint32))
+    walk = jax.lax.while_loop(lambda x: jnp.any(x >= n), lambda x: jnp.where(x >= n, shuffle(x), x), start)
     return walk.astype(jnp.int32)
 
 

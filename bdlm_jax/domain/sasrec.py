@@ -29,10 +29,10 @@ class States(nn.Module):
         item_BLD = item_ID[jnp.maximum(history_BL, 0)] * width**0.5
         start_B1D = jnp.broadcast_to(self.param("start", POSITION, (width,)), (n_rows, 1, width))
         x = jnp.concatenate([start_B1D, item_BLD], axis=1) + self.param("position", POSITION, (length + 1, width))
-        causal = nn.make_causal_mask(x[..., 0])
+        causal_11LL = nn.make_causal_mask(jnp.zeros((1, length + 1)))
         for _ in range(self.n_blocks):
             y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(self.n_heads, kernel_init=KERNEL, use_bias=False)(y, mask=causal)
+            x += nn.MultiHeadDotProductAttention(self.n_heads, kernel_init=KERNEL, use_bias=False)(y, mask=causal_11LL)
             y = nn.relu(nn.Dense(width, kernel_init=KERNEL)(nn.LayerNorm()(x)))
             x += nn.Dense(width, kernel_init=KERNEL)(y)
         return nn.LayerNorm()(x)

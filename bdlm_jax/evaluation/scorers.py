@@ -15,7 +15,7 @@ from bdlm_jax.domain.arm import DomainArm, dot_score
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.mutual import lm_step, sharing
+from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.options import Bridge
 from bdlm_jax.runtime import sharding
 from bdlm_jax.runtime.log import progress
@@ -135,7 +135,7 @@ def _encode(shared, domain, *, arm: DomainArm):
     return arm.encode(shared, domain)
 
 
-_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(_exact(lm_step.id_rows))
+_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(_exact(sharing.id_rows))
 _title_likelihood = partial(jax.jit, static_argnums=1)(causal_lm.continuation_log_likelihood)
 
 

@@ -1,7 +1,8 @@
-"""Optimiser groups chosen by parameter path patterns: what trains, how fast, and what stays frozen."""
+"""Optimiser groups chosen by parameter path patterns: what trains, how fast, and what stays frozen; and one update."""
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,22 +16,11 @@ _LOG = logging.getLogger(__name__)
 FROZEN = "frozen"
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
-Rules = list[tuple[str, str]]
+Rules = list[tuple[str, str]]  # (regular expression of a whole path, group), in order of precedence
 
 
 def label_params(params: Params, rules: Rules) -> Params:
-    """Labels every leaf with the group of the first rule whose pattern matches its whole path.
-
-    Args:
-      params: a pytree.
-      rules: (regular expression, group name) pairs, in order of precedence.
-
-    Returns:
-      A pytree of group names.
-
-    Raises:
-      InputError: a leaf that no rule matches.
-    """
+    """Labels every leaf with the group of the first rule whose pattern matches its whole path."""
 
     def label(path, _):
         name = leaf_name(path)
@@ -47,12 +37,9 @@ def label_params(params: Params, rules: Rules) -> Params:
 def split_trained(params: Params, rules: Rules | None) -> tuple[Any, Callable[[Any, Params], Params]]:
     """Parts what trains from what does not, so that a gradient is only taken, summed and kept where it is used.
 
-    Args:
-      params: a pytree.
-      rules: see `label_params`; None takes every leaf for trained.
-
     Returns:
-      (trained, put): the trained leaves, and put(leaves, tree) -> the tree with those leaves in their places.
+      (trained, put): the trained leaves, and put(leaves, tree) -> the tree with those leaves in their places. Without
+      rules everything trains.
     """
     if rules is None:
         return params, lambda leaves, tree: leaves
@@ -66,16 +53,9 @@ def split_trained(params: Params, rules: Rules | None) -> tuple[Any, Callable[[A
 
 
 def make_schedule(kind: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
-    """Makes a learning rate: linear warm-up from 0 to the peak, then what `kind` says.
+    """Makes a learning rate of `steps` steps: linear warm-up from 0 to the peak, then what `kind` says.
 
-    Args:
-      kind: "cosine" or "linear", both down to a tenth of the peak at the last step, or "constant".
-      peak: the learning rate at its highest.
-      warmup: steps of the warm-up.
-      steps: all steps, the warm-up's too.
-
-    Returns:
-      step -> learning rate.
+    "cosine" and "linear" go down to a tenth of the peak at the last step; "constant" stays.
     """
     if kind == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak / 10)
@@ -92,9 +72,6 @@ def make_optimizer(*, rules: Rules, groups: dict[str, dict], clip_norm: float | 
       groups: {name: options}; "learning_rate" is a float or a schedule, "weight_decay" is decoupled (default 0),
         "kind" is "adamw" (default) or "adafactor", "master": see `in_float32` (default: not wrapped).
       clip_norm: clip the gradient of all trained leaves together to this norm, or None.
-
-    Returns:
-      optax.GradientTransformation.
     """
     transforms = {FROZEN: optax.set_to_zero()}
     for name, options in groups.items():
@@ -104,7 +81,10 @@ def make_optimizer(*, rules: Rules, groups: dict[str, dict], clip_norm: float | 
             transforms[name] = in_float32(transforms[name], keep_master=options["master"])
     optimizer = optax.multi_transform(transforms, lambda params: label_params(params, rules))
     if clip_norm:
-        trained = lambda tree: jax.tree.map(lambda label: label != FROZEN, label_params(tree, rules))  # noqa: E731
+
+        def trained(tree):
+            return jax.tree.map(lambda label: label != FROZEN, label_params(tree, rules))
+
         optimizer = optax.chain(optax.masked(optax.clip_by_global_norm(clip_norm), trained), optimizer)
 
     def init(params: Params):
@@ -124,17 +104,13 @@ class MasterState(NamedTuple):
 def in_float32(inner: optax.GradientTransformation, *, keep_master: bool) -> optax.GradientTransformation:
     """Runs an optimiser in float32 for weights of fewer bits.
 
-    With master weights a step smaller than a bfloat16's spacing is not lost: it adds up in the float32 copy, of which
-    the weights are the rounding (Micikevicius et al. 2018, section 3.1). Without them only the moments are float32.
-
-    Args:
-      inner: the optimiser.
-      keep_master: whether the float32 copy is kept in the state, 4 bytes a parameter.
-
-    Returns:
-      optax.GradientTransformation whose updates are float32.
+    With master weights, 4 bytes a parameter, a step smaller than a bfloat16's spacing is not lost: it adds up in the
+    float32 copy, of which the weights are the rounding (Micikevicius et al. 2018, section 3.1). Without them only the
+    moments are float32.
     """
-    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)  # noqa: E731
+
+    def wide(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
     def init(params):
         return MasterState(wide(params) if keep_master else {}, inner.init(wide(params)))
@@ -153,41 +129,36 @@ def in_float32(inner: optax.GradientTransformation, *, keep_master: bool) -> opt
 
 def describe_groups(params: Params, labels: Params) -> str:
     """Prints parameters, group and count of what trains and what does not, a line a subtree and group, then the sum."""
-    counts: dict[tuple[str, str], int] = {}
-    named = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, leaf), group in zip(named, jax.tree.leaves(labels)):
-        where = "/".join(leaf_name(path).split("/")[:2])
-        counts[where, group] = counts.get((where, group), 0) + leaf.size
+    counts = Counter()
+    for (path, leaf), group in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels)):
+        counts["/".join(leaf_name(path).split("/")[:2]), group] += leaf.size
     lines = [f"  {where:<28} {group:<10} {count:>14,d}" for (where, group), count in counts.items()]
-    total, trained = sum(counts.values()), sum(count for (_, group), count in counts.items() if group != FROZEN)
+    total, trained = counts.total(), sum(count for (_, group), count in counts.items() if group != FROZEN)
     return "\n".join([*lines, f"  {trained:,d} of {total:,d} parameters train ({trained / max(total, 1):.2%})"])
 
 
-def _adafactor(learning_rate, *, weight_decay: float):
-    """Adafactor with factored second moments and clipped updates, but AdamW's learning rate and decay.
+def update_state(state: TrainState, losses, batch, weights, optimizer, axis_name, *, rules=None, parts: int = 1):
+    """Takes one step down Σ weight·(sum / count) of losses(params, batch) -> {term: (sum, count)}.
 
-    Source: Shazeer & Stern 2018 (arXiv 1804.04235), algorithm 4 without the relative step size.
+    Sums and counts run over `axis_name` and over the `parts` in which the batch goes through, so that neither changes
+    a number. Returns (state, metrics): every term's mean, their weighted "loss" and the "gradient_norm".
     """
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def update_state(state: TrainState, losses, batch, weights: dict, optimizer, axis_name, *, rules=None, parts: int = 1):
-    total = (lambda x: jax.lax.psum(x, axis_name)) if axis_name else (lambda x: x)
     trained, put = split_trained(state.params, rules)
+
+    def total(tree):
+        return jax.lax.psum(tree, axis_name) if axis_name else tree
 
     def count(terms):
         return {name: jnp.maximum(total(jax.lax.stop_gradient(count)), 1e-9) for name, (_, count) in terms.items()}
+
+    def weighted(shares):
+        return sum(getattr(weights, name) * share for name, share in shares.items())
 
     def objective(trained, batch, counts=None):
         terms = losses(put(trained, state.params), batch)
         counts = count(terms) if counts is None else counts
         shares = {name: value / counts[name] for name, (value, _) in terms.items()}
-        return sum(weights[name] * share for name, share in shares.items()), shares
+        return weighted(shares), shares
 
     gradient = jax.grad(objective, has_aux=True)
     if parts == 1:
@@ -205,10 +176,22 @@ def update_state(state: TrainState, losses, batch, weights: dict, optimizer, axi
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained), dict.fromkeys(counts, jnp.zeros(()))
         (grads, shares), _ = jax.lax.scan(add, zeros, batches)
     grads, metrics = total(grads), total(shares)
-    metrics["loss"] = sum(weights[name] * value for name, value in metrics.items())
-    metrics["gradient_norm"] = optax.tree.norm(grads)
+    metrics |= {"loss": weighted(metrics), "gradient_norm": optax.tree.norm(grads)}
     if rules is not None:
         grads = put(grads, jax.tree.map(jnp.zeros_like, state.params))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _adafactor(learning_rate, *, weight_decay: float):
+    """Adafactor with factored second moments and clipped updates, but AdamW's learning rate and decay.
+
+    Source: Shazeer & Stern 2018 (arXiv 1804.04235), algorithm 4 without the relative step size.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm.config import LMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,28 +18,28 @@ class LMWeights:
 
 @dataclasses.dataclass(frozen=True)
 class DomainWeights:
-    """Weights of the domain arm's losses; `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it.
+    """Weights of the domain arm's losses; 0 leaves a term out.
 
-    `auxiliary` is the domain model's own loss, which the model has weighted already.
+    `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it; `auxiliary` is the domain model's own loss,
+    which the model has weighted already.
     """
 
     bpr: float = 1.0
     regularisation: float = 1e-4
+    auxiliary: float = 1.0
     align_user: float = 0.0
     align_item: float = 0.0
     kl: float = 0.0
-    auxiliary: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Bridge:
     """How the two arms meet: static facts of the model that every step needs.
 
-    `reads` is "layer0" or "propagated" (see `sharing.read_tables`); `align` one of `losses.ALIGN`; `temperature`
-    the T of the score-level term.
+    `reads` is one of `sharing.READS`, `align` one of `losses.ALIGN`, `temperature` the T of the score-level term.
     """
 
-    lm: causal_lm.LMConfig
+    lm: LMConfig
     reads: str = "layer0"
     align: str = "mse"
     temperature: float = 1.0

@@ -217,7 +217,8 @@ def row_std(run: Run, pretrained: Params | None) -> float:
     shape = lm_config(run)
     norm = FRESH_STD * shape.width**0.5
     if pretrained is not None:
-        norm = sharing.row_statistics(pretrained["embedding"][: len(run.texts.vocabulary.tokenizer)])["norm"]
+        rows_VM = jnp.asarray(pretrained["embedding"][: len(run.texts.vocabulary.tokenizer)], jnp.float32)
+        norm = float(jnp.mean(jnp.linalg.norm(rows_VM, axis=1)))
     scale = shape.width**0.5 if shape.scale_embedding else 1.0
     return scale * norm / min(run.config.shared.width, shape.width) ** 0.5
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.lm import lora
-from bdlm_jax.mutual import lm_step
+from bdlm_jax.mutual import sharing
 from bdlm_jax.run.build import Run, lm_config, make_arm, make_bridge, make_test_arm
 from bdlm_jax.run.prepare import KNOWN
 from bdlm_jax.run.rows import prompt_options
@@ -40,7 +40,7 @@ def domain_fields(run: Run, params: Params) -> dict:
 def lm_fields(run: Run, params: Params) -> dict:
     """The decoder with its adapters merged, the rows of the id tokens, and what makes prompts."""
     c = run.config
-    id_rows = jax.jit(lm_step.id_rows, static_argnames=("bridge", "arm"))
+    id_rows = jax.jit(sharing.id_rows, static_argnames=("bridge", "arm"))
     bridge = make_bridge(run, reads=c.mutual.reads)
     rows_XM, _ = id_rows(params, bridge=bridge, arm=make_arm(run, c.domain.model))
     return {

@@ -6,65 +6,29 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from bdlm_jax.domain.negatives import (
-    make_popularity,
-    make_seen,
-    random_order,
-    sample_negatives,
-    sample_popular_negatives,
-)
+from bdlm_jax.domain.negatives import make_popularity, make_seen, random_order, sample_negatives
 from bdlm_jax.types import InputError
 
-N_ITEMS = 12
-ROWS = {
-    0: [],
-    1: [0],
-    2: [11],
-    3: [0, 1, 2, 11],
-    4: [1, 3, 5, 7, 9],
-    5: list(range(11)),
-    6: list(range(1, 12)),
-    7: [5, 6],
-}
-N = 6000
+N_ITEMS, N = 12, 6000
+ROWS = [[], [0], [11], [0, 1, 2, 11], [1, 3, 5, 7, 9], list(range(11)), list(range(1, 12)), [5, 6]]
+DEGREE = np.array([40, 1, 2, 3, 30, 5, 6, 70, 8, 9, 1, 0])
 
 
-@pytest.fixture(scope="module")
-def seen():
-    pairs = [(user, item) for user, items in ROWS.items() for item in items]
+@pytest.mark.parametrize("alpha", [None, 0.75])
+def test_draws_are_proportional_among_exactly_the_unseen(alpha):
+    pairs = [(user, item) for user, items in enumerate(ROWS) for item in items]
     pairs = [pairs[k] for k in np.random.default_rng(0).permutation(len(pairs))] + pairs[:3]  # unsorted, repeated
-    return make_seen(*map(np.array, zip(*pairs)), len(ROWS), N_ITEMS)
-
-
-def unseen(user):
-    return np.setdiff1d(np.arange(N_ITEMS), ROWS[user])
-
-
-def draws_by_user(sample):
+    seen = make_seen(*map(np.array, zip(*pairs)), len(ROWS), N_ITEMS)
+    popularity = None if alpha is None else make_popularity(seen, DEGREE, alpha=alpha)
     user_UN = jnp.repeat(jnp.arange(len(ROWS))[:, None], N, axis=1)
-    return np.asarray(jax.jit(sample)(jax.random.key(7), user_UN))
-
-
-def test_uniform_over_exactly_the_unseen(seen):
-    draws = draws_by_user(lambda key, user: sample_negatives(key, seen, user))
-    assert draws.dtype == np.int32
-    for user in ROWS:
-        count = np.bincount(draws[user], minlength=N_ITEMS)
-        assert np.flatnonzero(count).tolist() == unseen(user).tolist()
-        if len(unseen(user)) > 1:
-            assert scipy.stats.chisquare(count[unseen(user)]).pvalue > 1e-4
-
-
-def test_popular_is_proportional_among_the_unseen(seen):
-    degree = np.array([40, 1, 2, 3, 30, 5, 6, 70, 8, 9, 1, 0])
-    popularity = make_popularity(seen, degree, alpha=0.75)
-    draws = draws_by_user(lambda key, user: sample_popular_negatives(key, seen, popularity, user))
-    for user in ROWS:
-        count = np.bincount(draws[user], minlength=N_ITEMS)
-        assert np.flatnonzero(count).tolist() == unseen(user).tolist()
-        if len(unseen(user)) > 1:
-            weight = np.maximum(degree, 1)[unseen(user)] ** 0.75
-            assert scipy.stats.chisquare(count[unseen(user)], N * weight / weight.sum()).pvalue > 1e-4
+    draws = jax.jit(lambda key: sample_negatives(key, seen, user_UN, popularity))(jax.random.key(7))
+    assert draws.dtype == jnp.int32
+    for drawn, row in zip(np.asarray(draws), ROWS):
+        count, unseen = np.bincount(drawn, minlength=N_ITEMS), np.setdiff1d(np.arange(N_ITEMS), row)
+        assert np.flatnonzero(count).tolist() == unseen.tolist()
+        weight = np.maximum(DEGREE, 1)[unseen] ** (alpha or 0.0)
+        if len(unseen) > 1:
+            assert scipy.stats.chisquare(count[unseen], N * weight / weight.sum()).pvalue > 1e-4
 
 
 def test_popular_with_extreme_weights_never_collides():
@@ -73,7 +37,7 @@ def test_popular_with_extreme_weights_never_collides():
     degree[20] = 1e12
     seen = make_seen(np.zeros(3, int), np.array([0, 20, 49]), 1, 50)
     popularity = make_popularity(seen, degree, alpha=1.0)
-    draws = sample_popular_negatives(jax.random.key(0), seen, popularity, jnp.zeros(5000, jnp.int32))
+    draws = sample_negatives(jax.random.key(0), seen, jnp.zeros(5000, jnp.int32), popularity)
     assert np.unique(draws).tolist() == np.setdiff1d(np.arange(50), [0, 20, 49]).tolist()
 
 
@@ -93,8 +57,10 @@ def test_a_user_who_has_seen_everything_is_refused():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
-def test_random_order_is_a_permutation(n):
-    assert np.sort(random_order(jax.random.key(n), n)).tolist() == list(range(n))
+def test_random_order_is_a_permutation_and_begins_as_its_first_entries(n):
+    order, first = random_order(jax.random.key(n), n), random_order(jax.random.key(n), n, first=(n + 1) // 2)
+    assert np.sort(order).tolist() == list(range(n))
+    np.testing.assert_array_equal(first, order[: (n + 1) // 2])
 
 
 def test_random_order_is_uniform_over_permutations():

@@ -8,7 +8,7 @@ from small_bdlm import HISTORIES, N_ITEMS, N_USERS, TITLES
 from bdlm_jax.domain.arm import dot_score
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import causal_lm, packing, prompts
-from bdlm_jax.mutual import lm_step
+from bdlm_jax.mutual import sharing
 
 ARM = small_bdlm.make_arm()
 BRIDGE = small_bdlm.make_bridge()
@@ -32,7 +32,7 @@ def test_state_scores_are_the_logits_computed_the_long_way(params, states):
         small_bdlm.make_vocabulary(), HISTORIES[user], prompts.PromptOptions(max_tokens=16), titles=TITLES, user=user
     )
     packed = packing.pack([prompt], 16)
-    rows_XM, _ = lm_step.id_rows(params, bridge=BRIDGE, arm=ARM)
+    rows_XM, _ = sharing.id_rows(params, bridge=BRIDGE, arm=ARM)
     hidden = causal_lm.lm_hidden(params["lm"], BRIDGE.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
     h = np.asarray(hidden[0, len(prompt) - 1])
     _, item_ID = ARM.encode(params["shared"], params["domain"])

@@ -50,11 +50,10 @@ def lightgcn(user, item):
     return lightgcn_arm(Inputs(WIDTH, N_USERS, N_ITEMS, user, item), n_layers=2)
 
 
-def batch_terms(arm, params, u, i, j, weight):
-    batch = {"user": u, "positive": i, "negative": j, "weight": weight}
-    terms = domain_epoch.domain_losses(
-        params, batch, {}, {}, arm=arm, bridge=None, weights=LOSS_WEIGHTS, axis_name=None
-    )  # fmt: skip
+def batch_terms(arm, params, u, i, j, weight, weights=LOSS_WEIGHTS):
+    auxiliary = {"user_B": u, "item_B": i, "weight_B": weight, "key": jax.random.key(0)}
+    batch = {"user": u, "positive": i, "negative": j, "weight": weight, "auxiliary": auxiliary}
+    terms = domain_epoch.domain_losses(params, batch, {}, {}, arm=arm, bridge=None, weights=weights, axis_name=None)
     return {name: total / count for name, (total, count) in terms.items()}
 
 
@@ -64,6 +63,49 @@ def test_loss_by_hand():
     terms = batch_terms(mf_arm(Inputs(WIDTH)), {"shared": shared, "domain": {}}, one, one, jnp.array([1]), jnp.ones(1))
     assert float(terms["bpr"]) == pytest.approx(np.log(1 + np.exp(-(3.0 - 2.0))), rel=1e-6)
     assert float(terms["regularisation"]) == pytest.approx(((1 + 4) + 9 + 1) / 2)
+
+
+def test_a_models_own_loss_is_a_term_with_a_key_of_its_own():
+    """The whole batch, the padding at weight 0, another key every step; nothing else is drawn otherwise."""
+    (user, item), plain = blocks(), mf_arm(Inputs(WIDTH))
+    drawn, optimizer = [], optax.sgd(0.0)
+
+    def own_loss(shared, domain, user_B, item_B, weight_B, key):
+        jax.debug.callback(lambda *arrays: drawn.append(arrays), user_B, item_B, weight_B, jax.random.key_data(key))
+        return 3.0 * jnp.sum(weight_B * shared["user"][user_B, 0]), jnp.sum(weight_B)
+
+    metrics = {}
+    for arm in (plain, plain._replace(auxiliary=own_loss)):
+        epoch = make_epoch(arm, optimizer, user, item, batch_size=32)
+        state = start(arm, optimizer)
+        metrics[arm] = jax.block_until_ready(epoch(state)[1])
+    jax.effects_barrier()
+    alone, with_own = metrics.values()
+    users, items, weights, keys = (np.stack(rows) for rows in zip(*drawn))
+    assert len(np.unique(keys, axis=0)) == len(keys) == -(-len(user) // 32)
+    pairs = np.stack([users[weights > 0], items[weights > 0]], axis=1)
+    np.testing.assert_array_equal(pairs[np.lexsort(pairs.T[::-1])], np.stack([user, item], axis=1))
+    each = 3.0 * (weights * np.asarray(state.params["shared"]["user"])[users, 0]).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(with_own["auxiliary"], each.mean(), rtol=1e-4)
+    np.testing.assert_allclose(with_own["loss"], alone["loss"] + with_own["auxiliary"], rtol=1e-5)
+    assert all(with_own[name] == alone[name] for name in ("bpr", "regularisation"))
+    off = options.DomainWeights(auxiliary=0.0)
+    one, arm = jnp.array([0]), plain._replace(auxiliary=own_loss)
+    assert "auxiliary" not in batch_terms(arm, state.params, one, one, one, jnp.ones(1), off)
+
+
+@pytest.mark.parametrize("kl_items", [5, N_ITEMS, 40])
+def test_no_item_is_drawn_twice_for_one_step(kl_items):
+    user, item = blocks()
+
+    def step(state, batch, view, constants, *, axis_name):
+        return state, {"seen": jnp.zeros(N_ITEMS).at[batch["kl_item"]].add(1.0).max(), "n": batch["kl_item"].size * 1.0}
+
+    epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=4, kl_items=kl_items))
+    constants = domain_epoch.make_epoch_constants(user, item, n_users=N_USERS, n_items=N_ITEMS)
+    state = start(mf_arm(Inputs(WIDTH)), optax.sgd(0.0))
+    _, metrics = epoch(state, domain_epoch.make_slots(batch_size=4), {}, constants)
+    assert metrics["seen"] == 1.0 and metrics["n"] == min(kl_items, N_ITEMS)
 
 
 def test_padded_rows_change_nothing():

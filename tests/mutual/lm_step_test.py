@@ -8,7 +8,7 @@ from small_bdlm import COLD, HISTORIES, LM_ALL, N_ITEMS, N_USERS
 
 from bdlm_jax.lm import causal_lm, prompts
 from bdlm_jax.lm import packing as batches
-from bdlm_jax.mutual import domain_epoch, lm_step
+from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.options import DomainWeights, LMWeights
 from bdlm_jax.types import TrainState
 
@@ -26,7 +26,7 @@ def params():
 def hidden_alone(params, prompt):
     """(tokens, M): one prompt in a row of its own, without packing."""
     packed = batches.pack([prompt], 16)
-    rows_XM, _ = lm_step.id_rows(params, bridge=BRIDGE, arm=ARM)
+    rows_XM, _ = sharing.id_rows(params, bridge=BRIDGE, arm=ARM)
     hidden = HIDDEN(params["lm"], BRIDGE.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
     return np.asarray(hidden[0, : len(prompt)], np.float64)
 
@@ -44,7 +44,7 @@ def softened_kl(teacher, student, temperature):
 def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     view, _ = small_bdlm.make_views(ARM, BRIDGE, params)
     user_UD, item_ID = (np.asarray(view[name], np.float64) for name in ("user", "item"))
-    rows_IM = np.asarray(lm_step.id_rows(params, bridge=BRIDGE, arm=ARM)[1], np.float64)
+    rows_IM = np.asarray(sharing.id_rows(params, bridge=BRIDGE, arm=ARM)[1], np.float64)
     embedding_VM, out = params["lm"]["embedding"], params["lm"]["bridge"]
     to_width = lambda h: h @ out["out"] + out["out_bias"]  # noqa: E731
     vocabulary = small_bdlm.make_vocabulary()

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss
+from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss, text_loss
 
 N, N_ITEMS, M = 7, 5, 3
 
@@ -23,34 +25,41 @@ def test_bpr_weighs_the_softplus_of_the_margin():
     assert weight == 3.0
 
 
-def full_catalogue_loss(state_NM, rows_IM, bias_I, target_N):
+def full_cross_entropy(state_NM, rows_IM, bias_I, target_N):
     logits = state_NM @ rows_IM.T + bias_I
     rows = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target_N, 0))
     return jnp.sum(jnp.where(target_N >= 0, rows, 0.0))
 
 
+def tied_text_loss(state_NM, rows_VM, bias_V, target_N, *, chunk):
+    """The text's cross-entropy as the catalogue's: a decoder whose head is the rows; it has no bias."""
+    config = LMConfig(vocab_size=N_ITEMS, width=M, n_layers=1, n_heads=1, n_kv_heads=1, mlp_width=M, head_width=2)
+    total, count = text_loss({"embedding": rows_VM}, config, state_NM, target_N, chunk=chunk)
+    return total + 0.0 * bias_V.sum(), count
+
+
 # Logits at a time: all, two chunks of 4 rows for 7 states, one row, less than one row.
-@pytest.mark.parametrize("chunk_entries", [1000, 4 * N_ITEMS, N_ITEMS, 1])
-def test_catalogue_loss_and_its_gradient_equal_the_full_softmax(chunk_entries):
-    arrays = draw(0, N, M), draw(1, N_ITEMS, M), draw(2, N_ITEMS)
-    target = jnp.array([0, 4, -1, 2, 2, -1, 3])
-    loss = lambda *a: catalogue_loss(*a, target, chunk_entries=chunk_entries)[0]  # noqa: E731
-    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
-    oracle = jax.jit(jax.value_and_grad(full_catalogue_loss, argnums=(0, 1, 2)))
-    wanted, wanted_gradients = oracle(*arrays, target)
+@pytest.mark.parametrize(
+    ("loss", "bias"),
+    [(partial(catalogue_loss, chunk_entries=n), draw(2, N_ITEMS)) for n in (1000, 4 * N_ITEMS, N_ITEMS, 1)]
+    + [(partial(tied_text_loss, chunk=n), jnp.zeros(N_ITEMS)) for n in (None, 1000, 4, 1)],
+)
+def test_cross_entropy_and_its_gradient_equal_the_full_softmax(loss, bias):
+    arrays, target = (draw(0, N, M), draw(1, N_ITEMS, M), bias), jnp.array([0, 4, -1, 2, 2, -1, 3])
+    value, gradients = jax.jit(jax.value_and_grad(lambda *a: loss(*a, target)[0], argnums=(0, 1)))(*arrays)
+    wanted, wanted_gradients = jax.jit(jax.value_and_grad(full_cross_entropy, argnums=(0, 1)))(*arrays, target)
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
     for actual, expected in zip(gradients, wanted_gradients):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-    assert catalogue_loss(*arrays, target)[1] == 5
+    assert loss(*arrays, target)[1] == 5
+    assert loss(*arrays, jnp.full(N, -1)) == (0, 0)
 
 
 def test_a_barred_item_takes_no_share_and_gets_no_gradient():
     state, rows, target = draw(0, N, M), draw(1, N_ITEMS, M), jnp.array([0, 1, 2, 3, 0, 1, 2])
     bias = jnp.array([0.0, 0.0, 0.0, 0.0, -1e9])
-    loss = lambda rows: catalogue_loss(state, rows, bias, target)[0]  # noqa: E731
-    without = catalogue_loss(state, rows[:4], bias[:4], target)[0]
-    np.testing.assert_allclose(loss(rows), without, rtol=1e-6)
-    gradient = jax.grad(loss)(rows)
+    value, gradient = jax.value_and_grad(lambda rows: catalogue_loss(state, rows, bias, target)[0])(rows)
+    np.testing.assert_allclose(value, catalogue_loss(state, rows[:4], bias[:4], target)[0], rtol=1e-6)
     assert not gradient[4].any() and gradient[3].any()
 
 
@@ -62,11 +71,11 @@ def test_large_logits_do_not_overflow():
 
 def test_mse_and_cosine_by_hand():
     student, teacher = jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([[0.0, 2.0], [0.0, 5.0]])
-    weight = jnp.array([2.0, 1.0])
-    total, count = align_loss(student, teacher, weight, kind="mse")
-    np.testing.assert_allclose(total, 2 * (3**2 + 2**2) / 2 + (1**2 + 5**2) / 2, rtol=1e-6)
+    weight, table = jnp.array([2.0, 1.0]), jnp.array([[-4.0], [4.0]])  # of deviation 4
+    total, count = align_loss(student, teacher, weight, kind="mse", table=table)
+    np.testing.assert_allclose(total, (2 * (3**2 + 2**2) / 2 + (1**2 + 5**2) / 2) / 4**2, rtol=1e-6)
     assert count == 3.0
-    total, _ = align_loss(student, teacher, weight, kind="cosine")
+    total, _ = align_loss(student, teacher, weight, kind="cosine", table=table)
     np.testing.assert_allclose(total, 2 * (1 - (4 * 2) / (5 * 2)) + (1 - 0), rtol=1e-6)
 
 
@@ -106,17 +115,28 @@ def test_kl_scales_with_the_square_of_the_temperature():
 @pytest.mark.parametrize("kind", ALIGN)
 def test_gradient_of_align_by_finite_differences(kind):
     teacher, weight = draw(7, N, M), jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 0.5, 1.0])
-    loss = lambda student: align_loss(student, teacher, weight, kind=kind)[0]  # noqa: E731
-    check_grads(jax.jit(loss), (draw(6, N, M),), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    table = jnp.array([-0.5, 0.5])
+
+    def loss(student):
+        return align_loss(student, teacher, weight, kind=kind, table=table)[0]
+
+    check_grads(jax.jit(loss), (0.2 * draw(6, N, M) + teacher,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-def test_gradients_of_the_other_losses_by_finite_differences():
-    target, weight = jnp.array([0, 4, -1, 2, 2, -1, 3]), jnp.abs(draw(8, N))
-    check = lambda loss, *arrays: check_grads(jax.jit(loss), arrays, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)  # noqa: E731
-    check(lambda p, n: bpr_loss(p, n, weight)[0], draw(0, N), draw(1, N))
-    check(
-        lambda s, r: catalogue_loss(s, r, jnp.zeros(N_ITEMS), target, chunk_entries=10)[0],
-        draw(0, N, M),
-        draw(1, N_ITEMS, M),
-    )
-    check(lambda s: kl_loss(s, draw(1, N, N_ITEMS), weight, temperature=2.0)[0], draw(0, N, N_ITEMS))
+TARGET, WEIGHT = jnp.array([0, 4, -1, 2, 2, -1, 3]), jnp.abs(draw(8, N))
+
+
+@pytest.mark.parametrize(
+    ("loss", "arrays"),
+    [
+        (lambda p, n: bpr_loss(p, n, WEIGHT), (draw(0, N), draw(1, N))),
+        (
+            lambda s, r: catalogue_loss(s, r, jnp.zeros(N_ITEMS), TARGET, chunk_entries=10),
+            (draw(0, N, M), draw(1, N_ITEMS, M)),
+        ),
+        (lambda s: kl_loss(s, draw(1, N, N_ITEMS), WEIGHT, temperature=2.0), (draw(0, N, N_ITEMS),)),
+    ],
+    ids=["bpr", "catalogue", "kl"],
+)
+def test_gradients_of_the_other_losses_by_finite_differences(loss, arrays):
+    check_grads(jax.jit(lambda *a: loss(*a)[0]), arrays, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)

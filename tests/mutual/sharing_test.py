@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,23 +113,28 @@ def test_a_step_moves_its_own_groups_and_nothing_else(which, groups, moves):
 def test_the_bridges_begin_orthogonal_with_scales_of_their_own():
     bridge = sharing.init_bridge(jax.random.key(0), width=D, lm_width=M, gain=3.0, out_std=0.5)
     table_ID = jax.random.normal(jax.random.key(1), (N_ITEMS, D))
-    rows_IM = sharing.item_rows(bridge, table_ID)
+    rows_IM = table_ID @ bridge["into"]
     np.testing.assert_allclose(rows_IM @ rows_IM.T, 3.0**2 * table_ID @ table_ID.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(sharing.bridge_out(bridge, rows_IM), 3.0 * 0.5 * table_ID, rtol=1e-4, atol=1e-4)
     states = jax.random.normal(jax.random.key(2), (2000, M))
     np.testing.assert_allclose(np.std(sharing.bridge_out(bridge, states)), 0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("scales", [False, True])
+def test_id_rows_are_both_tables_through_the_bridge_users_first(scales):
+    bridge = small_bdlm.make_bridge(reads="layer0")
+    bridge = dataclasses.replace(bridge, lm=dataclasses.replace(bridge.lm, scale_embedding=scales))
+    params = small_bdlm.make_params(ARM, bridge)
+    rows_XM, rows_IM = sharing.id_rows(params, bridge=bridge, arm=ARM)
+    tables = np.concatenate([params["shared"]["user"], params["shared"]["item"]])
+    np.testing.assert_allclose(rows_XM, tables @ params["lm"]["bridge"]["into"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rows_IM, rows_XM[N_USERS:] * (M**-0.5 if scales else 1.0), rtol=1e-6)
+
+
 def test_write_back_replaces_the_cold_rows_only():
     shared = {"user": jnp.ones((2, 1)), "item": jnp.array([[1.0], [2.0], [3.0]])}
     made = sharing.write_back(shared, jnp.array([[7.0], [8.0], [9.0]]), jnp.array([False, True, False]))
     assert made["item"].tolist() == [[1], [8], [3]] and made["user"] is shared["user"]
-
-
-def test_id_rows_put_users_first():
-    bridge = {"into": jnp.array([[1.0, 10.0]])}
-    rows = sharing.id_rows(bridge, jnp.array([[1.0], [2.0]]), jnp.array([[3.0]]))
-    assert rows.tolist() == [[1, 10], [2, 20], [3, 30]]
 
 
 def test_tables_are_drawn_with_the_wanted_deviation_and_differ():

@@ -8,7 +8,8 @@ from scipy.special import log_softmax
 from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden, text_logits
 from bdlm_jax.lm.packing import concatenate
 from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
-from bdlm_jax.mutual.losses import text_cross_entropy, text_loss
+from bdlm_jax.mutual.lm_step import states_at
+from bdlm_jax.mutual.losses import text_loss
 from bdlm_jax.run.rows import text_rows
 from bdlm_jax.types import InputError
 
@@ -58,9 +59,15 @@ def test_a_corpus_without_text_is_refused(vocabulary):
         text_rows([], vocabulary, 4)
 
 
+def batch_loss(params, config, batch, *, chunk=None):
+    rows = (batch["tokens"], batch["positions"], batch["segments"])
+    state_NM = states_at(lm_hidden(params, config, *rows, None), batch["text_index"])
+    return text_loss(params, config, state_NM, batch["text_target"].reshape(-1), chunk=chunk)
+
+
 def test_loss_is_the_cross_entropy_of_every_target(vocabulary, config, params):
     batch = text_rows(["abc", "de", "bd"], vocabulary, 6).rows(np.arange(2))
-    total, count = jax.jit(text_loss, static_argnames=("config", "chunk"))(params, config, batch)
+    total, count = jax.jit(batch_loss, static_argnames=("config", "chunk"))(params, config, batch)
     hidden = jax.jit(lm_hidden, static_argnums=1)(
         params, config, batch["tokens"], batch["positions"], batch["segments"], None
     )
@@ -77,14 +84,13 @@ def test_loss_is_the_cross_entropy_of_every_target(vocabulary, config, params):
 
 def test_chunks_change_neither_loss_nor_gradient(vocabulary, config, params):
     batch = text_rows(["abcabc", "dede", "bd"], vocabulary, 6).rows(np.arange(3))
-    step = jax.jit(jax.value_and_grad(lambda p, chunk: text_loss(p, config, batch, chunk=chunk)[0]), static_argnums=1)
+    step = jax.jit(jax.value_and_grad(lambda p, chunk: batch_loss(p, config, batch, chunk=chunk)[0]), static_argnums=1)
     whole, parts = step(params, None), step(params, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, parts)
 
 
 def test_no_target_is_a_zero_and_not_a_nan(config, params):
-    none = jnp.full((2, 3), -1)
-    total, count = text_cross_entropy(params, config, jnp.ones((2, 4, 16)), jnp.zeros((2, 3), int), none)
+    total, count = text_loss(params, config, jnp.ones((6, 16)), jnp.full(6, -1))
     assert (total, count) == (0, 0)
 
 
@@ -95,7 +101,7 @@ def test_a_corpus_is_learnt(vocabulary, config, params):
     @jax.jit
     def step(params, state, batch):
         def mean(params):
-            total, count = text_loss(params, config, batch)
+            total, count = batch_loss(params, config, batch)
             return total / count
 
         loss, gradient = jax.value_and_grad(mean)(params)

@@ -1,7 +1,5 @@
 """What trains of a language model, and how its rows and states meet the tables; `multi_device` has the steps."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,17 +47,6 @@ def test_rows_without_items_go_through_in_parts_too():
     state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), mover))
     _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
     assert set(metrics) == {"text", "loss", "gradient_norm"}
-
-
-def test_item_logits_of_a_model_that_scales_its_embedding_are_those_of_its_head():
-    arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
-    params = small_bdlm.make_params(arm, bridge)
-    rows_XM, rows_IM = lm_step.id_rows(params, bridge=bridge, arm=arm)
-    np.testing.assert_array_equal(rows_IM, rows_XM[small_bdlm.N_USERS :])
-    gemma = dataclasses.replace(bridge, lm=dataclasses.replace(bridge.lm, scale_embedding=True))
-    scaled_XM, scaled_IM = lm_step.id_rows(params, bridge=gemma, arm=arm)
-    np.testing.assert_array_equal(scaled_XM, rows_XM)
-    np.testing.assert_allclose(scaled_IM, rows_IM / small_bdlm.M**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("width", "lm_width"), [(6, 16), (16, 6), (8, 8)])

@@ -1,0 +1,152 @@
+"""The domain models against hand-written oracles, and what every one of MODELS keeps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdlm_jax.domain.arm import Inputs
+from bdlm_jax.domain.models import MODELS, check_options, make_arm
+from bdlm_jax.domain.sasrec import States, recent_history
+from bdlm_jax.types import InputError
+
+N_USERS, N_ITEMS, WIDTH, LENGTH = 6, 7, 4, 5
+HISTORY = [[0, 1, 2, 3, 4], [5, 6], [], [2, 0, 6], [1], [3, 4, 5, 6, 0]]
+USER_E, ITEM_E = np.repeat(np.arange(N_USERS), [len(row) for row in HISTORY]), np.concatenate(HISTORY).astype(int)
+INPUTS = Inputs(WIDTH, N_USERS, N_ITEMS, USER_E, ITEM_E)
+SETTINGS = {"n_layers": 2, "layer_weights": "uniform", "backend": "dense", "length": LENGTH}
+OPTIONS = {"ncf": {"hidden": (6, 3)}, "sasrec": {"n_blocks": 1, "n_heads": 2, "chunk": 4}}
+
+
+def made(name, **changes):
+    return make_arm(name, INPUTS, SETTINGS | OPTIONS.get(name, {}) | changes)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    rng = np.random.default_rng(0)
+    return {
+        "user": jnp.asarray(rng.normal(size=(N_USERS, WIDTH)), jnp.float32),
+        "item": jnp.asarray(rng.normal(size=(N_ITEMS, WIDTH)), jnp.float32),
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_arm_keeps_the_contract(shared, name):
+    arm = made(name)
+    picked, rows = jnp.array([4, 0, 6]), jnp.array([[1, 2], [3, 3], [0, 5]])
+
+    @jax.jit
+    def everything(shared, key):
+        domain = arm.init(key)
+        user, item = arm.encode(shared, domain)
+        scores = arm.score(domain, user[:3], item)
+        pairs = arm.score_pairs(domain, user[:3], item[picked])
+        return user, item, scores, pairs, arm.score_rows(domain, user[:3], item[rows])
+
+    user, item, scores, pairs, of_rows = everything(shared, jax.random.key(0))
+    assert user.shape == (N_USERS, WIDTH) and item.shape == (N_ITEMS, WIDTH) and scores.shape == (3, N_ITEMS)
+    assert arm.dot == np.allclose(scores, user[:3] @ item.T, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(pairs, scores[np.arange(3), picked], **close)
+    np.testing.assert_allclose(of_rows, np.take_along_axis(np.asarray(scores), np.asarray(rows), axis=1), **close)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("svd", {}, "'svd' is unknown: choose one of lightgcn, mf, ncf, sasrec"),
+        ("ncf", {"hiden": (8,)}, "did you mean hidden"),
+        ("mf", {"depth": 2}, "no option of the domain model mf; it has none"),
+        ("lightgcn", {"n_layers": 2}, "n_layers is no option"),
+    ],
+)
+def test_unknown_models_and_options_are_refused(name, options, words):
+    check_options("ncf", {"hidden": (8,)})
+    with pytest.raises(InputError, match=words):
+        check_options(name, options)
+
+
+def test_a_setting_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="hidden"):
+        made("ncf", hidden=())
+    with pytest.raises(InputError, match="heads"):
+        made("sasrec", n_heads=3)
+    with pytest.raises(ValueError, match="layer_weights"):
+        made("lightgcn", layer_weights="softmax")
+
+
+def test_lightgcn_is_the_mean_of_the_powers(shared):
+    adjacency = np.zeros((N_USERS + N_ITEMS, N_USERS + N_ITEMS))
+    adjacency[USER_E, N_USERS + ITEM_E] = adjacency[N_USERS + ITEM_E, USER_E] = 1.0
+    adjacency[2, 2] = 1.0  # user 2 has no interactions
+    degree = adjacency.sum(axis=1)
+    matrix = adjacency / np.sqrt(np.outer(degree, degree))
+    layer_0 = np.concatenate([shared["user"], shared["item"]]).astype(np.float64)
+    expected = (layer_0 + matrix @ layer_0 + matrix @ matrix @ layer_0) / 3
+    np.testing.assert_allclose(np.concatenate(made("lightgcn").encode(shared, {})), expected, atol=1e-6)
+    learned = made("lightgcn", layer_weights="learned")
+    domain = learned.init(jax.random.key(0))
+    np.testing.assert_allclose(np.concatenate(learned.encode(shared, domain)), expected, atol=1e-6)
+    only_first = {"layer_weights": jnp.array([1.0, 0.0, 0.0])}
+    np.testing.assert_allclose(learned.encode(shared, only_first)[0], shared["user"], atol=1e-7)
+
+
+def test_ncf_equals_the_concatenated_form(shared):
+    arm = made("ncf")
+    domain = jax.tree.map(np.asarray, arm.init(jax.random.key(3))) | {"gmf": np.array([1.0, -2.0, 0.5, 3.0])}
+    got = arm.score(domain, shared["user"], shared["item"])
+    for user, item in ((0, 0), (4, 6)):
+        u, v = np.asarray(shared["user"][user]), np.asarray(shared["item"][item])
+        x = np.concatenate([u, v])
+        for layer in domain["mlp"][:-1]:
+            x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
+        expected = np.sum(domain["gmf"] * u * v) + (x @ domain["mlp"][-1]["kernel"] + domain["mlp"][-1]["bias"])[0]
+        assert float(got[user, item]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_histories_are_in_time_order_and_the_last_are_kept():
+    user, item = np.array([2, 0, 0, 2, 0]), np.array([1, 4, 5, 2, 6])
+    indptr, rows = Inputs(1, 3, 7, user, item).histories
+    assert indptr.tolist() == [0, 3, 3, 5] and rows.tolist() == [4, 5, 6, 1, 2]
+    assert recent_history(indptr, rows, length=2).tolist() == [[5, 6], [-1, -1], [1, 2]]
+    assert recent_history([0, 1], [9], length=3).tolist() == [[9, -1, -1]]
+    assert recent_history(*Inputs(1).histories, length=3).shape == (0, 3)
+
+
+@pytest.fixture(scope="module")
+def sasrec(shared):
+    """(arm, its params, the states of all histories, users as they stood before an item)."""
+    arm = made("sasrec")
+    domain = jax.jit(arm.init)(jax.random.key(1))
+    states = jax.jit(lambda item_ID, rows: States(1, 2).apply({"params": domain}, item_ID, rows))
+    return arm, domain, states, jax.jit(lambda shared, user, item: arm.user_before(shared, domain, user, item))
+
+
+def test_sasrec_states_are_causal(sasrec, shared):
+    rows = jnp.asarray(recent_history(*INPUTS.histories, length=LENGTH))
+    states, changed = (sasrec[2](shared["item"], r) for r in (rows, rows.at[0, 3:].set(6)))
+    np.testing.assert_allclose(changed[0, :4], states[0, :4], atol=1e-6)
+    assert np.abs(changed[0, 4:] - states[0, 4:]).max() > 1e-3
+
+
+def test_sasrec_reads_the_state_after_and_before(sasrec, shared):
+    arm, domain, states_of, before_of = sasrec
+    states = np.asarray(states_of(shared["item"], recent_history(*INPUTS.histories, length=LENGTH)))
+    users, _ = jax.jit(arm.encode)(shared, domain)
+    np.testing.assert_allclose(users, states[np.arange(N_USERS), [len(row) for row in HISTORY]], atol=1e-6)
+    served = make_arm("sasrec", Inputs(WIDTH), SETTINGS | OPTIONS["sasrec"])  # a model that knows nobody
+    for user in (0, 2, 3):
+        np.testing.assert_allclose(served.read(domain, shared["item"], HISTORY[user]), users[user], atol=1e-6)
+    np.testing.assert_allclose(served.read(domain, shared["item"], [6, 6, *HISTORY[0]]), users[0], atol=1e-6)
+    before = before_of(shared, jnp.array([0, 3, 5, 1]), jnp.array([2, 6, 3, 0]))
+    expected = [states[0, 2], states[3, 2], states[5, 0], states[1, 0]]  # user 1 has no item 0: the empty history
+    np.testing.assert_allclose(before, np.stack(expected), atol=1e-6)
+
+
+def test_sasrec_before_never_sees_the_positive(sasrec, shared):
+    def before(item_ID):
+        return sasrec[3](shared | {"item": item_ID}, jnp.array([0]), jnp.array([2]))[0, 0]
+
+    gradient = jax.grad(before)(shared["item"])
+    assert np.flatnonzero(np.abs(np.asarray(gradient)).sum(axis=1)).tolist() == [0, 1]
