@@ -1,7 +1,7 @@
-"""A causal decoder used as pure functions on a parameter tree.
+"""A causal decoder as pure functions on the tree of `init_lm`, with or without adapters (`lora`).
 
-`LMConfig` says which decoder (`lm_config`), `decoder` is its Flax module. The rows of <uid> and <iid> are no parameter
-of it: they are an argument, so that the shared table stays one leaf.
+The rows of <uid> and <iid> are no parameter of it: they are an argument, so that the shared table stays one leaf. Token
+t < V reads the text embedding, token V + x reads `id_rows_XM[x]`: users, then items; None for text only.
 """
 
 import dataclasses
@@ -12,21 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from bdlm_jax.lm import lora
+from bdlm_jax.lm.attention import soft_cap
 from bdlm_jax.lm.config import LMConfig
-from bdlm_jax.lm.decoder import Decoder, normal, window_masks
+from bdlm_jax.lm.decoder import EMBEDDING_INIT, Decoder, Masks, window_masks
 from bdlm_jax.types import Array, InputError, Params
-
-__all__ = [
-    "LMConfig", "continuation_log_likelihood", "gather_positions", "init_lm", "lm_hidden", "text_logits",
-]  # fmt: skip
 
 
 def init_lm(key: Array, config: LMConfig) -> Params:
     """Draws the parameters of a decoder.
-
-    Args:
-        key: a JAX key.
-        config: the decoder's shape.
 
     Returns:
         {"embedding": (V, M), "final_norm": {"scale": (M,)}, "layers": {...}} and, untied, "head": (V, M). Layers are
@@ -35,14 +28,13 @@ def init_lm(key: Array, config: LMConfig) -> Params:
         add position_embedding (positions, M), layers/self_attn/{q,k}_norm/scale,
         layers/{pre,post}_feedforward_layernorm/scale, and a bias beside LayerNorm's scale.
     """
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    mask_BLL = jnp.ones((1, 1, 1), bool)
     # Shapes do not depend on how attention is computed, and cuDNN would need its device.
-    module = Decoder(dataclasses.replace(config, attention="einsum"))
-    masks = window_masks(config, mask_BLL, lambda: tokens_BL[:, None])
-    params = jax.jit(partial(module.init, id_rows_XM=None))(key, tokens_BL, tokens_BL, masks)["params"]
+    init = Decoder(dataclasses.replace(config, attention="einsum")).init
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)
+    masks = segment_masks(config, tokens_BL, tokens_BL)
+    params = jax.jit(partial(init, id_rows_XM=None))(key, tokens_BL, tokens_BL, masks)["params"]
     if not config.tie_embeddings:
-        params = dict(params, head=normal(0.02)(jax.random.fold_in(key, 1), (config.vocab_size, config.width)))
+        params = dict(params, head=EMBEDDING_INIT(jax.random.fold_in(key, 1), (config.vocab_size, config.width)))
     return params
 
 
@@ -56,77 +48,63 @@ def lm_hidden(
     *,
     dropout_key_B: Array | None = None,
 ) -> Array:
-    """Runs the decoder and returns its last-layer states.
-
-    Token t < V reads the text embedding, token V + x reads `id_rows_XM[x]`. A position attends to itself and to what
-    stands before it in its own segment; segment 0 is padding and reaches no other segment.
+    """Runs the decoder on packed rows and returns its states (B, L, M) after the final norm, in the compute dtype.
 
     Args:
-        params: the tree of `init_lm`, with or without adapters.
-        config: the decoder's shape.
-        tokens_BL: (B, L) integer tokens.
-        positions_BL: (B, L) rotary positions, restarting in each segment.
-        segments_BL: (B, L) segment numbers; 0 is padding.
-        id_rows_XM: (X, M) rows of the id tokens (users, then items), or None for text only.
-        dropout_key_B: (B,) typed keys, one for each row, so that no number depends on how a batch is split over
-            devices; None turns dropout off.
-
-    Returns:
-        (B, L, M) states in the compute dtype, after the final norm.
+        positions_BL: restarting in each segment.
+        segments_BL: a position attends to itself and to what stands before it in its own segment; 0 is padding.
+        dropout_key_B: typed keys, one for each row, so that no number depends on how a batch is split over devices;
+            None turns dropout off.
     """
-    hidden_BLM, _ = Decoder(config).apply(
-        lora.variables(params),
-        tokens_BL,
-        positions_BL,
-        segment_masks(config, positions_BL, segments_BL),
-        id_rows_XM,
-        dropout_key_B=dropout_key_B,
-    )
-    return hidden_BLM
+    row = (tokens_BL, positions_BL, segment_masks(config, positions_BL, segments_BL), id_rows_XM)
+    return Decoder(config).apply(lora.variables(params), *row, dropout_key_B=dropout_key_B)[0]
 
 
-def segment_masks(config: LMConfig, positions_BL: Array, segments_BL: Array) -> tuple[Array, Array | None]:
-    """Makes the masks of packed rows: a position sees what stands before it in its segment, and itself.
-
-    Args:
-        config: the decoder's shape.
-        positions_BL: (B, L) positions.
-        segments_BL: (B, L) segment numbers.
-
-    Returns:
-        ((B, L, L) bool of the global layers, and of the local ones or None).
-
-    Raises:
-        InputError: a row is longer than the learned positions.
-    """
+def segment_masks(config: LMConfig, positions_BL: Array, segments_BL: Array) -> Masks:
+    """Makes the (B, L, L) masks of packed rows: a position sees what stands before it in its segment, and itself."""
     length = positions_BL.shape[1]
+    check_length(config, length)
+    causal_LL = jnp.tril(jnp.ones((length, length), bool))
+    mask_BLL = causal_LL & (segments_BL[:, :, None] == segments_BL[:, None, :])
+    return window_masks(config, mask_BLL, positions_BL, positions_BL)
+
+
+def check_length(config: LMConfig, length: int) -> None:
+    """Refuses rows that are longer than the learned positions."""
     if config.positions == "learned" and length > config.max_positions:
         raise InputError(
             f"a row of {length} tokens is longer than the {config.max_positions} learned positions of the language "
-            "model: shorten prompts.length."
+            "model: shorten prompts.length, or what is generated."
         )
-    causal_LL = jnp.tril(jnp.ones((length, length), bool))
-    mask_BLL = causal_LL & (segments_BL[:, :, None] == segments_BL[:, None, :])
-    return window_masks(config, mask_BLL, lambda: positions_BL[:, :, None] - positions_BL[:, None, :])
 
 
 def text_logits(params: Params, config: LMConfig, hidden: Array) -> Array:
-    """Scores every text token from states.
+    """Scores every text token from states (..., M) after the final norm: (..., V) float32 logits.
 
-    Args:
-        params: the tree of `init_lm`.
-        config: the decoder's shape.
-        hidden: (..., M) states after the final norm.
-
-    Returns:
-        (..., V) float32 logits; the tied head is the text embedding itself.
+    The tied head is the text embedding itself.
     """
     table_VM = params["embedding"] if config.tie_embeddings else params["head"]
     dtype = jnp.dtype(config.dtype)
     logits = jnp.einsum(
         "...m,vm->...v", hidden.astype(dtype), table_VM.astype(dtype), preferred_element_type=jnp.float32
     )
-    return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    return soft_cap(logits, config.logit_softcap)
+
+
+def read_prefix(
+    params: Params, config: LMConfig, prefix_BP: Array, mask_BP: Array, id_rows_XM: Array | None
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Runs prefixes that are padded on either side, each of at least one token.
+
+    Returns:
+        (states (B, M) at each last token, positions (B, P), (keys, values) stacked over depth).
+    """
+    position_BP = jnp.maximum(jnp.cumsum(mask_BP, axis=1) - 1, 0)
+    masks = segment_masks(config, position_BP, mask_BP)
+    decoder = Decoder(config, keep_kv=True)
+    hidden_BPM, kv = decoder.apply(lora.variables(params), prefix_BP, position_BP, masks, id_rows_XM)
+    last_B = mask_BP.shape[1] - 1 - jnp.argmax(mask_BP[:, ::-1], axis=1)
+    return gather_positions(hidden_BPM, last_B[:, None])[:, 0], position_BP, kv
 
 
 def continuation_log_likelihood(
@@ -144,41 +122,31 @@ def continuation_log_likelihood(
     The prefix runs once; its keys and values are shared by its C continuations without a copy.
 
     Args:
-        params: the tree of `init_lm`, with or without adapters.
-        config: the decoder's shape.
-        prefix_BP: (B, P) tokens, padded on either side; every prefix has at least one token.
-        prefix_mask_BP: (B, P) bool, True at tokens.
-        continuation_BCT: (B, C, T) text tokens (t < V), padded on the right.
-        continuation_mask_BCT: (B, C, T) bool, True at tokens.
-        id_rows_XM: (X, M) rows of the id tokens, where a prefix holds some.
+        prefix_BP: padded on either side; every prefix has at least one token.
+        prefix_mask_BP: True at tokens.
+        continuation_BCT: text tokens (t < V), padded on the right.
+        continuation_mask_BCT: True at tokens.
 
     Returns:
-        (B, C) float32 log-likelihoods; 0 for an empty continuation.
+        (B, C) float32; 0 for an empty continuation.
     """
     prefix_mask_BP, continuation_mask_BCT = prefix_mask_BP.astype(bool), continuation_mask_BCT.astype(bool)
-    n_prefix_B = prefix_mask_BP.sum(axis=1)
-    position_BP = jnp.maximum(jnp.cumsum(prefix_mask_BP, axis=1) - 1, 0)
-    n_tokens = prefix_BP.shape[1]
-    masks = segment_masks(config, position_BP, prefix_mask_BP)
     params = lora.merge_tables(params)
-    variables = lora.variables(params)
-    prefix_BPM, kv = Decoder(config, keep_kv=True).apply(variables, prefix_BP, position_BP, masks, id_rows_XM)
+    start_BM, position_BP, kv = read_prefix(params, config, prefix_BP, prefix_mask_BP, id_rows_XM)
 
     length = continuation_BCT.shape[2]
-    position_BCT = jnp.broadcast_to(n_prefix_B[:, None, None] + jnp.arange(length), continuation_BCT.shape)
+    position_BCT = prefix_mask_BP.sum(axis=1)[:, None, None] + jnp.arange(length)
+    position_BCT = jnp.broadcast_to(position_BCT, continuation_BCT.shape)
     mask_BCTT = jnp.tril(jnp.ones((length, length), bool)) & continuation_mask_BCT[:, :, None, :]
-    before_BCTP = lambda: position_BCT[..., None] - position_BP[:, None, None]  # noqa: E731
     hidden_BCTM, _ = Decoder(config).apply(
-        variables,
+        lora.variables(params),
         continuation_BCT,
         position_BCT,
-        window_masks(config, mask_BCTT, lambda: position_BCT[..., :, None] - position_BCT[..., None, :]),
+        window_masks(config, mask_BCTT, position_BCT, position_BCT),
         id_rows_XM,
         prefix=kv,
-        prefix_mask=window_masks(config, prefix_mask_BP[:, None, None], before_BCTP),
+        prefix_masks=window_masks(config, prefix_mask_BP[:, None, None], position_BCT, position_BP[:, None]),
     )
-    last_B = n_tokens - 1 - jnp.argmax(prefix_mask_BP[:, ::-1], axis=1)
-    start_BM = jnp.take_along_axis(prefix_BPM, last_B[:, None, None], axis=1)[:, 0]
 
     def score_row(row):  # one row at a time: the (C, T, V) logits are the largest array of all
         start_M, hidden_CTM, target_CT, mask_CT = row
@@ -191,13 +159,5 @@ def continuation_log_likelihood(
 
 
 def gather_positions(hidden_BLM: Array, index_BT: Array) -> Array:
-    """Takes the states at some positions of each row.
-
-    Args:
-        hidden_BLM: (B, L, M) states.
-        index_BT: (B, T) positions in 0…L-1.
-
-    Returns:
-        (B, T, M) states.
-    """
+    """Takes the states (B, T, M) at some positions of each row."""
     return jnp.take_along_axis(hidden_BLM, index_BT[:, :, None], axis=1)

@@ -4,6 +4,7 @@ Inner-product models need NumPy alone, microseconds a user; what needs JAX is im
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -91,8 +92,8 @@ def lm_words(
         pad=vocabulary.pad, key=jax.random.key(seed), temperature=temperature, top_p=top_p, allowed_V=allowed_V,
         id_rows_XM=arm.id_rows_XM,
     )  # fmt: skip
-    rows = zip(np.asarray(written.tokens_BT).tolist(), np.asarray(written.length_B).tolist())
-    return [vocabulary.decode([t for t in row[:n] if t != vocabulary.eos]).strip() for row, n in rows]
+    texts = (itertools.takewhile(vocabulary.eos.__ne__, row) for row in np.asarray(written).tolist())
+    return [vocabulary.decode(list(text)).strip() for text in texts]
 
 
 def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:

@@ -9,27 +9,13 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from bdlm_jax.lm.causal_lm import (
-    LMConfig,
-    continuation_log_likelihood,
-    gather_positions,
-    init_lm,
-    lm_hidden,
-    text_logits,
-)
+from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden, text_logits
 from bdlm_jax.lm.decoder import _dropout, _embed
 from bdlm_jax.types import InputError
 
 CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32)
 N_IDS = 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _looped_layers():
-    # A loop compiles one layer: the suite takes half the time. One test below proves that unrolling changes nothing.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +32,13 @@ def id_rows_XM():
 hidden_of = jax.jit(lm_hidden, static_argnames="config")
 
 
-def _row(*segments, length):
-    """One packed row of the given token lists."""
-    tokens = np.concatenate([*segments, np.zeros(length)])[:length].astype(np.int32)
-    positions = np.concatenate([*(np.arange(len(s)) for s in segments), np.zeros(length)])[:length].astype(np.int32)
-    numbers = np.concatenate([*(np.full(len(s), n + 1) for n, s in enumerate(segments)), np.zeros(length)])[:length]
-    return tokens[None], positions[None], numbers.astype(np.int32)[None]
+def row(*segments, length=9):
+    """One packed row of the given token lists: (tokens, positions, segments)."""
+    packed, start = np.zeros((3, 1, length), np.int32), 0
+    for number, tokens in enumerate(segments, 1):
+        place = slice(start, start := start + len(tokens))
+        packed[:, 0, place] = tokens, np.arange(len(tokens)), np.full(len(tokens), number)
+    return packed
 
 
 def test_parameters_are_stacked_float32_under_llama_names(params):
@@ -66,27 +53,22 @@ def test_parameters_are_stacked_float32_under_llama_names(params):
 
 
 def test_id_tokens_read_their_rows(params, id_rows_XM):
-    tokens, positions, segments = _row([1, 40, 46, 3], length=4)
-    table = jnp.concatenate([params["embedding"], id_rows_XM])
-    whole = dict(params, embedding=table)
-    expected = hidden_of(whole, dataclasses.replace(CONFIG, vocab_size=47), tokens, positions, segments, None)
-    np.testing.assert_allclose(hidden_of(params, CONFIG, tokens, positions, segments, id_rows_XM), expected, atol=1e-6)
+    whole = dict(params, embedding=jnp.concatenate([params["embedding"], id_rows_XM]))
+    expected = hidden_of(whole, dataclasses.replace(CONFIG, vocab_size=47), *row([1, 40, 46, 3]), None)
+    np.testing.assert_allclose(hidden_of(params, CONFIG, *row([1, 40, 46, 3]), id_rows_XM), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scaling_the_embedding_scales_text_rows_alone(params, id_rows_XM, dtype):
     config = dataclasses.replace(CONFIG, scale_embedding=True, dtype=dtype)
-    read = _embed(params["embedding"], id_rows_XM, jnp.array([[3, 41]]), config)[0]
-    factor = jnp.asarray(math.sqrt(24), dtype)
-    np.testing.assert_array_equal(read[0], params["embedding"][3].astype(dtype) * factor)
-    np.testing.assert_array_equal(read[1], id_rows_XM[1].astype(dtype))
+    text_M, id_M = _embed(params["embedding"], id_rows_XM, jnp.array([3, 41]), config)
+    np.testing.assert_array_equal(text_M, params["embedding"][3].astype(dtype) * jnp.asarray(math.sqrt(24), dtype))
+    np.testing.assert_array_equal(id_M, id_rows_XM[1].astype(dtype))
 
 
 def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params, id_rows_XM):
-    tokens, positions, segments = _row([1, 40, 46, 3], length=4)
-
     def total(embedding, rows):
-        hidden = lm_hidden(dict(params, embedding=embedding), CONFIG, tokens, positions, segments, rows)
+        hidden = lm_hidden(dict(params, embedding=embedding), CONFIG, *row([1, 40, 46, 3], length=4), rows)
         return (hidden * jnp.arange(24)).sum()
 
     text, rows = jax.jit(jax.grad(total, (0, 1)))(params["embedding"], id_rows_XM)
@@ -95,127 +77,114 @@ def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params,
 
 
 def assert_same_states(left, right):
-    """Equal but for rounding: two programs of other shapes sum in another order, so the unit is the largest state."""
-    # Measured on jax 0.10 and 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
+    # Two programs of other shapes sum in another order, so the unit is the largest state. Measured on jax 0.10 and
+    # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
-def test_padding_changes_nothing(params, id_rows_XM):
-    short = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=4), id_rows_XM)
-    long = hidden_of(params, CONFIG, *_row([1, 40, 5, 9], length=9), id_rows_XM)
-    assert_same_states(long[:, :4], short)
-    assert np.isfinite(long).all()
-
-
-def test_packing_equals_separate_rows(params, id_rows_XM):
-    first, second = [1, 40, 5, 9], [1, 45, 7]
-    packed = hidden_of(params, CONFIG, *_row(first, second, length=9), id_rows_XM)
-    alone = [hidden_of(params, CONFIG, *_row(part, length=9), id_rows_XM)[:, : len(part)] for part in (first, second)]
-    assert_same_states(packed[:, :7], np.concatenate(alone, axis=1))
+def test_packing_and_padding_change_nothing(params, id_rows_XM):
+    first, second = [1, 40, 5, 9], [1, 45, 7, 3]
+    packed = hidden_of(params, CONFIG, *row(first, second), id_rows_XM)
+    alone = [hidden_of(params, CONFIG, *row(part, length=4), id_rows_XM) for part in (first, second)]
+    assert_same_states(packed[:, :8], np.concatenate(alone, axis=1))
+    assert np.isfinite(packed).all()
 
 
 def test_no_position_sees_what_stands_behind_it(params, id_rows_XM):
-    tokens, positions, segments = _row([1, 40, 5, 9, 2, 11], length=6)
-    changed = tokens.copy()
-    changed[0, 3] = 20
-    before, after = (hidden_of(params, CONFIG, t, positions, segments, id_rows_XM) for t in (tokens, changed))
-    np.testing.assert_array_equal(before[:, :3], after[:, :3])
-    assert (np.abs(before - after)[0, 3:].max(axis=1) > 1e-3).all()
+    rows = row([1, 40, 5, 9, 2, 11]), row([1, 40, 5, 20, 2, 11])
+    before, after = (hidden_of(params, CONFIG, *r, id_rows_XM)[0, :6] for r in rows)
+    np.testing.assert_array_equal(before[:3], after[:3])
+    assert (np.abs(before - after)[3:].max(axis=1) > 1e-3).all()
 
 
 def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
-    row = _row([1, 40, 5, 9], [1, 3], length=8)
-    compiled = hidden_of(params, CONFIG, *row, id_rows_XM)
-    assert_same_states(lm_hidden(params, CONFIG, *row, id_rows_XM), compiled)
-
-    def loss(params, config):
-        return (lm_hidden(params, config, *row, id_rows_XM) ** 3).sum()
-
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    rows = (*row([1, 40, 5, 9], [1, 3]), id_rows_XM)
+    assert_same_states(lm_hidden(params, CONFIG, *rows), hidden_of(params, CONFIG, *rows))
+    gradient = jax.jit(jax.grad(lambda params, config: (lm_hidden(params, config, *rows) ** 3).sum()), static_argnums=1)
     plain = gradient(params, CONFIG)
     for policy in (True, "dots"):
         again = gradient(params, dataclasses.replace(CONFIG, remat=policy))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
 
 
-def test_remat_keeps_less_of_a_short_stack_too():
+def test_remat_keeps_less_of_a_short_stack_too(monkeypatch):
+    monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 4)
     config = LMConfig(vocab_size=16, width=16, n_layers=4, n_heads=2, n_kv_heads=2, mlp_width=64)
     params = jax.eval_shape(partial(init_lm, config=config), jax.random.key(0))
-    row = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def temporaries(**options):
         chosen = dataclasses.replace(config, **options)
-        loss = jax.jit(jax.grad(lambda p, t: jnp.sum(lm_hidden(p, chosen, t, t, t, jnp.zeros((1, 16))) ** 2)))
-        return loss.lower(params, row).compile().memory_analysis().temp_size_in_bytes
+        loss = jax.jit(jax.grad(lambda p, t: jnp.sum(lm_hidden(p, chosen, t, t, t, None) ** 2)))
+        return loss.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) < 0.5 * temporaries()
 
 
 def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
-    row = _row([1, 40, 5, 9], length=4)
-    looped = hidden_of(params, CONFIG, *row, id_rows_XM)
+    looped = hidden_of(params, CONFIG, *row([1, 40, 5, 9]), id_rows_XM)
     monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", CONFIG.n_layers)
-    unrolled = jax.jit(lambda *arrays: lm_hidden(params, CONFIG, *arrays))(*row, id_rows_XM)
+    unrolled = jax.jit(partial(lm_hidden, params, CONFIG))(*row([1, 40, 5, 9]), id_rows_XM)
     np.testing.assert_allclose(looped, unrolled, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32(id_rows_XM):
-    params = init_lm(jax.random.key(3), CONFIG)
-    row = _row([1, 40, 5, 9, 12], length=5)
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    low = hidden_of(params, config, *row, id_rows_XM)
+    params, config = init_lm(jax.random.key(3), CONFIG), dataclasses.replace(CONFIG, dtype="bfloat16")
+    low, high = (hidden_of(params, c, *row([1, 40, 5, 9, 12]), id_rows_XM) for c in (config, CONFIG))
     assert low.dtype == jnp.bfloat16
     assert text_logits(params, config, low).dtype == jnp.float32
-    np.testing.assert_allclose(low.astype(np.float32), hidden_of(params, CONFIG, *row, id_rows_XM), atol=0.1)
+    np.testing.assert_allclose(low[:, :5].astype(np.float32), high[:, :5], atol=0.1)
 
 
 def test_dropout_of_a_row_does_not_depend_on_the_other_rows(params, id_rows_XM):
     config = dataclasses.replace(CONFIG, dropout=0.3)
-    row = [np.repeat(x, 4, axis=0) for x in _row([1, 40, 5, 9], length=4)]
-    key_B = jax.random.split(jax.random.key(5), 4)
-    whole = hidden_of(params, config, *row, id_rows_XM, dropout_key_B=key_B)
-    turned = hidden_of(params, config, *row, id_rows_XM, dropout_key_B=key_B[jnp.array([2, 3, 0, 0])])
-    np.testing.assert_allclose(whole[jnp.array([2, 3, 0, 0])], turned, atol=1e-5)
+    rows = (*row([1, 40, 5, 9], length=4).repeat(4, axis=1), id_rows_XM)
+    key_B, order = jax.random.split(jax.random.key(5), 4), jnp.array([2, 3, 0, 0])
+    whole = hidden_of(params, config, *rows, dropout_key_B=key_B)
+    turned = hidden_of(params, config, *rows, dropout_key_B=key_B[order])
+    np.testing.assert_allclose(whole[order], turned, atol=1e-5)
     assert np.abs(whole[0] - whole[1]).max() > 1e-2, "two keys, two masks"
 
 
 def test_dropout_keeps_the_share_and_the_mean():
     ones = jnp.ones((4, 100, 51))
     assert _dropout(ones, None, 0.2) is ones
-    dropped = np.asarray(_dropout(ones, jax.random.split(jax.random.key(0), 4), 0.2))
+    key_B = jax.random.split(jax.random.key(0), 4)
+    dropped = np.asarray(_dropout(ones, key_B, 0.2))
     kept = dropped != 0
     deviation = math.sqrt(0.2 * 0.8 / kept.size)
     assert abs(kept.mean() - 0.8) < 5 * deviation
     np.testing.assert_allclose(dropped[kept], 1 / 0.8, rtol=1e-4)
-    assert abs(np.corrcoef(kept[0].ravel(), kept[1].ravel())[0, 1]) < 5 / math.sqrt(kept[0].size)
+    for other in (kept[1], np.asarray(_dropout(ones, key_B, 0.2, 3))[0] != 0):  # of another row, of another place
+        assert abs(np.corrcoef(kept[0].ravel(), other.ravel())[0, 1]) < 5 / math.sqrt(other.size)
 
 
-WINDOWED = {
-    "window": 3, "local_layers": (True, False), "local_rope_theta": 50.0, "attention_softcap": 4.0,
-    "logit_softcap": 8.0, "scale_embedding": True,
-}  # fmt: skip
+WINDOWED = dict(
+    window=3, local_layers=(True, False), local_rope_theta=50.0, attention_softcap=4.0, logit_softcap=8.0,
+    scale_embedding=True,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("side", "options"), [("left", {"tie_embeddings": False}), ("right", WINDOWED)])
 def test_continuation_log_likelihood_equals_the_full_forward_pass(side, options):
     config = dataclasses.replace(CONFIG, **options)
     params = jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(4), config))
-    prefixes = [[1, 5, 9, 30], [1, 7]]
-    continuations = [[[3, 4, 2], [8], [6, 6]], [[2], [11, 12, 13], []]]
+    prefixes, continuations = [[1, 5, 9, 30], [1, 7]], [[[3, 4, 2], [8], [6, 6]], [[2], [11, 12, 13], []]]
     prefix, prefix_mask = np.zeros((2, 6), np.int32), np.zeros((2, 6), bool)
     texts, mask = np.zeros((2, 3, 4), np.int32), np.zeros((2, 3, 4), bool)
-    expected = np.zeros((2, 3))
-    for b in range(2):
-        n = len(prefixes[b])
-        at = slice(0, n) if side == "right" else slice(6 - n, 6)
-        prefix[b, at], prefix_mask[b, at] = prefixes[b], True
-        for c in range(3):
-            text = continuations[b][c]
+    for b, tokens in enumerate(prefixes):
+        at = slice(0, len(tokens)) if side == "right" else slice(6 - len(tokens), 6)
+        prefix[b, at], prefix_mask[b, at] = tokens, True
+        for c, text in enumerate(continuations[b]):
             texts[b, c, : len(text)], mask[b, c, : len(text)] = text, True
-            row = _row(prefixes[b] + text, length=10)
-            log_p = log_softmax(text_logits(params, config, hidden_of(params, config, *row, None))[0], axis=-1)
-            expected[b, c] = sum(log_p[n - 1 + t, token] for t, token in enumerate(text))
-    score = jax.jit(continuation_log_likelihood, static_argnames="config")
+    rows = [row(prefixes[b] + continuations[b][c]) for b, c in np.ndindex(2, 3)]
+    hidden = hidden_of(params, config, *np.concatenate(rows, axis=1), None)
+    log_p = log_softmax(text_logits(params, config, hidden), axis=-1).reshape(2, 3, 9, -1)
+    expected = np.zeros((2, 3))
+    for b, c in np.ndindex(2, 3):
+        places = range(len(prefixes[b]) - 1, 9)
+        expected[b, c] = sum(log_p[b, c, t, token] for t, token in zip(places, continuations[b][c]))
+    score = jax.jit(causal_lm.continuation_log_likelihood, static_argnames="config")
     np.testing.assert_allclose(score(params, config, prefix, prefix_mask, texts, mask), expected, atol=1e-4, rtol=1e-5)
     assert expected[1, 2] == 0 and expected.min() < -3
 
@@ -223,7 +192,7 @@ def test_continuation_log_likelihood_equals_the_full_forward_pass(side, options)
 def test_gather_positions():
     hidden = jnp.arange(2 * 3 * 2).reshape(2, 3, 2)
     expected = [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
-    np.testing.assert_array_equal(gather_positions(hidden, jnp.array([[2, 0], [1, 1]])), expected)
+    np.testing.assert_array_equal(causal_lm.gather_positions(hidden, jnp.array([[2, 0], [1, 1]])), expected)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +204,8 @@ def test_gather_positions():
         ({"dtype": "float16"}, "dtype"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_layers": 0}, "at least 1"),
-        ({"rope_scaling": ("yarn", 4.0)}, "rope_scaling"),
+        ({"rope_scaling": ("yarn", 4.0)}, r'rope_scaling .* only None, \("llama3", factor, low_freq_factor, '),
+        ({"rope_scaling": ("ntk",)}, "rope_scaling"),
         ({"norm": "batch"}, 'norm is .batch., write one of "rms", "layer"'),
         ({"remat": "all"}, 'write one of False, True, "dots"'),
         ({"window": 0}, "window is 0"),

@@ -8,9 +8,11 @@ from bdlm_jax.lm.hf_config import lm_config_from_hf
 from bdlm_jax.lm.hf_weights import export_tensors, load_lm
 
 
-@pytest.fixture(autouse=True)
-def _looped_layers(monkeypatch):
-    monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)  # compiles one layer
+def check(folder, batch, theirs):
+    ours = make_golden.our_results(folder, batch)
+    found = make_golden.differences(ours, theirs, batch["mask"])
+    assert found["logits"] < 1e-4 and found["hidden"] < 1e-4 and found["gradient"] < 1e-3, found
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", make_golden.STORED)
@@ -19,10 +21,7 @@ def test_logits_states_and_gradients_equal_stored_ones_of_transformers(case):
     batch = {name: stored.pop(name) for name in ("tokens", "mask", "positions")}
     assert np.abs(stored["logits"]).max() > 1, "the oracle must say something"
     assert {*batch["mask"].sum(1)} == {7, 8, 11}, "padded left, right and not at all"
-    ours = make_golden.our_results(make_golden.HERE / case, batch)
-    found = make_golden.differences(ours, stored, batch["mask"])
-    assert found["logits"] < 1e-4 and found["hidden"] < 1e-4 and found["gradient"] < 1e-3, found
-    np.testing.assert_allclose(ours["loss"], stored["loss"], rtol=1e-5)
+    check(make_golden.HERE / case, batch, stored)
 
 
 @pytest.mark.parametrize("case", make_golden.STORED)
@@ -41,6 +40,4 @@ def test_what_is_exported_is_what_was_loaded_to_the_bit(case):
 def test_fresh_models_equal_those_of_transformers(case, tmp_path):
     pytest.importorskip("torch")
     model, batch = make_golden.write_model(case, tmp_path, seed=7), make_golden.make_batch(case, seed=7)
-    theirs = make_golden.torch_results(model, batch)
-    found = make_golden.differences(make_golden.our_results(tmp_path, batch), theirs, batch["mask"])
-    assert found["logits"] < 1e-4 and found["hidden"] < 1e-4 and found["gradient"] < 1e-3, found
+    check(tmp_path, batch, make_golden.torch_results(model, batch))
