@@ -1,0 +1,40 @@
+"""Every other domain model than the tiny run's, as BDLM's own: a whole run, and what is served of it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from bdlm_jax.domain.models import MODELS
+from bdlm_jax.evaluation.evaluate import load_counts
+from bdlm_jax.serving import artefact, scores
+from bdlm_jax.serving.answers import ARMS, recommend
+from bdlm_jax.train import train_and_evaluate
+from experiments import tiny
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lightgcn"}))
+def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
+    config = tiny.get_config()
+    config.models, config.domain.model = ("bdlm",), model
+    config.data.options.update({"n_users": 60, "history": 8})
+    config.pretrain.epochs, config.prompts.card_copies = 0.0, 2.0
+    config.domain.epochs, config.domain.n_layers = 2, 1
+    config.mutual.update({"domain_epochs_a_round": 1, "distill_epochs": 2})
+    config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
+    results = train_and_evaluate(config, str(tmp_path))
+    assert {row["model"] for row in results["rows"]} == {"bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed"}
+    assert all(math.isfinite(row["value"]) for row in results["rows"])
+
+    # What is served ranks as what was evaluated.
+    served, catalogue = artefact.load_domain_arm(tmp_path), artefact.load_catalogue(tmp_path)
+    counts = load_counts(tmp_path / "per_user" / "bdlm_domain.npz")["full"]
+    assert served.model == model
+    for user, target, better in zip(counts.user, counts.target, counts.better):
+        scores_I = scores.domain_scores(served, user=user)
+        unseen = np.setdiff1d(np.arange(len(scores_I)), catalogue.history(user))
+        assert np.sum(scores_I[unseen] > scores_I[target]) == better
+    for arm in ARMS:
+        for who in ({"user": "u04"}, {"history": "i03;i07,i11"}):
+            rows = recommend(workdir=tmp_path, arm=arm, k=5, **who)
+            assert len(rows) == 5 and all(math.isfinite(row["score"]) for row in rows)
