@@ -270,8 +270,11 @@ def _aligned_fields(fields: Mapping, ids: np.ndarray, always: tuple = ()) -> dic
     by_id = {_id_text(key) or str(key): value for key, value in fields.items()}
     names = dict.fromkeys([*always, *(name for value in by_id.values() for name in value)])
     rows = [by_id.get(key, {}) for key in ids.tolist()]
-    texts = {name: [row.get(name) for row in rows] for name in names}
-    return {name: np.array(["" if t is None else str(t) for t in column], object) for name, column in texts.items()}
+    return {name: np.array([_text(row.get(name)) for row in rows], object) for name in names}
+
+
+def _text(value) -> str:
+    return "" if value is None else str(value)
 
 
 def _joined(fields, names, n_rows, kind) -> list[str]:

@@ -9,14 +9,13 @@ import dataclasses
 import gzip
 import html
 import io
-import itertools
 import json
 import lzma
 import warnings
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +99,7 @@ class Table:
     header: bool
     names: list[str]  # of the first row, whether it is a header or not
     width: int
+    lines: array | None  # the number of each row's last line; None: they follow each other
 
     def columns(self, wanted: Mapping[str, int]) -> dict:
         """{role: column at this position}: "user" and "item" as categories, others as numbers if all of them are."""
@@ -120,13 +120,14 @@ class Table:
         """All fields of every row, without the header."""
         return self._read(dtype=str).itertuples(index=False, name=None)
 
-    def where(self, row: int) -> str:
-        """Names the file and the line of a row."""
-        line, _ = next(itertools.islice(self._lines(), row + self.header, None))
-        return f"{self.label}, line {line}"
+    @property
+    def where(self) -> Callable[[int], str]:
+        """A function that names the file and the line of a row, and does not keep the text."""
+        label, lines, header = self.label, self.lines, self.header
+        return lambda row: f"{label}, line {row + header + 1 if lines is None else lines[row + header]}"
 
-    def check_width(self) -> None:
-        """Raises if a row has another number of fields than `width`."""
+    def check_width(self) -> array | None:
+        """Raises if a row has another number of fields than `width`; returns `lines`."""
         separator = self.separator.encode()
         # What is left of an even text without its values is one pattern, again and again.
         marks = self.text.translate(None, bytes(set(range(256)) - {*separator, *b"\r\n"})).rstrip(b"\r\n")
@@ -134,12 +135,15 @@ class Table:
             row = separator * (self.width - 1) + end
             even = marks + end == row * ((len(marks) + len(end)) // len(row))
             if even and (self._quoting == csv.QUOTE_NONE or b'"' not in self.text):
-                return
+                return None
+        lines = array("q")
         for line, fields in self._lines():
             if len(fields) != self.width:
                 raise InputError(
                     f"{self.label}, line {line}: {len(fields)} fields where {self.width} are needed; correct the line."
                 )
+            lines.append(line)
+        return lines
 
     @property
     def _quoting(self) -> int:
@@ -193,13 +197,12 @@ def open_table(
         separator = max(_SEPARATORS, key=first_line.count) if any(map(first_line.count, _SEPARATORS)) else ","
     if len(separator) > 1:
         text, separator = text.replace(separator, _LONG), _LONG
-    table = Table(file.label, text.encode(), separator, header, names=[], width=0)
+    table = Table(file.label, text.encode(), separator, header, names=[], width=0, lines=None)
     _, first = next(table._lines(), (0, []))
     if not first:
         raise InputError(f"{file.label}, line 1: the table is empty; check the file.")
     table = dataclasses.replace(table, names=[name.strip() for name in first], width=width or len(first))
-    table.check_width()
-    return table
+    return dataclasses.replace(table, lines=table.check_width())
 
 
 def _decode(data: bytes, label: str, encodings: Sequence[str]) -> str:

@@ -94,9 +94,8 @@ def read_table(
         if "interactions" not in found:
             raise InputError(f"{path} has no interactions.csv or interactions.tsv; name the table itself.")
         path, items, users = found["interactions"], items or found.get("items"), users or found.get("users")
-    table = open_table(File(path), separator=sep, header=header, encodings=(encoding,))
     return make_interactions(
-        **_columns(table, columns),
+        **_columns(open_table(File(path), separator=sep, header=header, encodings=(encoding,)), columns),
         item_fields=_read_fields(items, path, item_columns, encoding, _ITEM_COLUMNS),
         user_fields=_read_fields(users, path, user_columns, encoding, _USER_COLUMNS),
         duplicates=duplicates,
@@ -177,9 +176,8 @@ def read_recbole(
     name = name or found[0]
     if name not in found:
         raise InputError(f"{path} has no {name}.inter; it has {', '.join(found) or 'no .inter file'}.")
-    table, _ = open_atomic(files[f"{name}.inter"])
     return make_interactions(
-        **_columns(table, None),
+        **_columns(open_atomic(files[f"{name}.inter"])[0], None),
         item_fields=_read_atomic(files.get(f"{name}.item"), is_item=True, title=title),
         user_fields=_read_atomic(files.get(f"{name}.user"), is_item=False),
         duplicates=duplicates,
