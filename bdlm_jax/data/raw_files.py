@@ -11,6 +11,7 @@ import html
 import io
 import json
 import lzma
+import re
 import warnings
 import zipfile
 import zlib
@@ -28,7 +29,7 @@ _ZIP_MEMBER_LIMIT = 4 << 30
 _SEPARATORS = ("::", "\t", ",", ";", "|")
 _LONG = "\x1f"  # stands for a separator of several characters, which pandas' fast parser does not know
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
-_DATA_SUFFIXES = (".dat", ".data", ".csv", ".inter", ".gz")
+_DATA = re.compile(r"\.(dat|data|csv|tsv|inter|gz)$|^train\.txt$")  # a folder that has one is not looked into further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def list_files(path: str | Path) -> dict[str, File]:
     if path.is_dir():
         inside = sorted(path.iterdir())
         folders = [entry for entry in inside if entry.is_dir()]
-        if len(folders) == 1 and not any(entry.suffix in _DATA_SUFFIXES for entry in inside):
+        if len(folders) == 1 and not any(_DATA.search(entry.name) for entry in inside):
             inside = sorted(folders[0].iterdir())
         return {entry.name.removesuffix(".gz"): File(entry) for entry in inside if entry.is_file()}
     if not path.exists():
