@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import log_softmax
 
 from bdlm_jax.domain import lightgcn
-from bdlm_jax.domain import negatives as sampling
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers as models
 from bdlm_jax.lm import causal_lm, prompts
@@ -82,15 +82,7 @@ def lm_constants():
 
 
 def domain_constants():
-    user_E, item_E = make_edges()
-    degree = np.bincount(item_E, minlength=N_ITEMS)
-    return lm_constants() | {
-        "edge_user_E": jnp.asarray(user_E),
-        "edge_item_E": jnp.asarray(item_E),
-        "warm_item_W": jnp.arange(N_ITEMS - 1),
-        "text_weight_I": jnp.asarray(1.0 / (1.0 + degree), jnp.float32),
-        "seen": sampling.make_seen(user_E, item_E, N_USERS, N_ITEMS - 1),
-    }
+    return lm_constants() | domain_epoch.make_epoch_constants(*make_edges(), n_users=N_USERS, n_items=N_ITEMS)
 
 
 def make_views(arm, bridge, params):
@@ -122,3 +114,13 @@ def make_domain_epoch(arm, bridge, *, weights=DOMAIN_ALL, optimizer=None, batch_
         arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(lm=optimizers.FROZEN)
     )
     return domain_epoch.make_domain_epoch(step, batch_size=batch_size, kl_users=kl_users, kl_items=kl_items)
+
+
+def align_mse(z, e, table):
+    """In units of the deviation of the domain arm's whole table."""
+    return np.mean((z - e) ** 2, axis=-1) / np.std(table) ** 2
+
+
+def softened_kl(teacher, student, temperature):
+    t, s = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    return temperature**2 * np.sum(np.exp(t) * (t - s))

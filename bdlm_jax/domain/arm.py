@@ -71,7 +71,3 @@ class DomainArm(NamedTuple):
     def score_pairs(self, domain: Params, user_BD: Array, item_BD: Array) -> Array:
         """Scores row b's user against row b's item: (B, D), (B, D) -> (B,)."""
         return jax.vmap(lambda user_D, item_D: self.score(domain, user_D[None], item_D[None])[0, 0])(user_BD, item_BD)
-
-    def score_rows(self, domain: Params, user_BD: Array, item_BCD: Array) -> Array:
-        """Scores row b's user against row b's own candidates: (B, D), (B, C, D) -> (B, C)."""
-        return jax.vmap(lambda user_D, item_CD: self.score(domain, user_D[None], item_CD)[0])(user_BD, item_BCD)

@@ -10,11 +10,8 @@ import jax
 import jax.numpy as jnp
 import jraph
 import numpy as np
-import scipy.sparse
 
 from bdlm_jax.types import Array, InputError
-
-BACKENDS = ("auto", "segment", "dense", "gather")
 
 # Measured on 2 cores at D = 64: the dense product costs about 1.3 ns an entry of R, the gathers about 14 ns an edge. On
 # an accelerator the dense product wins while R fits comfortably.
@@ -30,19 +27,8 @@ def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> j
     """Builds the normalised bipartite graph; item i is node n_users + i.
 
     An edge u-i weighs 1/√(deg(u)·deg(i)) in both directions; a repeated pair counts once; a node without interactions
-    gets a self-loop of weight 1, so that propagation returns its own row (the self-loop is ours).
-
-    Args:
-      user_E: (E,) user indices of the training interactions.
-      item_E: (E,) item indices.
-      n_users: U.
-      n_items: I.
-
-    Returns:
-      A GraphsTuple of numpy arrays, receiver-sorted, `edges` the weights float32.
-
-    Raises:
-      InputError: an index out of range, or columns of different lengths.
+    gets a self-loop of weight 1, so that propagation returns its own row (the self-loop is ours). Arrays are NumPy's,
+    edges sorted by receiver, `edges` the float32 weights.
     """
     user, item = _checked(user_E, "user_E", n_users), _checked(item_E, "item_E", n_items)
     if user.shape != item.shape:
@@ -71,20 +57,11 @@ def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> j
 def make_propagate(
     graph: jraph.GraphsTuple, *, n_users: int, n_items: int, backend: str = "auto"
 ) -> Callable[[Array, Array], tuple[Array, Array]]:
-    """Compiles the graph into one layer of propagation, differentiable in reverse mode to any order.
+    """Compiles the graph into propagate(user_UD, item_ID) -> (user_UD, item_ID), the two halves of Â·E.
 
-    Args:
-      graph: from `make_graph`.
-      n_users: U.
-      n_items: I.
-      backend: "segment" gathers and sums over edges (`jraph.segment_sum`); "dense" multiplies by R (U, I); "gather"
-        sums fixed-width blocks of neighbours; "auto" takes the one measured as fastest.
-
-    Returns:
-      propagate(user_UD, item_ID) -> (user_UD, item_ID), the two halves of Â·E, in the dtype of the input.
-
-    Raises:
-      InputError: an unknown backend, or a graph of another size or with other weights.
+    Differentiable in reverse mode to any order, in the dtype of the input. "segment" gathers and sums over edges
+    (`jraph.segment_sum`); "dense" multiplies by R (U, I); "gather" sums fixed-width blocks of neighbours, for the
+    weights of `make_graph` only; "auto" takes the one measured as fastest.
     """
     if backend not in BACKENDS:
         raise InputError(f"propagation backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
@@ -92,8 +69,7 @@ def make_propagate(
         raise InputError(f"the graph has {int(graph.n_node[0])} nodes, not {n_users} users and {n_items} items.")
     if backend == "auto":
         backend = choose_backend(n_users=n_users, n_items=n_items, n_edges=int(graph.n_edge[0]) // 2)
-    make = {"segment": _segment_backend, "dense": _dense_backend, "gather": _gather_backend}[backend]
-    apply = make(graph, n_users, n_items)
+    apply = _MAKE[backend](graph, n_users, n_items)
 
     @jax.custom_vjp
     def propagate(user_UD, item_ID):
@@ -124,17 +100,19 @@ def _segment_backend(graph, n_users, n_items):
 
 
 def _dense_backend(graph, n_users, n_items):
-    matrix_UI, loop_U, loop_I = _bipartite(graph, n_users, n_items)
-    matrix_UI, loop_U, loop_I = (
-        jnp.asarray(matrix_UI.toarray()),
-        jnp.asarray(loop_U)[:, None],
-        jnp.asarray(loop_I)[:, None],
-    )
+    senders, receivers, weights = (np.asarray(x) for x in (graph.senders, graph.receivers, graph.edges))
+    own = senders == receivers
+    loop_N1 = np.zeros((n_users + n_items, 1), np.float32)
+    loop_N1[receivers[own], 0] = weights[own]
+    matrix_UI = np.zeros((n_users, n_items), np.float32)
+    edge = (receivers < n_users) & ~own
+    np.add.at(matrix_UI, (receivers[edge], senders[edge] - n_users), weights[edge])
+    matrix_UI, loop_U1, loop_I1 = (jnp.asarray(x) for x in (matrix_UI, loop_N1[:n_users], loop_N1[n_users:]))
 
     def apply(user_UD, item_ID):
         matrix = matrix_UI.astype(user_UD.dtype)
-        user = jnp.matmul(matrix, item_ID, precision="highest") + loop_U.astype(user_UD.dtype) * user_UD
-        item = jnp.matmul(matrix.T, user_UD, precision="highest") + loop_I.astype(item_ID.dtype) * item_ID
+        user = jnp.matmul(matrix, item_ID, precision="highest") + loop_U1.astype(user_UD.dtype) * user_UD
+        item = jnp.matmul(matrix.T, user_UD, precision="highest") + loop_I1.astype(item_ID.dtype) * item_ID
         return user, item
 
     return apply
@@ -169,9 +147,8 @@ def _gather_backend(graph, n_users, n_items):
 def _neighbour_blocks(senders, receivers, n_nodes):
     """Cuts sorted neighbour lists into blocks, the list of blocks again, and so on until each node has one block.
 
-    Returns:
-      (levels, row of every node in the last level). A level is a list of index arrays (W, number of blocks of width W)
-      into the rows of the level before; the index behind its last row pads.
+    Returns (levels, row of every node in the last level). A level is a list of index arrays (W, number of blocks of
+    width W) into the rows of the level before; the index behind its last row pads.
     """
     levels, n_rows, widest = [], n_nodes, BLOCK_WIDTHS[-1]
     while True:
@@ -190,19 +167,6 @@ def _neighbour_blocks(senders, receivers, n_nodes):
             return levels, senders
 
 
-def _bipartite(graph, n_users, n_items):
-    """Splits the graph into R (U, I) as CSR and the self-loop weights of users (U,) and items (I,)."""
-    senders, receivers, weights = (np.asarray(x) for x in (graph.senders, graph.receivers, graph.edges))
-    loop_N = np.zeros(n_users + n_items, np.float32)
-    own = senders == receivers
-    loop_N[receivers[own]] = weights[own]
-    into_user = (receivers < n_users) & ~own
-    matrix_UI = scipy.sparse.csr_matrix(
-        (weights[into_user], (receivers[into_user], senders[into_user] - n_users)), shape=(n_users, n_items)
-    )
-    return matrix_UI, loop_N[:n_users], loop_N[n_users:]
-
-
 def _checked(index, name, size):
     index = np.asarray(index)
     if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
@@ -212,3 +176,7 @@ def _checked(index, name, size):
     if bad.size:
         raise InputError(f"{name}[{bad[0]}] is {index[bad[0]]}, outside 0…{size - 1}: map the raw ids first.")
     return index
+
+
+_MAKE = {"segment": _segment_backend, "dense": _dense_backend, "gather": _gather_backend}
+BACKENDS = ("auto", *_MAKE)

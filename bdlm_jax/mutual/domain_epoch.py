@@ -80,13 +80,8 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
     """Returns epoch(state, slots, view, constants, *, axis_name=None): one pass over all edges, drawn on the device.
 
     Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
-    same numbers. `constants` comes from `make_epoch_constants`, with seen_UI (U, I) where the score-level term is on.
-
-    Args:
-      domain_step: from `make_domain_step`.
-      batch_size: BPR triples a step.
-      kl_users: users a step for the terms on users, 0 for none.
-      kl_items: items drawn a step for the score-level term, none twice; 0 takes the whole catalogue.
+    same numbers. `constants` comes from `make_epoch_constants`, with seen_UI (U, I) where the score-level term is on:
+    it compares kl_users users a step on kl_items items, none of them twice; 0 takes the whole catalogue.
     """
 
     def epoch(state: TrainState, slots, view, constants, *, axis_name=None):
@@ -128,13 +123,11 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
     return epoch
 
 
-def make_epoch_constants(
-    user_E: Array, item_E: Array, *, n_users: int, n_items: int, popularity: float | None = None
-) -> dict:
+def make_epoch_constants(user_E: Array, item_E: Array, *, n_users: int, n_items: int, popularity: float = 0.0) -> dict:
     """Puts the training interactions on the device, for `make_domain_epoch`.
 
     Negatives come from the items with interactions: a cold item is not everybody's negative (ours). They are drawn
-    with probability ∝ degree^popularity; None draws uniformly.
+    with probability ∝ degree^popularity.
     """
     if not len(user_E):
         raise InputError("there is no training interaction, so the domain arm has nothing to learn: check the split.")
@@ -150,7 +143,7 @@ def make_epoch_constants(
         "text_weight_I": jnp.asarray(1.0 / (1.0 + degree_I), jnp.float32),
         "seen": seen,
     }
-    if popularity is not None:
+    if popularity:
         constants["popularity"] = negatives.make_popularity(seen, degree_I[warm_W], alpha=popularity)
     return constants
 

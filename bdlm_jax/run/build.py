@@ -122,7 +122,7 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = (TRAIN,)) -> Doma
     check_training_edges(data.split, user_E, item_E, allowed=parts)
     inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E)
     settings = {name: c[name] for name in ("n_layers", "layer_weights", "backend")}
-    settings |= {"length": run.config.prompts.max_items, **c.get("options", {})}
+    settings |= {"length": run.config.prompts.max_items, **(c.get("options", {}) if model == c.model else {})}
     return models.make_arm(model, inputs, settings)
 
 
@@ -357,7 +357,7 @@ def make_domain_arm(
     n = 1 if config.parallel == "jit" else jax.device_count()  # small data must still divide over the devices
     kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
     constants = domain_epoch.make_epoch_constants(
-        user_E, item_E, n_users=data.n_users, n_items=data.n_items, popularity=c.popularity if c.popularity else None
+        user_E, item_E, n_users=data.n_users, n_items=data.n_items, popularity=c.popularity
     )
     if weights.kl:
         constants["seen_UI"] = _seen(run, parts)

@@ -1,6 +1,7 @@
 """The README's claim: jit, pmap and mesh train both arms to the same numbers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_bdlm
@@ -12,7 +13,16 @@ from bdlm_jax.runtime.parallel import compile_step
 
 LM_OPTIMIZER = small_bdlm.make_optimizer(domain=optimizers.FROZEN)
 DOMAIN_OPTIMIZER = small_bdlm.make_optimizer(lm=optimizers.FROZEN)
-ARM = small_bdlm.make_arm()
+
+
+def contrast(shared, domain, user_B, item_B, weight_B, key):
+    """A domain model's own loss that draws, and compares the rows of the batch with each other."""
+    user_BD = shared["user"][user_B] + jax.random.uniform(key, (len(user_B), small_bdlm.D))
+    rows_B = jax.nn.logsumexp(user_BD @ shared["item"][item_B].T, axis=1)
+    return jnp.sum(weight_B * rows_B), jnp.sum(weight_B)
+
+
+ARM = small_bdlm.make_arm()._replace(auxiliary=contrast)
 
 
 def train_lm(parallel, bridge, params, view, **options):
