@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from bdlm_jax.runtime.files import replacing, save_safetensors
 from bdlm_jax.serving.artefact import ServedLM, load_catalogue, load_domain_arm, load_lm_arm
 from bdlm_jax.serving.catalogue import Catalogue
@@ -32,8 +30,7 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path
             "export a run with a model whose score is, or use bdlm_jax.recommend."
         )
     with _new_folder(out) as folder:
-        tables = {"user": arm.user_UD, "item": arm.item_ID}
-        save_safetensors(folder / "embeddings.safetensors", {n: rows.astype(np.float32) for n, rows in tables.items()})
+        save_safetensors(folder / "embeddings.safetensors", {"user": arm.user_UD, "item": arm.item_ID})
         save_safetensors(folder / "seen.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
         (folder / "ids.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
         shutil.copyfile(EXAMPLE, folder / "recommend.py")

@@ -101,22 +101,23 @@ def test_the_domain_arm_loads_without_jax_and_without_the_lm(tiny_run, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, 'no finished run with "bdlm"'), ('{"format": 0}', "another version"), ('{"format"', "cannot be read")],
+    ("damaged", "text", "message"),
+    [
+        ("serving.json", None, 'no finished run with "bdlm"'),
+        ("serving.json", '{"format": 0}', "another version"),
+        ("serving.json", '{"format"', "serving.json cannot be read .* delete .*/serving"),
+        ("catalogue.json", "{}", "catalogue.json holds no catalogue: delete .*/serving"),
+        ("catalogue.safetensors", "{}", "catalogue.safetensors cannot be read .* delete .*/serving"),
+        ("domain.safetensors", "{}", "domain.safetensors cannot be read .* delete .*/serving"),
+        ("lm.safetensors", "{}", "lm.safetensors cannot be read .* delete .*/serving"),
+    ],
 )
-def test_what_cannot_be_served_is_said_in_a_sentence(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "serving").mkdir()
-        (tmp_path / "serving" / "serving.json").write_text(text, encoding="utf-8")
-    for load in LOADERS:
+def test_what_cannot_be_served_is_named(tiny_run, tmp_path, damaged, text, message):
+    shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
+    path = tmp_path / "serving" / damaged
+    path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+    touched = [load for load in LOADERS if path.stem == "serving" or path.stem in load.__name__]
+    assert touched
+    for load in touched:
         with pytest.raises(InputError, match=message):
             load(tmp_path)
-
-
-@pytest.mark.parametrize("damaged", ["catalogue.safetensors", "catalogue.json", "domain.safetensors", "lm.safetensors"])
-def test_a_damaged_file_is_named(tiny_run, tmp_path, damaged):
-    shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
-    (tmp_path / "serving" / damaged).write_text("{}", encoding="utf-8")
-    (load,) = [load for load in LOADERS if damaged.split(".")[0] in load.__name__]
-    with pytest.raises(InputError, match=f"{damaged}.* delete .*/serving"):
-        load(tmp_path)
