@@ -17,6 +17,7 @@ from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
 PAUSE_SECONDS = 600.0  # a longer silence between two rows of the logs is a pause, not work
+FEWEST_TARGETS = 20  # with fewer the 95 % interval of a share around one half is wider than .43
 Key = tuple[str, str, str]  # (model, slice, metric)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bdlm_jax.report.finished_run import (
+    FEWEST_TARGETS,
     Finished,
     best_phases,
     chance_of,
@@ -18,7 +19,6 @@ from bdlm_jax.report.finished_run import (
     phase_names,
     sorted_models,
 )
-from bdlm_jax.report.tables import FEWEST_TARGETS
 from bdlm_jax.runtime.files import replacing
 from bdlm_jax.runtime.log import read_metrics
 

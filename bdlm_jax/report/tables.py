@@ -8,6 +8,7 @@ import numpy as np
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import Margin, relative_margin
 from bdlm_jax.report.finished_run import (
+    FEWEST_TARGETS,
     Finished,
     best_phases,
     chance_of,
@@ -38,8 +39,6 @@ SLICES = {
         ("hr@1/knowledge20", "ndcg@10/knowledge20", "auc/knowledge20", "hr@10/cand100", "ndcg@10/full"),
     ),
 }
-# With fewer the 95 % interval of a share around one half is wider than .43.
-FEWEST_TARGETS = 20
 TIES = (
     "Ties count against the model in HR, NDCG and MRR, and as half in AUC: who scores all candidates alike has "
     "HR 0 and AUC .5."
