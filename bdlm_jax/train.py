@@ -4,6 +4,7 @@ Every stage keeps its checkpoints under workdir/<stage>; a finished stage is rea
 it was, and the final numbers are the same to the bit however often the run was killed.
 """
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -13,20 +14,17 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import ml_collections
 
 from bdlm_jax import __version__
-from bdlm_jax.data import twins as synthetic
-from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
-from bdlm_jax.evaluation import evaluate
-from bdlm_jax.evaluation import scorers as models
+from bdlm_jax.data import twins
+from bdlm_jax.data.splits import TEST
+from bdlm_jax.domain.models import MODELS
+from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.run import checks as config_check
-from bdlm_jax.run import rows as lm_rows
-from bdlm_jax.run import served, stages
-from bdlm_jax.run.prepare import KNOWN, prepare_data, prepare_vocabulary
-from bdlm_jax.run.stages import DOT_ARM, Run
+from bdlm_jax.run import checks, served, stages
+from bdlm_jax.run.build import Run, make_arm, parts_at_test, start_run
+from bdlm_jax.run.prepare import KNOWN
 from bdlm_jax.runtime import distributed, parallel
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.log import StopSignal, progress
@@ -39,20 +37,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
-    """Trains and evaluates every model of the config, and writes the run directory.
+    """Trains and evaluates every model of the config, and writes the run directory; returns what results.json holds.
 
-    Args:
-      config: of an experiment; it is checked before anything else.
-      workdir: the run directory; an unfinished run in it is continued.
-
-    Returns:
-      What results.json holds.
-
-    Raises:
-      InputError: the config, the data or the workdir cannot be used.
-      fit.Stopped: after SIGTERM or SIGINT, when everything is saved.
+    An unfinished run in `workdir` is continued; `fit.Stopped` is raised after SIGTERM or SIGINT, when all is saved.
     """
-    config_check.check_config(config)
+    checks.check_config(config)
     folder, began = Path(workdir), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     parallel.enable_compilation_cache(folder / "compiled")
@@ -60,77 +49,56 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     with StopSignal() as stop:
         # Data: the split, the frozen candidates, the words.
-        data = prepare_data(config, folder / "data")
-        vocabulary = prepare_vocabulary(config, data, folder / "tokenizer")
-        texts = lm_rows.encode_texts(config, data, vocabulary)
-        run = Run(config, folder, data, texts, stop, jax.random.key(config.seed))
-        _LOG.info(
-            "data: %d users, %d items, %d interactions (%s), sha256 %s…, %d text tokens, on %s",
-            data.n_users, data.n_items, data.fingerprint["interactions"],
-            ", ".join(f"{k} {v}" for k, v in data.fingerprint["parts"].items()),
-            data.fingerprint["sha256"][:12], vocabulary.n_text, parallel.device_summary(),
-        )  # fmt: skip
-        wanted, rows = config.models, []
+        run = start_run(config, folder, stop)
+        data, wanted, rows = run.data, config.models, []
+        test = functools.partial(_test, run, rows)
+        _tell(run)
 
         # The yardstick that needs no training.
         if "item_pop" in wanted:
-            rows += _test(run, "item_pop", lambda: models.popularity_scorer(data.split.degree(*KNOWN["test"])))
+            test("item_pop", lambda: scorers.popularity_scorer(data.split.degree(*KNOWN["test"])))
 
         # Pretrain: the "general LLM" of a small world.
-        pretrained = stages.pretrain_lm(run) if {"text_lm", "ids_lm", "bdlm"} & set(wanted) else None
+        decoder = stages.pretrain_lm(run) if {"text_lm", "ids_lm", "bdlm"} & set(wanted) else None
 
-        # Domain: each collaborative model alone.
-        if "mf" in wanted:
-            c = config.mf
-            fitted = stages.train_domain(
-                run, "mf", stage="mf", learning_rate=c.learning_rate, regularisation=c.regularisation, epochs=c.epochs
-            )
-            rows += _test(run, "mf", lambda: models.domain_scorer(DOT_ARM, fitted.params["domain"]))
-        if {"lightgcn", "bdlm"} & set(wanted):
-            c = config.domain
-            alone = stages.train_domain(
-                run, c.model, stage=c.model,
-                learning_rate=c.learning_rate, regularisation=c.regularisation, epochs=c.epochs,
-            )  # fmt: skip
-            if "lightgcn" in wanted:
-                rows += _test(
-                    run, c.model, lambda: models.domain_scorer(stages.make_test_arm(run), alone.params["domain"])
-                )
+        # Domain: each collaborative model alone; BDLM starts from `domain.model`.
+        alone, starts = {}, [config.domain.model] if "bdlm" in wanted else []
+        for model in dict.fromkeys(name for name in (*wanted, *starts) if name in MODELS):
+            alone[model] = stages.train_domain(run, model).params["domain"]
+            if model in wanted:
+                test(model, functools.partial(_domain_scorer, run, model, alone[model]))
 
         # LM: each language model alone.
         if "text_lm" in wanted:
-            text = stages.train_text_lm(run, pretrained)
+            text = stages.train_text_lm(run, decoder).params["lm"]["lm"]
             protocols = config.evaluate.text_protocols
-            scorer = lambda: stages.text_lm_scorer(run, text.params["lm"]["lm"], "test")  # noqa: E731
-            rows += _test(run, "text_lm", scorer, protocols=protocols)
+            test("text_lm", lambda: stages.text_lm_scorer(run, text, "test"), protocols=protocols)
         if "ids_lm" in wanted:
-            ids = stages.train_ids_lm(run, pretrained)
-            rows += _test(run, "ids_lm", lambda: _lm_test_scorer(run, ids.params["lm"], "ids", DOT_ARM, "layer0"))
+            ids = stages.train_ids_lm(run, decoder).params["lm"]
+            test("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, ids))
 
         # Mutual rounds, then the domain arm once more against the LM states of test time.
         if "bdlm" in wanted:
-            fitted = stages.train_bdlm(run, pretrained, alone.params["domain"])
-            arm = stages.make_arm(run, config.domain.model)
-            reads, kind = config.mutual.reads, config.prompts.kind
-            rows += _test(run, "bdlm_lm", lambda: _lm_test_scorer(run, fitted.params["lm"], kind, arm, reads))
-            distilled = stages.distill_domain(run, fitted, part="validation")
-            epochs = min((distilled.phase["domain"] + 1) * config.domain.evaluate_every, config.mutual.distill_epochs)
-            refreshed = stages.distill_domain(run, fitted, part="test", epochs=epochs)
-            at_test = stages.make_test_arm(run)
-            rows += _test(run, "bdlm_domain", lambda: models.domain_scorer(at_test, refreshed.params["domain"]))
-            rows += _test(run, "bdlm_domain_unrefreshed", lambda: models.domain_scorer(arm, distilled.params["domain"]))
+            bdlm = stages.train_bdlm(run, decoder, alone[config.domain.model])
+            test("bdlm_lm", lambda: stages.bdlm_reader(run, "test").scorer(run, bdlm.params["lm"]))
+            distilled = stages.distill_domain(run, bdlm)
+            refreshed = stages.refresh_domain(run, bdlm, distilled).params["domain"]
+            test("bdlm_domain", lambda: _domain_scorer(run, config.domain.model, refreshed))
+            arm = make_arm(run, config.domain.model)
+            test("bdlm_domain_unrefreshed", lambda: scorers.domain_scorer(arm, distilled.params["domain"]))
             if not artefact.is_served(folder):
                 artefact.write_serving(
                     folder,
                     Catalogue(**served.catalogue_fields(run)),
-                    ServedDomain(**served.domain_fields(run, refreshed.params["domain"])),
-                    ServedLM(**served.lm_fields(run, fitted.params["lm"])),
+                    ServedDomain(**served.domain_fields(run, refreshed)),
+                    ServedLM(**served.lm_fields(run, bdlm.params["lm"])),
                 )
 
         # Report.
-        results = {"data": {**data.fingerprint, "name": _data_name(config)}, "rows": rows}
+        name = Path(config.data.path).name if config.data.path else config.data.kind
+        results = {"data": {**data.fingerprint, "name": name}, "rows": rows}
         if data.world is not None:
-            results["ceilings"] = synthetic.ceilings(data.world, TEST, data.candidates["test"].values())
+            results["ceilings"] = twins.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
         report.write_report(folder, results)
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
@@ -147,69 +115,63 @@ def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
         return train_and_evaluate(config, folder)
 
 
-def _lm_test_scorer(run: Run, params, kind: str, arm, reads: str):
-    reading = lm_rows.reading_rows(run.config, run.data, run.texts, kind=kind, parts=KNOWN["test"])
-    return stages.lm_scorer(run, params, arm, stages.make_bridge(run, reads=reads), reading)
+def _domain_scorer(run: Run, model: str, params) -> evaluate.CatalogueScorer:
+    return scorers.domain_scorer(make_arm(run, model, parts=parts_at_test(run.config)), params)
 
 
-def _test(run: Run, model: str, make_scorer, *, protocols=None) -> list[dict]:
+def _test(run: Run, rows: list, model: str, make_scorer, *, protocols=None) -> None:
     """Evaluates a model on test, once: the counts of every case are kept, and read back by a later start."""
     path = run.folder / "per_user" / f"{model}.npz"
-    protocols = tuple(protocols or run.config.evaluate.protocols)
-    if path.exists():
-        counts = evaluate.load_counts(path)
-    else:
-        scorer, chunk, counts = make_scorer(), run.config.evaluate.chunk, {}
-        bar = lambda chunks: progress(chunks, description=f"test {model}")  # noqa: E731
+    if not path.exists():
+        bar = functools.partial(progress, description=f"test {model}")
         sliced = [name for name in run.data.candidates["test"] if name not in run.config.data.candidates]
-        for name in (*protocols, *sliced):
-            if name == "full":
-                user_N, item_N = run.data.split.cases(TEST)
-                seen = run.data.split.histories(TRAIN, VALIDATION)
-                counts[name] = evaluate.evaluate_full(scorer, user_N, item_N, seen, chunk=chunk, progress=bar)
-            else:
-                candidates = run.data.candidates["test"][name]
-                counts[name] = evaluate.evaluate_candidates(scorer, candidates, chunk=chunk, progress=bar)
-        evaluate.save_counts(path, counts)
-    return evaluate.result_rows(model, counts, run.data.slices)
+        scorer, names = make_scorer(), (*(protocols or run.config.evaluate.protocols), *sliced)
+        evaluate.save_counts(
+            path, {name: stages.count_cases(run, scorer, "test", name, progress=bar) for name in names}
+        )
+    rows += evaluate.result_rows(model, evaluate.load_counts(path), run.data.slices)
 
 
-def _data_name(config) -> str:
-    return Path(config.data.path).name if config.data.path else config.data.kind
+def _tell(run: Run) -> None:
+    data, fingerprint = run.data, run.data.fingerprint
+    parts = ", ".join(f"{name} {count}" for name, count in fingerprint["parts"].items())
+    _LOG.info(
+        "data: %d users, %d items, %d interactions (%s), sha256 %s…, %d text tokens, on %s",
+        data.n_users, data.n_items, fingerprint["interactions"], parts, fingerprint["sha256"][:12],
+        run.texts.vocabulary.n_text, parallel.device_summary(),
+    )  # fmt: skip
 
 
 def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Keeps the resolved config, the versions and the revision; refuses to continue a run of another config."""
-    path = folder / "config.json"
-    resolved = json.loads(config.to_json_best_effort())
+    path, now = folder / "config.json", json.loads(config.to_json_best_effort())
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before.keys() | resolved.keys() if before.get(name) != resolved.get(name))
-        changed = [name for name in changed if name not in ("runtime", "name")]
-        if changed:
-            raise InputError(
-                f"{path} was written with another config.{changed[0]}; choose a new --workdir, or the old settings."
-            )
-    write_json(path, resolved)
+        before, after = (dict(_flat(tree)) for tree in (json.loads(path.read_text(encoding="utf-8")), now))
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key) and key != "name" and not key.startswith("runtime."):
+                raise InputError(
+                    f"{path} was written with another config.{key}: {before.get(key)!r}, and now it is "
+                    f"{after.get(key)!r}; choose a new --workdir, or the old settings."
+                )
+    write_json(path, now)
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy")
-    write_json(
-        folder / "environment.json",
-        {
-            "bdlm_jax": __version__,
-            "python": sys.version.split()[0],
-            "devices": parallel.device_summary(),
-            "cores": os.cpu_count(),
-            "git": _revision(),
-            **{name: importlib.metadata.version(name) for name in names},
-        },
-    )
+    facts = {"python": sys.version.split()[0], "devices": parallel.device_summary(), "cores": os.cpu_count()}
+    versions = {"bdlm_jax": __version__, **{name: importlib.metadata.version(name) for name in names}}
+    write_json(folder / "environment.json", {**facts, **versions, "git": _revision()})
+
+
+def _flat(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _revision() -> str:
-    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

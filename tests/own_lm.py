@@ -11,8 +11,7 @@ from bdlm_jax.lm import causal_lm, hf_config, hf_weights, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
 from bdlm_jax.mutual import domain_epoch, lm_step, optimizer, sharing
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import build, rows
-from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.run import build
 from bdlm_jax.runtime.parallel import compile_step
 from experiments import tiny
 
@@ -57,9 +56,13 @@ def make_run(folder, **lm):
     config = tiny.get_config()
     config.lm.update(lm)
     config.prompts.length = 64
-    data = prepare_data(config, folder / "data")
-    texts = rows.encode_texts(config, data, prepare_vocabulary(config, data, folder / "tokenizer"))
-    return build.Run(config, folder, data, texts, None, jax.random.key(0))
+    return build.start_run(config, folder)
+
+
+def init_params(run, stage="ids_lm", loaded=None):
+    """The tree with which a stage without a domain model starts."""
+    tables = build.measure_tables(run, build.DOT_ARM, build.init_tables(run, stage, build.DOT_ARM), reads="layer0")
+    return build.init_params(run, stage, tables, build.make_decoder(run, loaded))
 
 
 def make_bdlm(folder, shape: LMConfig, trains: str):

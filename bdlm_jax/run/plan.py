@@ -6,6 +6,7 @@ a domain model of plain tables: propagation over them is not in the numbers.
 """
 
 import math
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -17,17 +18,27 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bdlm_jax.lm import causal_lm, lora
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import LISTS
-from bdlm_jax.mutual import lm_step, sharing
+from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import build as arms
-from bdlm_jax.run import checks as config_check
-from bdlm_jax.run import hlo_costs
-from bdlm_jax.run.prepare import prepare_data
-from bdlm_jax.runtime import parallel
-from bdlm_jax.runtime import sharding as mesh
-from bdlm_jax.types import InputError, TrainState
+from bdlm_jax.run import checks
+from bdlm_jax.run.build import (
+    DOT_ARM,
+    Decoder,
+    Run,
+    Tables,
+    init_params,
+    init_tables,
+    lm_rates,
+    make_bridge,
+    make_lm_arm,
+)
+from bdlm_jax.run.prepare import lm_shape, prepare_data
+from bdlm_jax.runtime import parallel, sharding
+from bdlm_jax.runtime.fit import Arm
+from bdlm_jax.runtime.sharding import Layout
+from bdlm_jax.types import InputError, TrainState, leaf_name
 
 
 class Device(NamedTuple):
@@ -56,90 +67,85 @@ _GROUPS = (
 )
 
 
-class Plan(NamedTuple):
-    """A config's LM step as shapes: nothing in it is an array.
+# Of a compiled program's text; XLA's own cost analysis counts a loop's body once.
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(?:-start)?\(")
+_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
-    `leaves` are (name, dtype, Layout, trained) of the parameters; `kept` the same of the optimiser's state.
-    """
+
+class Leaf(NamedTuple):
+    """One array of the step's state as it lies on the mesh."""
+
+    name: str
+    dtype: Any
+    layout: Layout
+    trained: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.layout.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class Plan(NamedTuple):
+    """A config's LM step as shapes: nothing in it is an array; `kept` is the optimiser's state."""
 
     config: ml_collections.ConfigDict
     sizes: dict[str, int]
     device: Device
-    lm: causal_lm.LMConfig
-    state: Any
+    lm: LMConfig
+    state: TrainState
     batch: dict[str, Any]
     constants: tuple[Any, ...]
-    leaves: list[tuple[str, Any, mesh.Layout, bool]]
-    kept: list[tuple[str, Any, mesh.Layout]]
+    leaves: list[Leaf]
+    kept: list[Leaf]
 
 
 def print_needs(config: ml_collections.ConfigDict, _: str | None = None) -> None:
     """Checks a config, and prints what its LM step needs; XLA compiles it too, unless `dry_run.compile` is False.
 
     Call it before anything touches a device: the process then has `dry_run.devices` pretended ones and no other.
-
-    Args:
-      config: of an experiment.
-
-    Raises:
-      InputError: the config cannot run on that many devices.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", config.dry_run.devices if config.parallel != "jit" else 1)
-    config_check.check_config(config, paths=False)
+    checks.check_config(config, paths=False)
     plan = make_plan(config)
     print(describe(plan, compile_plan(plan) if config.dry_run.compile else None))
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
-    """Derives all shapes of a config's LM step.
-
-    Args:
-      config: of an experiment, checked.
-
-    Returns:
-      Plan.
-
-    Raises:
-      InputError: a mesh that does not fit `dry_run.devices`, or a leaf that does not divide over it.
-    """
+    """Derives all shapes of a checked config's LM step; a mesh or a leaf that does not divide is refused."""
     given = config.dry_run
+    if given.device not in DEVICES:
+        raise InputError(f"config.dry_run.device is {given.device!r}; it must be one of {', '.join(DEVICES)}.")
     if config.parallel == "jit" and given.devices > 1:
         raise InputError(
             f"config.parallel is 'jit', which uses one device, and config.dry_run.devices is {given.devices}; "
             "set config.parallel to mesh or pmap."
         )
-    if config.parallel == "mesh":
-        sizes = mesh.mesh_sizes(config.mesh.to_dict(), given.devices)
-    else:
-        sizes = mesh.mesh_sizes({"data": 1 if config.parallel == "jit" else given.devices}, max(1, given.devices))
+    wanted = config.mesh.to_dict() if config.parallel == "mesh" else {"data": given.devices}
+    sizes = sharding.mesh_sizes(wanted, given.devices)
     config = ml_collections.ConfigDict(config.to_dict())
-    config.parallel = "jit"  # the arm is only asked for its optimiser here
+    config.parallel, config.mesh = "jit", sizes  # the arm is only asked for its optimiser here
     run = _pretended_run(config)
-    lm_arm, bridge = _lm_arm(run)
-    params = _abstract_params(run, bridge.lm)
+    arm, params = _lm_arm(run), _abstract_params(run)
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(params, jax.eval_shape(lm_arm.optimizer.init, params), step, key)
-    layout = mesh.state_layout(state, sizes)
-    named = [
-        (mesh.leaf_name(path), leaf.dtype, where)
-        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout))
-    ]
-    kept = [entry for entry in named if entry[0].startswith("opt_state/")]
+    state = TrainState(params, jax.eval_shape(arm.optimizer.init, params), step, key)
+    named = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(sharding.state_layout(state, sizes)))
+    leaves = [Leaf(leaf_name(path), leaf.dtype, layout) for (path, leaf), layout in named]
+    kept = [leaf for leaf in leaves if leaf.name.startswith("opt_state/")]
     leaves = [
-        (name, dtype, where, any(other.endswith("/" + name.removeprefix("params/")) for other, _, _ in kept))
-        for name, dtype, where in named
-        if name.startswith("params/")
+        leaf._replace(trained=any(other.name.endswith("/" + leaf.name.removeprefix("params/")) for other in kept))
+        for leaf in leaves
+        if leaf.name.startswith("params/")
     ]
-    width = config.shared.width
-    view = {name: _floats(table.shape[0], width) for name, table in params["shared"].items()}
-    constants = view, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lm_arm.constants)
+    view = {name: jax.ShapeDtypeStruct(table.shape, jnp.float32) for name, table in params["shared"].items()}
+    constants = view, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arm.constants)
     config.parallel = "mesh"
-    config.mesh = sizes
-    return Plan(
-        config, sizes, DEVICES[given.device], bridge.lm, state, _abstract_batch(config), constants, leaves, kept
-    )
+    return Plan(config, sizes, DEVICES[given.device], run.lm, state, _abstract_batch(config), constants, leaves, kept)
 
 
 def compile_plan(plan: Plan) -> dict[str, float]:
@@ -152,34 +158,33 @@ def compile_plan(plan: Plan) -> dict[str, float]:
     n = math.prod(plan.sizes.values())
     if parallel.device_count() != n:
         raise InputError(f"the dry run needs {n} pretended devices, but there are {parallel.device_count()}.")
-    config = plan.config
-    lm_arm, _ = _lm_arm(_pretended_run(config))
-    began = time.monotonic()
-    compiled = lm_arm.compiled.lower(plan.state, plan.batch, *plan.constants).compile()
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    arm, began = _lm_arm(_pretended_run(plan.config)), time.monotonic()
+    compiled = arm.compiled.lower(plan.state, plan.batch, *plan.constants).compile()
+    memory = compiled.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "flops": costs.get("flops", math.nan),
-        "moved": sum(hlo_costs.collective_bytes(compiled.as_text()).values()),
+        "flops": compiled.cost_analysis().get("flops", math.nan),
+        "moved": sum(collective_bytes(compiled.as_text()).values()),
         "seconds": time.monotonic() - began,
     }
 
 
 def bytes_per_device(plan: Plan) -> dict[str, float]:
     """Counts the bytes of one device by hand: what lies there all the time, and what a step adds at its highest."""
-    size = lambda dtype, where: math.prod(where.shard(plan.sizes)) * jnp.dtype(dtype).itemsize  # noqa: E731
-    t, f = plan.sizes["tensor"], plan.sizes["fsdp"]
-    kernels = [(n, d, w) for n, d, w, _ in plan.leaves if n.startswith("params/lm/layers/")]
+
+    def size(leaf):
+        return math.prod(leaf.layout.shard(plan.sizes)) * jnp.dtype(leaf.dtype).itemsize
+
     found = {
-        "parameters": sum(size(dtype, where) for _, dtype, where, _ in plan.leaves),
-        "optimiser state": sum(size(dtype, where) for _, dtype, where in plan.kept if dtype != jax.dtypes.prng_key),
-        "gradients": sum(size(dtype, where) for _, dtype, where, trained in plan.leaves if trained),
+        "parameters": sum(map(size, plan.leaves)),
+        "optimiser state": sum(size(leaf) for leaf in plan.kept if leaf.dtype != jax.dtypes.prng_key),
+        "gradients": sum(size(leaf) for leaf in plan.leaves if leaf.trained),
         "activations": _activation_bytes(plan),
     }
-    if f > 1:  # a layer's weights come together where they are used, and the next layer's while it computes
-        whole = sum(math.prod(w.shape) * jnp.dtype(d).itemsize for _, d, w in kernels) / plan.lm.n_layers
-        found["gathered weights of two layers"] = 2 * whole / t
+    if plan.sizes["fsdp"] > 1:  # a layer's weights come together where they are used, the next layer's as it computes
+        layers = sum(leaf.bytes for leaf in plan.leaves if leaf.name.startswith("params/lm/layers/"))
+        found["gathered weights of two layers"] = 2 * (layers / plan.lm.n_layers) / plan.sizes["tensor"]
     return found
 
 
@@ -187,10 +192,8 @@ def flops_per_step(plan: Plan) -> dict[str, float]:
     """Counts the multiplications and additions of matrix products in one step, over all devices.
 
     A product of (n, a) and (a, b) is 2·n·a·b; the backward pass is two of them, or one where the weights are frozen;
-    attention is counted over the whole square, as it is computed.
-
-    Returns:
-      {"model": forward and backward, "hardware": with what rematerialisation computes again}.
+    attention is counted over the whole square, as it is computed. "model" is forward and backward, "hardware" also what
+    rematerialisation computes again.
     """
     c, lm, batch = plan.config, plan.lm, plan.batch
     rows, length = batch["tokens"].shape
@@ -198,8 +201,8 @@ def flops_per_step(plan: Plan) -> dict[str, float]:
     layer = lm.width * (projections + (3 if lm.gated else 2) * lm.mlp_width)
     tokens = lm.n_layers * rows * length
     products, square = 2 * tokens * layer, 4 * tokens * length * lm.n_heads * lm.head_dim
-    beside = [where.shape for name, _, where, _ in plan.leaves if name.startswith("params/lm/lora/layers/")]
-    thin = 2 * rows * length * sum(math.prod(shape) for shape in beside)
+    beside = [leaf.layout.shape for leaf in plan.leaves if leaf.name.startswith("params/lm/lora/layers/")]
+    thin = 2 * rows * length * sum(map(math.prod, beside))
     items = rows * batch["item_target"].shape[1] * c.dry_run.n_items if c.mutual.lm.item else 0
     texts = rows * batch["text_target"].shape[1] * lm.vocab_size if c.mutual.lm.text else 0
     heads = 2 * lm.width * (items + texts)
@@ -217,62 +220,59 @@ def bytes_moved(plan: Plan) -> dict[str, float]:
     scatters gradients; data sums the gradients' shards; tensor sums each block's output, forward and backward.
     """
     n, lm = plan.sizes, plan.lm
-    share = lambda axis: (n[axis] - 1) / n[axis]  # noqa: E731
-    whole = lambda entry: math.prod(entry[2].shape) * jnp.dtype(entry[1]).itemsize  # noqa: E731
-    sharded = [entry for entry in plan.leaves if "fsdp" in str(entry[2].spec)]
-    gathered = sum(whole(entry) for entry in sharded) / n["tensor"]
-    summed = sum(whole(entry) for entry in sharded if entry[3]) / n["tensor"]
-    others = sum(whole(entry) for entry in plan.leaves if entry[3] and entry not in sharded)
+    share = {axis: (size - 1) / size for axis, size in n.items()}
+    sharded = [leaf for leaf in plan.leaves if "fsdp" in str(leaf.layout.spec)]
+    gathered = sum(leaf.bytes for leaf in sharded) / n["tensor"]
+    summed = sum(leaf.bytes for leaf in sharded if leaf.trained) / n["tensor"]
+    others = sum(leaf.bytes for leaf in plan.leaves if leaf.trained and leaf not in sharded)
     rows, length = plan.batch["tokens"].shape
     stream = rows * length * lm.width * jnp.dtype(lm.dtype).itemsize / (n["data"] * n["fsdp"])
     return {
-        "all-gather of weights": 2 * gathered * share("fsdp"),
-        "reduce-scatter of gradients": summed * share("fsdp"),
-        "all-reduce of gradients": 2 * share("data") * (summed / n["fsdp"] + others) + 2 * share("fsdp") * others,
-        "all-reduce of activations": 2 * share("tensor") * stream * lm.n_layers * (4 + 2 * (lm.remat is True)),
+        "all-gather of weights": 2 * gathered * share["fsdp"],
+        "reduce-scatter of gradients": summed * share["fsdp"],
+        "all-reduce of gradients": 2 * share["data"] * (summed / n["fsdp"] + others) + 2 * share["fsdp"] * others,
+        "all-reduce of activations": 2 * share["tensor"] * stream * lm.n_layers * (4 + 2 * (lm.remat is True)),
     }
 
 
 def describe(plan: Plan, compiled: dict[str, float] | None) -> str:
     """Writes the tables, as Markdown."""
-    device, n = plan.device, math.prod(plan.sizes.values())
-    told = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
+    device, c, n = plan.device, plan.config.lm, math.prod(plan.sizes.values())
+    rows, length = plan.batch["tokens"].shape
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
+    counts: dict[str, list[int]] = {}
+    for leaf in plan.leaves:
+        size = math.prod(leaf.layout.shape)
+        for group in (next(words for prefix, words in _GROUPS if leaf.name.startswith(prefix)), "together"):
+            count = counts.setdefault(group, [0, 0])
+            count[0] += size
+            count[1] += size * leaf.trained
+    counts["together"] = counts.pop("together")  # last
+    found, flops, moved = bytes_per_device(plan), flops_per_step(plan), bytes_moved(plan)
+    total, least = sum(found.values()), sum(moved.values()) / device.link * 2
+    verdict = f"{total / device.memory:.0%} of a device" + ("" if total <= device.memory else ": it does not fit")
     lines = [
-        f"{n} x {device.name} ({device.memory / 1e9:.0f} GB), mesh {told}; lm.trains {plan.config.lm.trains}, "
-        f"optimiser {plan.config.lm.optimizer}, weights {plan.config.lm.param_dtype}, compute {plan.lm.dtype}; "
-        f"batch of {plan.batch['tokens'].shape[0]} rows of {plan.batch['tokens'].shape[1]} tokens",
+        f"{n} x {device.name} ({device.memory / 1e9:.0f} GB), mesh {mesh}; lm.trains {c.trains}, "
+        f"optimiser {c.optimizer}, weights {c.param_dtype}, compute {plan.lm.dtype}; "
+        f"batch of {rows} rows of {length} tokens",
         "",
         "| parameters | all | trained |",
         "|---|---:|---:|",
-    ]
-    counts: dict[str, list[int]] = {}
-    for name, _, where, trained in plan.leaves:
-        group = next(words for prefix, words in _GROUPS if name.startswith(prefix))
-        count = counts.setdefault(group, [0, 0])
-        count[0] += math.prod(where.shape)
-        count[1] += math.prod(where.shape) * trained
-    counts["together"] = [sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values())]
-    lines += [f"| {group} | {a:,} | {b:,} |" for group, (a, b) in counts.items()]
-    found = bytes_per_device(plan)
-    total = sum(found.values())
-    verdict = f"{total / device.memory:.0%} of a device" + ("" if total <= device.memory else ": it does not fit")
-    lines += ["", "| bytes per device | GB |", "|---|---:|"]
-    lines += [f"| {name} | {_gb(value)} |" for name, value in found.items()]
-    lines += [f"| together, by hand | {_gb(total)} ({verdict}) |"]
-    flops, moved = flops_per_step(plan), bytes_moved(plan)
-    lines += [
+        *[f"| {group} | {a:,} | {b:,} |" for group, (a, b) in counts.items()],
+        "",
+        "| bytes per device | GB |",
+        "|---|---:|",
+        *[f"| {name} | {_gb(value)} |" for name, value in found.items()],
+        f"| together, by hand | {_gb(total)} ({verdict}) |",
         "",
         "| one step | |",
         "|---|---:|",
         f"| model FLOPs, all devices | {flops['model'] / 1e12:,.1f} T |",
         f"| FLOPs with what is computed again | {flops['hardware'] / 1e12:,.1f} T |",
         f"| least time at {device.flops / 1e12:,.0f} TFLOP/s a device | {flops['hardware'] / n / device.flops:.3f} s |",
+        *[f"| {name}, a device | {_gb(value)} GB |" for name, value in moved.items() if value],
+        *([f"| least time of moving at {device.link / 2e9:,.0f} GB/s | {least:.3f} s |"] if n > 1 else []),
     ]
-    lines += [f"| {name}, a device | {_gb(value)} GB |" for name, value in moved.items() if value]
-    if n > 1:
-        lines += [
-            f"| least time of moving at {device.link / 2e9:,.0f} GB/s | {sum(moved.values()) / device.link * 2:.3f} s |"
-        ]
     if compiled:
         lines += [
             "",
@@ -286,47 +286,70 @@ def describe(plan: Plan, compiled: dict[str, float] | None) -> str:
     return "\n".join(lines)
 
 
-def _lm_arm(run: arms.Run):
-    weights = LMWeights(**run.config.mutual.lm.to_dict())
-    bridge = arms.make_bridge(run, reads="layer0")
-    rate = lambda step: run.config.lm.learning_rate  # noqa: E731
-    shared = run.config.shared.trained_by in ("both", "lm")
-    size = {"row_std": run.config.lm.row_std or 1.0}
-    return arms.make_lm_arm(run, None, bridge, weights, rate=rate, train_shared=shared, **size), bridge
+def collective_bytes(text: str) -> dict[str, float]:
+    """Sums the result sizes of a compiled program's collectives by kind, a loop's body as often as it runs.
+
+    A loop without a known number of rounds counts once.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            current = bodies.setdefault(begins[2], [])
+            entry = begins[2] if begins[1] else entry
+        else:
+            current.append(line)
+    totals: dict[str, float] = {}
+
+    def walk(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if found := _COLLECTIVE.search(line):
+                totals[found[2]] = totals.get(found[2], 0.0) + times * _size(found[1])
+            elif " while(" in line:
+                rounds = _TRIPS.search(line)
+                walk(_CALLED.search(line)[1], times * (int(rounds[1]) if rounds else 1))
+            elif " call(" in line or " conditional(" in line:
+                for called in _CALLED.findall(line):
+                    walk(called, times)
+
+    walk(entry, 1)
+    return totals
 
 
-def _pretended_run(config: ml_collections.ConfigDict) -> arms.Run:
+def _size(shapes: str) -> int:
+    return sum(
+        math.prod(int(n) for n in sizes.split(",") if n) * _BYTES.get(kind, 4)
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    )
+
+
+def _lm_arm(run: Run) -> Arm:
+    weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
+    shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
+    return make_lm_arm(run, None, make_bridge(run, reads="layer0"), weights, lm_rates(lambda step: rate, shared=shared))
+
+
+def _pretended_run(config: ml_collections.ConfigDict) -> Run:
     """A run that has counts in place of data and of a tokenizer."""
-    n_users, n_items = config.dry_run.n_users, config.dry_run.n_items
-    if not (n_users and n_items):
+    given = config.dry_run
+    if not (given.n_users and given.n_items):
         with tempfile.TemporaryDirectory() as folder:
             data = prepare_data(config, Path(folder))
-        n_users, n_items = data.n_users, data.n_items
-    nothing = np.zeros(0, np.int32)
+        given.n_users, given.n_items = data.n_users, data.n_items
     split = SimpleNamespace(
-        degree=lambda *parts: np.ones(n_items, np.int64),
-        histories=lambda *parts: (np.zeros(n_users + 1, np.int64), nothing),
+        degree=lambda *parts: np.ones(given.n_items, np.int64),
+        histories=lambda *parts: (np.zeros(given.n_users + 1, np.int64), np.zeros(0, np.int32)),
     )
-    own = arms.own_lm_config(config).vocab_size if config.lm.path or config.lm.config else config.tokenizer.vocab_size
-    vocabulary = SimpleNamespace(n_text=-(-own // 8) * 8, user_tokens=None, unnamed_user=None)
-    config.dry_run.n_users, config.dry_run.n_items = n_users, n_items
-    data = SimpleNamespace(n_users=n_users, n_items=n_items, split=split)
-    return arms.Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
+    data = SimpleNamespace(n_users=given.n_users, n_items=given.n_items, split=split)
+    n_text = -(-lm_shape(config).vocab_size // 8) * 8
+    vocabulary = SimpleNamespace(n_text=n_text, user_tokens=None, unnamed_user=None)
+    return Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
 
 
-def _abstract_params(run: arms.Run, shape: causal_lm.LMConfig) -> Any:
-    c = run.config
-
+def _abstract_params(run: Run) -> Any:
     def make():
-        key = jax.random.key(0)
-        lm = causal_lm.init_lm(key, shape)
-        lm = jax.tree.map(lambda leaf: leaf.astype(c.lm.param_dtype), lm)
-        if c.lm.trains == "lora":
-            options = {"rank": c.lm.lora_rank, "targets": c.lm.lora_targets, "alpha": c.lm.lora_alpha}
-            lm = {**lm, lora.LORA: lora.init_lora(key, lm, **options)}
-        bridge = sharing.init_bridge(key, width=c.shared.width, lm_width=shape.width)
-        tables = sharing.init_shared(key, n_users=c.dry_run.n_users, n_items=c.dry_run.n_items, width=c.shared.width)
-        return {"shared": tables, "domain": {}, "lm": {**lm, "bridge": bridge}}
+        tables = Tables(init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
+        return init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
 
     return jax.eval_shape(make)
 
@@ -342,9 +365,9 @@ def _abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "user": prompts,
         "card_item": max(1, length // title),
     }
-    whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    batch = {name: whole(rows, length) for name in ("tokens", "positions", "segments")} | {"row": whole(rows)}
-    return batch | {name: whole(rows, widths[pair[1]]) for pair in LISTS for name in pair}
+    shapes = {name: (rows, length) for name in ("tokens", "positions", "segments")} | {"row": (rows,)}
+    shapes |= {name: (rows, widths[pair[1]]) for pair in LISTS for name in pair}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
 
 def _activation_bytes(plan: Plan) -> float:
@@ -361,10 +384,6 @@ def _activation_bytes(plan: Plan) -> float:
     kept = {True: stream, "dots": 2 * stream + heads + inner, False: layer}[lm.remat] * lm.n_layers
     text = min(lm_step.TEXT_CHUNK, rows * plan.batch["text_target"].shape[1]) * lm.vocab_size * 4
     return kept + max(2 * layer, 2 * text)
-
-
-def _floats(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _gb(value: float) -> str:

@@ -1,23 +1,25 @@
-"""From a config to what all models share: the split, the frozen candidates, the texts, the vocabulary."""
+"""From a config to what all models share: the split, the frozen candidates, the texts, the vocabulary, the shapes."""
 
+import dataclasses
+import functools
 import gzip
 import json
 import lzma
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 
-from bdlm_jax.data import candidates as candidates_lib
-from bdlm_jax.data import interactions as interactions_lib
-from bdlm_jax.data import readers, splits
-from bdlm_jax.data import twins as synthetic
+from bdlm_jax.data import candidates as candidate_files
+from bdlm_jax.data import interactions, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
-from bdlm_jax.lm import hf_config as families
-from bdlm_jax.lm import hf_weights as huggingface
-from bdlm_jax.lm import vocabulary as vocabulary_lib
+from bdlm_jax.lm import hf_config, hf_weights, vocabulary
+from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.runtime.files import write_json
 from bdlm_jax.types import InputError
 
 PARTS = {"validation": VALIDATION, "test": TEST}
@@ -27,12 +29,10 @@ KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be kno
 class Data(NamedTuple):
     """What every model of a run sees.
 
-    split: the interactions and their parts.
     slices: {name: (I,) bool} over target items; "all" is always there.
     candidates: {"validation" | "test": {protocol: Candidates}}.
     item_texts: I strings; user_texts: U strings, or None where no user field is asked for.
     corpus: documents for pretraining, maybe empty.
-    world: the twins world, or None.
     fingerprint: counts and hashes of the table and of every candidate file.
     """
 
@@ -42,7 +42,7 @@ class Data(NamedTuple):
     item_texts: list[str]
     user_texts: list[str] | None
     corpus: list[str]
-    world: synthetic.World | None
+    world: twins.World | None
     fingerprint: dict
 
     @property
@@ -55,25 +55,16 @@ class Data(NamedTuple):
 
 
 def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
-    """Reads or generates the data, splits it, and writes the candidate files once.
+    """Reads or generates the data, splits it, and writes candidates and fingerprint to `folder` once.
 
-    Args:
-      config: the run's config.
-      folder: where candidates and the fingerprint are kept; a second call checks that both are unchanged.
-
-    Returns:
-      Data.
-
-    Raises:
-      InputError: data that cannot be used, or data other than the folder was begun with.
+    A second call checks that both are unchanged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    world = None
-    if config.data.kind == "twins":
-        world = synthetic.make_world(seed=config.seed, **config.data.options.to_dict())
+    c, world = config.data, None
+    if c.kind == "twins":
+        world = twins.make_world(seed=config.seed, **c.options.to_dict())
         split = world.split
     else:
-        table = readers.load_source(config.data.kind, config.data.path, **config.data.options.to_dict())
+        table = readers.load_source(c.kind, c.path, **c.options.to_dict())
         split = table if isinstance(table, Split) else _split(config, table)
     table = split.interactions
     empty = [part for part in PARTS if not split.counts()[part]]
@@ -82,77 +73,110 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         raise InputError(f"the {empty[-1]} part of the data has no interaction to predict; choose another data.split.")
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
-    made = {
-        part: {
-            name: _candidates(folder, split, part, name, n, config.seed) for name, n in config.data.candidates.items()
-        }
-        for part in PARTS
-    }
+    made = {part: _candidates(config, folder, split, part) for part in PARTS}
     slices = {"all": np.ones(table.n_items, bool)}
     if world is not None:
         slices |= world.item_slices
         for part, number in PARTS.items():
-            made[part] |= synthetic.slice_candidates(world, number, config.seed)
+            made[part] |= twins.slice_candidates(world, number, config.seed)
     else:
         slices["cold"] = split.degree(TRAIN, VALIDATION) == 0
     fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)
-    partial = folder / "fingerprint.json.partial"
-    partial.write_text(json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / "fingerprint.json")
+    write_json(folder / "fingerprint.json", fingerprint)
     return Data(
         split=split,
         slices=slices,
         candidates=made,
-        item_texts=table.item_text(tuple(config.data.item_fields)),
-        user_texts=table.user_text(tuple(config.data.user_fields)) if config.data.user_fields else None,
-        corpus=_corpus(config, world),
+        item_texts=table.item_text(tuple(c.item_fields)),
+        user_texts=table.user_text(tuple(c.user_fields)) if c.user_fields else None,
+        corpus=_corpus(config.pretrain, world),
         world=world,
         fingerprint=fingerprint,
     )
 
 
-def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Path) -> vocabulary_lib.Vocabulary:
+def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Path) -> Vocabulary:
     """Loads the run's tokenizer, or trains one on the item texts and the corpus and keeps it in `folder`.
 
     A language model of `lm.path` comes with its own, whose special tokens and chat template stay as they are; the
     vocabulary has at least as many text rows as the model.
     """
-    own = huggingface.find_folder(config.lm.path) if config.lm.path else None
+    own = own_folder(config.lm.path) if config.lm.path else None
     if config.tokenizer.path or own:
-        tokenizer = vocabulary_lib.load_tokenizer(config.tokenizer.path or own)
+        tokenizer = vocabulary.load_tokenizer(config.tokenizer.path or own)
     elif (folder / "tokenizer.json").exists():
-        tokenizer = vocabulary_lib.load_tokenizer(folder)
+        tokenizer = vocabulary.load_tokenizer(folder)
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
-        tokenizer = vocabulary_lib.train_tokenizer(texts, config.tokenizer.vocab_size)
-        vocabulary_lib.save_tokenizer(folder, tokenizer)
-    rows = families.lm_config_from_hf(own).vocab_size if own else 0
-    return vocabulary_lib.Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
+        tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
+        vocabulary.save_tokenizer(folder, tokenizer)
+    rows = lm_shape(config).vocab_size if own else 0
+    return Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
+
+
+@functools.cache
+def own_folder(path: str) -> Path:
+    """The local folder of `lm.path`; the hub is asked once."""
+    return hf_weights.find_folder(path)
+
+
+def lm_shape(config: ml_collections.ConfigDict, n_text: int | None = None) -> LMConfig:
+    """The decoder's shape from the config's own words, or from the config.json of `lm.path` or `lm.config`.
+
+    Without `n_text`, the vocabulary's number of text rows, it has the config's or the config.json's.
+    """
+    c = config.lm
+    how = {"remat": c.remat and (c.remat_keeps if c.remat_keeps == "dots" else True), "attention": c.attention}
+    how |= {"dtype": c.dtype, "dropout": c.dropout}
+    if c.path or c.config:
+        shape = hf_config.lm_config_from_hf(own_folder(c.path) if c.path else _read_config_json(c.config), **how)
+        return shape if n_text is None else dataclasses.replace(shape, vocab_size=n_text)
+    sizes = ("width", "n_layers", "n_heads", "n_kv_heads", "mlp_width", "tie_embeddings")
+    try:
+        return LMConfig(n_text or config.tokenizer.vocab_size, **{name: c[name] for name in sizes}, **how)
+    except InputError as error:
+        raise InputError(f"config.lm: {error}") from None
+
+
+def domain_settings(config: ml_collections.ConfigDict, model: str) -> dict:
+    """What a domain model is built with, for `domain.models.make_arm`."""
+    c = config.domain
+    options = c.options.to_dict() if model == c.model else {}
+    settings = {name: c[name] for name in ("n_layers", "layer_weights", "backend")}
+    return {**settings, "length": config.prompts.max_items, **options}
+
+
+def _read_config_json(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"config.lm.config: {path} cannot be read ({error}); give a config.json.") from error
 
 
 def _split(config, table) -> Split:
-    if config.data.min_rating:
-        table = interactions_lib.filter_rating(table, minimum=config.data.min_rating)
-    if config.data.min_user or config.data.min_item:
-        table = interactions_lib.k_core(table, user=config.data.min_user or 1, item=config.data.min_item or 1)
-    shares = {"validation": config.data.validation, "test": config.data.test}
-    if config.data.split == "leave_one_out":
+    c = config.data
+    if c.min_rating:
+        table = interactions.filter_rating(table, minimum=c.min_rating)
+    if c.min_user or c.min_item:
+        table = interactions.k_core(table, user=c.min_user or 1, item=c.min_item or 1)
+    if c.split == "leave_one_out":
         return splits.leave_one_out(table)
-    if config.data.split == "global_time":
-        return splits.global_time(table, **shares)
-    return splits.ratio(table, **shares, seed=config.seed)
+    if c.split == "global_time":
+        return splits.global_time(table, validation=c.validation, test=c.test)
+    return splits.ratio(table, validation=c.validation, test=c.test, seed=config.seed)
 
 
-def _candidates(folder: Path, split: Split, part: str, name: str, n_negatives: int, seed: int) -> Candidates:
-    path = folder / f"{part}_{name}.npz"
-    if path.exists():
-        made = candidates_lib.load_candidates(path)
-    else:
-        made = candidates_lib.make_candidates(split, PARTS[part], n_negatives=n_negatives, seed=seed, name=name)
-        candidates_lib.save_candidates(path, made)
-    candidates_lib.check_candidates(split, made)
-    return made
+def _candidates(config, folder: Path, split: Split, part: str) -> dict[str, Candidates]:
+    found = {}
+    for name, n in config.data.candidates.items():
+        path = folder / f"{part}_{name}.npz"
+        if not path.exists():
+            made = candidate_files.make_candidates(split, PARTS[part], n_negatives=n, seed=config.seed, name=name)
+            candidate_files.save_candidates(path, made)
+        found[name] = candidate_files.load_candidates(path)
+        candidate_files.check_candidates(split, found[name])
+    return found
 
 
 def _check_fingerprint(path: Path, fingerprint: dict) -> None:
@@ -163,19 +187,23 @@ def _check_fingerprint(path: Path, fingerprint: dict) -> None:
 
 
 def _corpus(config, world) -> list[str]:
-    path = config.pretrain.corpus
-    if not path:
+    """The documents of `pretrain.corpus` (.txt, .gz, .xz, one a line), or those of the world."""
+    if not config.corpus:
         return list(world.corpus) if world is not None else []
-    if not Path(path).is_file():
-        raise InputError(
-            f"config.pretrain.corpus: {path} is no file; give a text file (.txt, .gz, .xz), a document a line."
-        )
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(config.corpus).suffix, open)
     documents, words = [], 0
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            documents.append(line.strip())
-            words += line.count(" ") + 1
-            if words > config.pretrain.max_tokens:  # a word is at least a token, so this is enough
-                break
+    try:
+        with opener(config.corpus, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                if "\0" in line:
+                    raise ValueError("it is no text")
+                documents.append(line.strip())
+                words += line.count(" ") + 1
+                if words > config.max_tokens:  # a word is at least a token, so this is enough
+                    break
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(
+            f"config.pretrain.corpus: {config.corpus} cannot be read ({error}); give a whole UTF-8 text file "
+            "(.txt, .gz, .xz), a document a line."
+        ) from error
     return [document for document in documents if document]

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
+from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import lora
 from bdlm_jax.mutual import sharing
-from bdlm_jax.run.build import Run, lm_config, make_arm, make_bridge, make_test_arm
-from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run.build import Run, make_arm, make_bridge, parts_at_test
+from bdlm_jax.run.prepare import domain_settings
 from bdlm_jax.run.rows import prompt_options
 from bdlm_jax.types import Params
 
@@ -22,16 +23,16 @@ def catalogue_fields(run: Run) -> dict:
 
 def domain_fields(run: Run, params: Params) -> dict:
     """The domain arm's tables as they stand at test time, and what rebuilds the model."""
-    c, arm = run.config, make_test_arm(run)
-    user_UD, item_ID = jax.jit(arm.encode)(params["shared"], params["domain"])
-    known = KNOWN["test"] if c.domain.test_graph == "train+validation" else KNOWN["validation"]
+    model, parts = run.config.domain.model, parts_at_test(run.config)
+    arm = make_arm(run, model, parts=parts)
+    view = scorers.domain_view(arm, params)
     return {
-        "model": c.domain.model,
-        "user_UD": np.asarray(user_UD, np.float32),
-        "item_ID": np.asarray(item_ID, np.float32),
-        "degree_I": run.data.split.degree(*known),
+        "model": model,
+        "user_UD": np.asarray(view["user"], np.float32),
+        "item_ID": np.asarray(view["item"], np.float32),
+        "degree_I": run.data.split.degree(*parts),
         "domain": params["domain"],
-        "options": {"length": c.prompts.max_items, **c.domain.get("options", {})},
+        "options": domain_settings(run.config, model),
         "dot": arm.dot,
         "reads_history": arm.read is not None,
     }
@@ -45,7 +46,7 @@ def lm_fields(run: Run, params: Params) -> dict:
     rows_XM, _ = id_rows(params, bridge=bridge, arm=make_arm(run, c.domain.model))
     return {
         "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
-        "config": lm_config(run),
+        "config": run.lm,
         "id_rows_XM": np.asarray(rows_XM, np.float32),
         "vocabulary": run.texts.vocabulary,
         "titles": run.texts.titles,

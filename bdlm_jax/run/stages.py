@@ -1,327 +1,318 @@
 """What each stage of a run trains: pretraining, the arms alone, and the mutual rounds. Each returns a `fit.Fitted`.
 
-A stage names its arms, its phases and its validation, and hands them to the one loop in `fit`.
+A stage names its arms, its phases and its validation, and hands them to the one loop in `runtime.fit`.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from bdlm_jax.data.splits import VALIDATION
 from bdlm_jax.domain.arm import DomainArm
-from bdlm_jax.evaluation import evaluate
-from bdlm_jax.evaluation import scorers as models
-from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.evaluation import evaluate, scorers
+from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
+from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import sharing
+from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
-from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run import rows
 from bdlm_jax.run.build import (
     DOT_ARM,
+    Decoder,
     Run,
-    init_domain_params,
     init_params,
-    lm_config,
-    load_weights,
+    init_tables,
+    lm_rates,
+    load_decoder,
     make_arm,
     make_bridge,
+    make_decoder,
     make_domain_arm,
     make_lm_arm,
-    make_test_arm,
-    row_std,
-    table_std,
-    warm_items,
+    measure_tables,
+    parts_at_test,
+    shared_rate,
 )
-from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run.prepare import KNOWN, PARTS
 from bdlm_jax.runtime.fit import Fitted, Phase
 from bdlm_jax.types import Params
 
+_TEXT_ONLY, _ITEMS_ONLY = LMWeights(item=0.0, text=1.0), LMWeights(item=1.0, text=0.0)
 
-def pretrain_lm(run: Run) -> Params | None:
-    """Trains the decoder on the corpus; returns its params, or None where there is nothing to begin from.
+
+class Reader(NamedTuple):
+    """How the LM's states are read: how the arms meet, everyone's prompt, and every item's card (or None)."""
+
+    arm: DomainArm
+    bridge: Bridge
+    users: Packed
+    cards: Packed | None = None
+
+    def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
+        sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
+        return scorers.read_states(params, packed, arm=self.arm, bridge=self.bridge, **sizes)
+
+    def scorer(self, run: Run, params: Params) -> CatalogueScorer:
+        """The LM arm as a scorer: one forward pass a user."""
+        states = self.read(run, params, self.users)
+        return scorers.state_scorer(states["user"], states["rows_item"])
+
+    def view(self, run: Run, params: Params) -> Params:
+        """What the domain arm learns from."""
+        return scorers.lm_view(params, self.read(run, params, self.users), self.read(run, params, self.cards))
+
+
+def pretrain_lm(run: Run) -> Decoder:
+    """Trains the decoder on the corpus, where there is one.
 
     A decoder of `lm.path` comes as it is, unless `pretrain.corpus` is set: then it goes on from there (domain-adaptive
     pretraining), with whatever `lm.trains` lets train.
     """
+    config, c = run.config, run.config.pretrain
+    packed = None
+    if c.epochs > 0 and (c.corpus or not config.lm.path):
+        packed = rows.corpus_rows(config, run.data, run.texts)
+    if packed is None:
+        return make_decoder(run, load_decoder(run))
+    steps = max(1, round(c.epochs * packed.n_steps(config.lm.batch_rows)))
+    rate = make_schedule(config.lm.schedule, c.learning_rate, warmup=max(1, steps // 20), steps=steps)
+    fitted = _train_lm(
+        run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, lm_rates(rate),
+        decoder=lambda: make_decoder(run, load_decoder(run)), trains=config.lm.trains if config.lm.path else "full",
+        validate=lambda params: {"done": 1.0}, select="done",
+    )  # fmt: skip
+    return make_decoder(run, fitted.params["lm"]["lm"])
+
+
+def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
+    """Trains the text-only LM: histories as titles, nothing else. It is judged by its ranking of validation titles."""
     config = run.config
-    if config.lm.path and not config.pretrain.corpus:
-        return load_weights(run)
-    rows = lm_rows.corpus_rows(config, run.data, run.texts)
-    if rows is None or config.pretrain.epochs <= 0:
-        return load_weights(run)
-    steps = max(1, round(config.pretrain.epochs * rows.n_steps(config.lm.batch_rows)))
-    bridge = make_bridge(run, reads="layer0")
-    c = config.pretrain
-    rate = optimizers.make_schedule(config.lm.schedule, c.learning_rate, warmup=max(1, steps // 20), steps=steps)
-    trains = config.lm.trains if config.lm.path else "full"
-    lm_arm = make_lm_arm(
-        run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=rate, train_shared=False, trains=trains, row_std=1.0
-    )
-    fitted = run.fit(
-        "pretrain",
-        phases=[Phase("lm", steps, "next token")],
-        arms={"lm": lm_arm},
-        params=lambda: init_params(
-            run, DOT_ARM, "pretrain", reads="layer0", pretrained=load_weights(run), trains=trains
-        ),
-        validate=lambda arm, params: {"done": 1.0},
-        select="done",
-        judged=("lm",),
-    )
-    return fitted.params["lm"]["lm"]
+    histories = rows.training_rows(config, run.data, run.texts, kind="text")
+    packed = rows.mix([(histories, 1), *_replay(run, run.data.n_users // 4)], seed=config.seed)
+    # A frozen decoder has nothing to learn from text alone: it is judged as it came.
+    phases = _lm_phases(run, packed, [0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs], "titles")
+    return _train_lm(
+        run, "text_lm", packed, phases, _TEXT_ONLY, lm_rates(_schedule(run, phases)), decoder=lambda: decoder,
+        validate=lambda params: validate(run, text_lm_scorer(run, params["lm"], "validation"), protocol="cand20"),
+        select=config.select.split("/")[0] + "/cand20",
+    )  # fmt: skip
 
 
-def train_domain(
-    run: Run, model: str, *, learning_rate: float, regularisation: float, epochs: int, stage: str
-) -> Fitted:
+def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
+    """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM."""
+    config = run.config
+    packed = rows.training_rows(config, run.data, run.texts, kind="ids")
+    phases = _lm_phases(run, packed, [config.lm_alone.ids_times * epochs for epochs in _lm_epochs(config)], "ids")
+    shared = shared_rate(run, decoder, read_std=config.shared.std, reads="layer0")
+    reader = ids_reader(run, "validation")
+    return _train_lm(
+        run, "ids_lm", packed, phases, _ITEMS_ONLY, lm_rates(_schedule(run, phases), shared=shared),
+        decoder=lambda: decoder, validate=lambda params: validate(run, reader.scorer(run, params)),
+        select=config.select,
+    )  # fmt: skip
+
+
+def train_domain(run: Run, model: str) -> Fitted:
     """Trains a domain model alone by BPR, judged on validation every `evaluate_every` epochs."""
-    c = run.config.domain
-    arm = make_arm(run, model)
-    weights = DomainWeights(regularisation=regularisation)
-    every = min(c.evaluate_every, epochs)
-    phases = [Phase("domain", min(every, epochs - done), "BPR epochs") for done in range(0, epochs, every)]
+    c, arm = _section(run, model), make_arm(run, model)
     return run.fit(
-        stage,
-        phases=phases,
-        arms={"domain": make_domain_arm(run, arm, None, weights, rate=learning_rate, view=lambda params: {})},
-        params=lambda: init_domain_params(run, arm, stage),
-        validate=lambda _, params: validation_metrics(run, models.domain_scorer(arm, params)),
+        model,
+        phases=_domain_phases(run, c.epochs, "BPR epochs"),
+        arms={
+            "domain": make_domain_arm(
+                run, arm, None, DomainWeights(regularisation=c.regularisation), rate=c.learning_rate
+            )
+        },
+        params=lambda: init_tables(run, model, arm),
+        validate=lambda _, params: validate(run, scorers.domain_scorer(arm, params)),
         select=run.config.select,
         judged=("domain",),
     )
 
 
-def train_text_lm(run: Run, pretrained: Params | None) -> Fitted:
-    """Trains the text-only LM: histories as titles, nothing else. It is judged by its loss on validation titles."""
-    config = run.config
-    rows = lm_rows.mix(
-        [
-            (lm_rows.training_rows(config, run.data, run.texts, kind="text"), 1),
-            *_replay(run, share_of=None),
-        ],
-        seed=config.seed,
-    )
-    # A frozen decoder has nothing to learn from text alone: it is judged as it came.
-    epochs = 0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs
-    phases = _lm_phases(rows, config, [epochs], name="titles")
-    bridge = make_bridge(run, reads="layer0")
-    lm_arm = make_lm_arm(
-        run, rows, bridge, LMWeights(item=0.0, text=1.0), rate=_rate(config, phases), train_shared=False, row_std=1.0
-    )
-    scorer = lambda params: text_lm_scorer(run, params, "validation")  # noqa: E731
-    return run.fit(
-        "text_lm",
-        phases=phases,
-        arms={"lm": lm_arm},
-        params=lambda: init_params(run, DOT_ARM, "text_lm", reads="layer0", pretrained=pretrained),
-        validate=lambda _, params: validation_metrics(run, scorer(params["lm"]), protocol="cand20"),
-        select=config.select.split("/")[0] + "/cand20",
-        judged=("lm",),
-    )
-
-
-def train_ids_lm(run: Run, pretrained: Params | None) -> Fitted:
-    """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM."""
-    config = run.config
-    rows = lm_rows.training_rows(config, run.data, run.texts, kind="ids")
-    phases = _lm_phases(rows, config, [config.lm_alone.ids_times * e for e in _lm_epochs(config)], name="ids")
-    bridge = make_bridge(run, reads="layer0")
-    lm_arm = make_lm_arm(
-        run, rows, bridge, LMWeights(item=1.0, text=0.0), rate=_rate(config, phases), row_std=row_std(run, pretrained)
-    )
-    reading = lm_rows.reading_rows(config, run.data, run.texts, kind="ids", parts=KNOWN["validation"])
-    return run.fit(
-        "ids_lm",
-        phases=phases,
-        arms={"lm": lm_arm},
-        params=lambda: init_params(run, DOT_ARM, "ids_lm", reads="layer0", pretrained=pretrained),
-        validate=lambda _, params: validation_metrics(run, lm_scorer(run, params, DOT_ARM, bridge, reading)),
-        select=config.select,
-        judged=("lm",),
-    )
-
-
-def train_bdlm(run: Run, pretrained: Params | None, domain_params: Params) -> Fitted:
+def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     """Runs the mutual rounds: the LM's first phase, then domain and LM phases in turn."""
-    config, m = run.config, run.config.mutual
-    arm, bridge = make_arm(run, config.domain.model), make_bridge(run, reads=m.reads)
-    own = lm_rows.training_rows(config, run.data, run.texts, kind=config.prompts.kind)
-    titled = None
-    if config.prompts.kind == "ids" and config.prompts.titled_share:
-        titled = lm_rows.training_rows(config, run.data, run.texts, kind="ids_titles")
-    copies = config.prompts.card_copies
-    rows = lm_rows.mix(
-        [
-            (own, 1),
-            (titled, config.prompts.titled_share),
-            (lm_rows.card_rows(config, run.texts), copies),
-            (lm_rows.card_rows(config, run.texts, named=True), copies / 8),
-            *_replay(run, share_of=own),
-        ],
-        seed=config.seed,
-    )
-    lm_phases = _lm_phases(rows, config, _lm_epochs(config), name="LM")
-    phases = [lm_phases[0]]
-    for r in range(m.rounds):
-        phases.append(Phase("domain", m.domain_epochs_a_round, f"round {r + 1}, domain"))
-        phases.append(lm_phases[r + 1]._replace(name=f"round {r + 1}, LM"))
-    phases = [phase for phase in phases if phase.units]
-    reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=KNOWN["validation"])
-    cards = lm_rows.card_rows(config, run.texts)
+    config, m, trained_by = run.config, run.config.mutual, run.config.shared.trained_by
+    reader, packed = bdlm_reader(run, "validation"), _bdlm_rows(run)
+    arm, bridge = reader.arm, reader.bridge
+    lm_phases = _lm_phases(run, packed, _lm_epochs(config), "LM")
+    phases = lm_phases[:1]
+    for number, phase in enumerate(lm_phases[1:], 1):
+        phases.append(Phase("domain", m.domain_epochs_a_round, f"round {number}, domain"))
+        phases.append(phase._replace(name=f"round {number}, LM"))
+    tables = measure_tables(run, arm, init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
 
-    def read(params):
-        return _read(run, params, arm, bridge, reading), _read(run, params, arm, bridge, cards)
-
-    def validate(name, params):
-        if name == "domain":
-            return validation_metrics(run, models.domain_scorer(arm, params))
-        return validation_metrics(run, lm_scorer(run, params, arm, bridge, reading))
-
-    params = lambda: init_params(  # noqa: E731
-        run, arm, "bdlm", reads=m.reads, pretrained=pretrained, domain_params=domain_params
-    )
-    trained_by = config.shared.trained_by
-    cold_I = ~warm_items(run.data)
+    def validate_arm(name, params):
+        return validate(run, scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params))
 
     def write_back(params):
-        z_item_ID = sharing.bridge_out(params["lm"]["bridge"], _read(run, params, arm, bridge, cards)["item"])
-        return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, cold_I)}
+        states = reader.read(run, params, reader.cards)["item"]
+        z_item_ID = sharing.bridge_out(params["lm"]["bridge"], states)
+        return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
 
-    start = params()
-    rows_std = table_std(run, start["shared"], start["domain"], arm, m.reads)
-    writes = m.domain.align_item and trained_by != "none" and cold_I.any()
+    rates = lm_rates(
+        _schedule(run, lm_phases),
+        bridge=m.learning_rate_bridge / config.lm.learning_rate,
+        shared=shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
+        if trained_by in ("both", "lm")
+        else None,
+    )
     lm_weights = LMWeights(**m.lm.to_dict())
-    domain_weights = DomainWeights(regularisation=config.domain.regularisation, **m.domain.to_dict())
-    arms = {
-        "lm": make_lm_arm(
-            run, rows, bridge, lm_weights, arm=arm, rate=_rate(config, lm_phases), rows_std=rows_std,
-            bridge_rate=m.learning_rate_bridge, row_std=row_std(run, pretrained),
-            user_dropout=m.user_dropout,
-            train_shared=trained_by in ("both", "lm"), view=lambda params: models.domain_view(arm, params),
-            finish=write_back if writes else lambda params: params,
-        ),
-        "domain": make_domain_arm(
-            run, arm, bridge, domain_weights, rate=m.domain_learning_rate,
-            train_shared=trained_by in ("both", "domain"), view=lambda params: models.lm_view(params, *read(params)),
-        ),
-    }  # fmt: skip
+    lm_arm = make_lm_arm(run, packed, bridge, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
+    lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
+    if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
+        lm_arm = lm_arm._replace(finish=write_back)
+    domain_arm = _taught_arm(run, arm, bridge, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
-        phases=phases,
-        arms=arms,
-        params=params,
-        validate=validate,
+        phases=[phase for phase in phases if phase.units],
+        arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
+        params=lambda: init_params(run, "bdlm", tables, decoder),
+        validate=validate_arm,
         select=config.select,
         judged=("domain", "lm"),
     )
 
 
-def distill_domain(run: Run, fitted: Fitted, *, part: str, epochs: int | None = None) -> Fitted:
-    """Lets the chosen domain arm learn from the chosen LM at length: the LM no longer has to follow (ours).
+def distill_domain(run: Run, bdlm: Fitted) -> Fitted:
+    """Lets the chosen domain arm learn from the chosen LM at length: the LM no longer has to follow (ours)."""
+    phases = _domain_phases(run, run.config.mutual.distill_epochs, "distillation")
+    arm = make_arm(run, run.config.domain.model)
 
-    On "validation" the epochs are judged every `evaluate_every`. On "test" the same work is repeated for the number of
-    epochs chosen there, from the same start, against LM states that know the validation item, and nothing is selected.
+    def validate_domain(_, params):
+        return validate(run, scorers.domain_scorer(arm, params))
 
-    Args:
-      run: the run.
-      fitted: of `train_bdlm`.
-      part: "validation" or "test".
-      epochs: how many on "test".
+    return _distill(run, bdlm, "distill", "validation", arm, phases, validate_domain, run.config.select)
 
-    Returns:
-      Fitted of the arm "domain".
+
+def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
+    """Repeats `distill_domain` from the same start against LM states that know the validation item, for test (ours).
+
+    It has as many epochs as were chosen there; nothing is selected.
     """
-    config, m = run.config, run.config.mutual
-    trained_on, bridge = make_arm(run, config.domain.model), make_bridge(run, reads=m.reads)
-    arm = make_test_arm(run) if part == "test" else trained_on
-    reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=KNOWN[part])
-    cards = lm_rows.card_rows(config, run.texts)
-    lm_params = fitted.params["lm"]
+    every, most = run.config.domain.evaluate_every, run.config.mutual.distill_epochs
+    phases = [Phase("domain", min((distilled.phase["domain"] + 1) * every, most), "refresh")]
+    arm = make_arm(run, run.config.domain.model, parts=parts_at_test(run.config))
+    return _distill(run, bdlm, "refresh", "test", arm, phases, lambda *_: {"done": 1.0}, "done")
 
-    def view(_):
-        read = lambda rows: _read(run, lm_params, trained_on, bridge, rows)  # noqa: E731
-        return models.lm_view(lm_params, read(reading), read(cards))
 
-    if part == "test":
-        phases, validate, select = [Phase("domain", epochs, "refresh")], lambda *_: {"done": 1.0}, "done"
-    else:
-        every = min(config.domain.evaluate_every, m.distill_epochs)
-        done = range(0, m.distill_epochs, every)
-        phases = [Phase("domain", min(every, m.distill_epochs - d), f"distillation from epoch {d}") for d in done]
-        validate = lambda _, params: validation_metrics(run, models.domain_scorer(arm, params))  # noqa: E731
-        select = config.select
-    weights = DomainWeights(regularisation=config.domain.regularisation, **m.domain.to_dict())
+def ids_reader(run: Run, part: str) -> Reader:
+    """Reads the ids-only LM."""
+    users = rows.reading_rows(run.config, run.data, run.texts, kind="ids", parts=KNOWN[part])
+    return Reader(DOT_ARM, make_bridge(run, reads="layer0"), users)
+
+
+def bdlm_reader(run: Run, part: str) -> Reader:
+    """Reads BDLM's LM, whose id rows are always those of the training interactions."""
+    c = run.config
+    users = rows.reading_rows(c, run.data, run.texts, kind=c.prompts.kind, parts=KNOWN[part])
+    bridge = make_bridge(run, reads=c.mutual.reads)
+    return Reader(make_arm(run, c.domain.model), bridge, users, rows.card_rows(c, run.texts))
+
+
+def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
+    """The text-only LM as a scorer for a part."""
+    prefixes = rows.text_prefixes(run.config, run.data, run.texts, parts=KNOWN[part])
+    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run.texts))
+
+
+def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
+    """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full")."""
+    options = {"chunk": run.config.evaluate.chunk, "progress": progress}
+    if protocol != "full":
+        return evaluate.evaluate_candidates(scorer, run.data.candidates[part][protocol], **options)
+    user_N, item_N = run.data.split.cases(PARTS[part])
+    return evaluate.evaluate_full(scorer, user_N, item_N, run.data.split.histories(*KNOWN[part]), **options)
+
+
+def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, float]:
+    """Metrics of a scorer on validation, under the protocol of `config.select` unless another is named."""
+    metric, _, selected = run.config.select.partition("/")
+    protocol = protocol or selected
+    counts = count_cases(run, scorer, "validation", protocol)
+    return {f"{name}/{protocol}": evaluate.mean_metric(counts, name) for name in {"hr@1", "ndcg@10", metric}}
+
+
+def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, select, trains=None) -> Fitted:
+    """An LM without a domain model: its own tables, if it reads any."""
+    arm = make_lm_arm(run, packed, make_bridge(run, reads="layer0"), weights, rates, trains=trains)
+
+    def params():
+        tables = measure_tables(run, DOT_ARM, init_tables(run, stage, DOT_ARM), reads="layer0")
+        return init_params(run, stage, tables, decoder(), trains=trains)
+
     return run.fit(
-        "distill" if part == "validation" else "refresh",
+        stage,
         phases=phases,
-        arms={
-            "domain": make_domain_arm(
-                run,
-                arm,
-                bridge,
-                weights,
-                rate=m.distill_learning_rate,
-                view=view,
-                parts=KNOWN[part],
-                train_shared=config.shared.trained_by in ("both", "domain"),
-            )
-        },
-        params=lambda: fitted.params["domain"],
+        arms={"lm": arm},
+        params=params,
+        validate=lambda _, params: validate(params),
+        select=select,
+        judged=("lm",),
+    )
+
+
+def _taught_arm(run: Run, arm: DomainArm, bridge: Bridge, *, rate: float, part: str = "validation"):
+    """BDLM's domain arm: it learns from interactions and from the LM, without a view yet."""
+    c = run.config
+    regularisation = _section(run, c.domain.model).regularisation
+    weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
+    trains = c.shared.trained_by in ("both", "domain")
+    return make_domain_arm(run, arm, bridge, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
+
+
+def _distill(run, bdlm, stage, part, arm, phases, validate, select) -> Fitted:
+    reader, lm_params = bdlm_reader(run, part), bdlm.params["lm"]
+    taught = _taught_arm(run, arm, reader.bridge, rate=run.config.mutual.distill_learning_rate, part=part)
+    return run.fit(
+        stage,
+        phases=phases,
+        arms={"domain": taught._replace(view=lambda _: reader.view(run, lm_params))},
+        params=lambda: bdlm.params["domain"],
         validate=validate,
         select=select,
         judged=("domain",),
     )
 
 
-def lm_scorer(run: Run, params: Params, arm: DomainArm, bridge: Bridge, reading) -> evaluate.CatalogueScorer:
-    """The LM arm as a scorer: one forward pass a user."""
-    states = _read(run, params, arm, bridge, reading)
-    return models.state_scorer(states["user"], states["rows_item"])
+def _section(run: Run, model: str):
+    """The settings of a domain model: its own section of the config, or `config.domain`."""
+    return run.config.get(model, run.config.domain)
 
 
-def text_lm_scorer(run: Run, lm_params: Params, part: str) -> evaluate.CandidateScorer:
-    """The text-only LM as a scorer for a part."""
-    prefixes = lm_rows.text_prefixes(run.config, run.data, run.texts, parts=KNOWN[part])
-    return models.text_scorer(lm_params, lm_config(run), prefixes, lm_rows.title_continuations(run.texts))
+def _bdlm_rows(run: Run) -> Packed:
+    """Histories, a share of them with titles, cards of items without and with their names, and some of the corpus."""
+    c, data, texts = run.config.prompts, run.data, run.texts
+    own = rows.training_rows(run.config, data, texts, kind=c.kind)
+    titled = None
+    if c.kind == "ids" and c.titled_share:
+        titled = rows.training_rows(run.config, data, texts, kind="ids_titles")
+    cards, named = (rows.card_rows(run.config, texts, named=named) for named in (False, True))
+    parts = [(own, 1), (titled, c.titled_share), (cards, c.card_copies), (named, c.card_copies / 8)]
+    return rows.mix([*parts, *_replay(run, len(own))], seed=run.config.seed)
 
 
-def validation_metrics(run: Run, scorer, *, protocol: str | None = None) -> dict[str, float]:
-    """Metrics of a scorer on validation, under the protocol of `config.select` unless another is named."""
-    name, chunk = protocol or run.config.select.split("/")[1], run.config.evaluate.chunk
-    if name == "full":
-        user_N, item_N = run.data.split.cases(VALIDATION)
-        counts = evaluate.evaluate_full(
-            scorer, user_N, item_N, run.data.split.histories(*KNOWN["validation"]), chunk=chunk
-        )
-    else:
-        counts = evaluate.evaluate_candidates(scorer, run.data.candidates["validation"][name], chunk=chunk)
-    metrics = dict.fromkeys(("hr@1", "ndcg@10", run.config.select.split("/")[0]))
-    return {f"{metric}/{name}": evaluate.mean_metric(counts, metric) for metric in metrics}
-
-
-def _read(run: Run, params, arm, bridge, rows) -> dict[str, np.ndarray]:
-    return models.read_states(
-        params, rows, arm=arm, bridge=bridge, n_users=run.data.n_users, n_items=run.data.n_items,
-        batch_rows=run.config.lm.batch_rows,
-    )  # fmt: skip
-
-
-def _replay(run: Run, share_of) -> list:
+def _replay(run: Run, n_rows: int) -> list:
     """Rows of the corpus that keep the pretrained words alive, as a share of the histories' rows."""
-    rows, share = lm_rows.corpus_rows(run.config, run.data, run.texts), run.config.pretrain.replay_share
-    if rows is None or not share:
-        return []
-    size = len(share_of) if share_of is not None else run.data.n_users // 4
-    return [(rows, share * size / len(rows))]
+    packed, share = rows.corpus_rows(run.config, run.data, run.texts), run.config.pretrain.replay_share
+    return [] if packed is None or not share else [(packed, share * n_rows / len(packed))]
 
 
 def _lm_epochs(config) -> list[float]:
-    m = config.mutual
-    return [m.lm_epochs] + [m.lm_epochs_a_round] * m.rounds
+    return [config.mutual.lm_epochs] + [config.mutual.lm_epochs_a_round] * config.mutual.rounds
 
 
-def _lm_phases(rows, config, epochs: list[float], *, name: str) -> list[Phase]:
-    return [Phase("lm", max(1, round(e * rows.n_steps(config.lm.batch_rows))) if e else 0, name) for e in epochs]
+def _lm_phases(run: Run, packed: Packed, epochs: list[float], name: str) -> list[Phase]:
+    steps = packed.n_steps(run.config.lm.batch_rows)
+    return [Phase("lm", max(1, round(e * steps)) if e else 0, name) for e in epochs]
 
 
-def _rate(config, phases):
+def _domain_phases(run: Run, epochs: int, name: str) -> list[Phase]:
+    every = min(run.config.domain.evaluate_every, epochs)
+    return [Phase("domain", min(every, epochs - done), name) for done in range(0, epochs, every)]
+
+
+def _schedule(run: Run, phases: list[Phase]):
     """The LM's learning rate over all its phases, as `lm.schedule` says."""
-    steps, c = max(1, sum(phase.units for phase in phases)), config.lm
-    return optimizers.make_schedule(c.schedule, c.learning_rate, warmup=min(c.warmup_steps, steps // 2), steps=steps)
+    steps, c = max(1, sum(phase.units for phase in phases)), run.config.lm
+    return make_schedule(c.schedule, c.learning_rate, warmup=min(c.warmup_steps, steps // 2), steps=steps)

@@ -5,7 +5,7 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax.run import build as arms
+from bdlm_jax.run import build
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def make_mesh_run(folder, model, **mesh):
 
 def test_each_device_gets_its_part_alone(tmp_path, model):
     run = make_mesh_run(tmp_path, model, data=2, fsdp=2, tensor=2)
-    loaded = arms.load_weights(run)
+    loaded = build.load_decoder(run)
     kernel, embedding = loaded["layers"]["mlp"]["up_proj"]["kernel"], loaded["embedding"]
     assert tuple(kernel.sharding.spec) == (None, "fsdp", "tensor")
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(288 // 4, 8)}
     np.testing.assert_array_equal(kernel, model[1]["layers"]["mlp"]["up_proj"]["kernel"])
-    params = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0", pretrained=loaded)
+    params = own_lm.init_params(run, loaded=loaded)
     assert params["lm"]["layers"]["mlp"]["up_proj"]["kernel"] is kernel
     assert params["lm"]["bridge"]["into"].shape == (16, 8)
 
@@ -37,10 +37,10 @@ def test_each_device_gets_its_part_alone(tmp_path, model):
 def test_what_is_drawn_lies_in_parts_and_is_the_same(tmp_path, model):
     run = make_mesh_run(tmp_path, model, data=2, fsdp=2, tensor=2)
     run.config.lm.path, run.config.lm.n_heads = "", 2
-    kernel = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0")["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
+    kernel = own_lm.init_params(run)["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
     run.config.parallel = "jit"
-    alone = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0")["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
+    alone = own_lm.init_params(run)["lm"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert len(alone.sharding.device_set) == 1
     np.testing.assert_allclose(kernel, alone, atol=1e-6)
 
@@ -49,5 +49,5 @@ def test_what_is_drawn_lies_in_parts_and_is_the_same(tmp_path, model):
 def test_where_nothing_is_cut_one_device_takes_it(tmp_path, model, parallel, mesh):
     run = make_mesh_run(tmp_path, model, **mesh)
     run.config.parallel = parallel
-    loaded = arms.load_weights(run)
+    loaded = build.load_decoder(run)
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(loaded))

@@ -8,8 +8,8 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax.lm import hf_config as families
-from bdlm_jax.run import build as arms
+from bdlm_jax.lm import hf_config
+from bdlm_jax.run import build
 from bdlm_jax.run.checks import check_config
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -27,13 +27,12 @@ def run(model, tmp_path_factory):
 
 
 def test_a_path_gives_shape_and_weights(run, model):
-    shape, loaded = arms.lm_config(run), arms.load_weights(run)
-    assert shape == dataclasses.replace(
-        families.lm_config_from_hf(model[0], dropout=run.config.lm.dropout), vocab_size=288
-    )
+    loaded = build.load_decoder(run)
+    shape = hf_config.lm_config_from_hf(model[0], dropout=run.config.lm.dropout)
+    assert run.lm == dataclasses.replace(shape, vocab_size=288)
     np.testing.assert_array_equal(loaded["embedding"][:283], model[1]["embedding"])
     np.testing.assert_allclose(loaded["embedding"][285], np.mean(model[1]["embedding"], axis=0), atol=1e-6)
-    params = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0", pretrained=loaded)
+    params = own_lm.init_params(run, loaded=loaded)
     np.testing.assert_array_equal(
         params["lm"]["layers"]["mlp"]["up_proj"]["kernel"], loaded["layers"]["mlp"]["up_proj"]["kernel"]
     )
@@ -43,14 +42,11 @@ def test_a_path_gives_shape_and_weights(run, model):
 
 @pytest.mark.parametrize("width", [4, 16])
 @pytest.mark.parametrize("scales", [False, True])
-def test_id_rows_are_as_large_as_the_text_rows_that_the_first_layer_reads(run, monkeypatch, width, scales):
-    config = run.config.copy_and_resolve_references()
-    config.shared.width = width
-    run = run._replace(config=config)
-    loaded = arms.load_weights(run)
-    shape = dataclasses.replace(arms.lm_config(run), scale_embedding=scales)
-    monkeypatch.setattr(arms, "lm_config", lambda run: shape)
-    params = arms.init_params(run, arms.DOT_ARM, "ids_lm", reads="layer0", pretrained=loaded)
+def test_id_rows_are_as_large_as_the_text_rows_that_the_first_layer_reads(run, width, scales):
+    loaded, shape = build.load_decoder(run), dataclasses.replace(run.lm, scale_embedding=scales)
+    run = dataclasses.replace(run, config=run.config.copy_and_resolve_references())
+    run.__dict__["lm"], run.config.shared.width = shape, width
+    params = own_lm.init_params(run, loaded=loaded)
     rows_IM = np.asarray(params["shared"]["item"] @ params["lm"]["bridge"]["into"])
     known = np.asarray(loaded["embedding"])[: len(run.texts.vocabulary.tokenizer)] * (8**0.5 if scales else 1.0)
     wanted = np.linalg.norm(known, axis=1).mean()
@@ -59,14 +55,12 @@ def test_id_rows_are_as_large_as_the_text_rows_that_the_first_layer_reads(run, m
 
 
 def test_a_config_json_alone_is_trained_from_scratch_in_our_own_words(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps(families.hf_config(dataclasses.replace(own_lm.GPT2, vocab_size=50257)))
-    )
+    shape = dataclasses.replace(own_lm.GPT2, vocab_size=50257)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.hf_config(shape)))
     run = own_lm.make_run(tmp_path, config=str(tmp_path / "config.json"), param_dtype="bfloat16")
-    shape = arms.lm_config(run)
-    assert shape.family == "gpt2" and shape.vocab_size == run.texts.vocabulary.n_text < 400
-    assert arms.load_weights(run) is None
-    lm = arms.init_params(run, arms.DOT_ARM, "pretrain", reads="layer0")["lm"]
+    assert run.lm.family == "gpt2" and run.lm.vocab_size == run.texts.vocabulary.n_text < 400
+    assert build.load_decoder(run) is None
+    lm = own_lm.init_params(run, "pretrain")["lm"]
     assert lm["embedding"].dtype == lm["layers"]["mlp"]["up_proj"]["bias"].dtype == jnp.bfloat16
     assert lm["bridge"]["into"].dtype == jnp.float32
 
@@ -79,29 +73,17 @@ def test_a_config_json_alone_is_trained_from_scratch_in_our_own_words(tmp_path):
         ({"accumulate": 3}, "lm.batch_rows 8 does not divide into lm.accumulate 3"),
         ({"lora_targets": "(q"}, "config.lm.lora_targets is '[(]q'; it must be a regular expression"),
         ({"path": "no/such/folder/here"}, "no/such/folder/here is no folder here"),
+        ({"path": "gpt2"}, "config.prompts.length 97 is above the 96 positions"),
+        ({"path": "", "config": "broken.json"}, r"config.lm.config: .*broken.json cannot be read"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(model, tmp_path, setting, words):
+def test_what_cannot_be_is_refused_before_any_work(model, tmp_path, monkeypatch, setting, words):
+    monkeypatch.chdir(tmp_path)
+    own_lm.write_model(tmp_path / "gpt2", own_lm.GPT2, tokenizer=False)
+    for name, text in (("corpus.txt", "a line\n"), ("broken.json", "{")):
+        (tmp_path / name).write_text(text)
     config = tiny.get_config()
-    config.lm.path = str(model[0])
-    config.pretrain.corpus = str(tmp_path / "corpus.txt")
-    (tmp_path / "corpus.txt").write_text("a line\n")
+    config.lm.path, config.pretrain.corpus, config.prompts.length = str(model[0]), "corpus.txt", 97
     config.lm.update(setting)
     with pytest.raises(InputError, match=words):
-        check_config(config)
-
-
-def test_a_row_longer_than_the_learned_positions_is_refused(tmp_path):
-    own_lm.write_model(tmp_path, own_lm.GPT2, tokenizer=False)
-    config = tiny.get_config()
-    config.lm.path, config.prompts.length = str(tmp_path), 97
-    with pytest.raises(InputError, match=r"config.prompts.length 97 is above the 96 positions"):
-        check_config(config)
-
-
-def test_a_broken_config_json_is_named(tmp_path):
-    config = tiny.get_config()
-    config.lm.config = str(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config.lm.config: .*config.json cannot be read"):
         check_config(config)

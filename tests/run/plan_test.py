@@ -33,7 +33,7 @@ def eight_h200():
 
 
 def test_eight_h200_full_fine_tuning(eight_h200):
-    counted = {name: 1 for name, *_ in eight_h200.leaves}
+    counted = {leaf.name for leaf in eight_h200.leaves}
     assert len(counted) == len(eight_h200.leaves)
     assert "| decoder | 6,738,415,616 | 6,738,415,616 |" in dry_run.describe(eight_h200, None)
     assert KERNELS + TABLES + NORMS == 6_738_415_616  # as Llama 7B is published
@@ -98,9 +98,47 @@ def test_qwen_has_its_published_size():
     assert "| decoder | 494,032,768 | 494,032,768 |" in dry_run.describe(found, None)
 
 
+def test_a_device_that_is_unknown_is_refused():
+    with pytest.raises(InputError, match=r"config.dry_run.device is 'b200'; it must be one of a100, "):
+        plan(devices=8, device="b200")
+
+
 def test_a_leaf_that_does_not_divide_is_refused_before_any_work():
     with pytest.raises(InputError, match=r"kernel of shape .* by fsdp"):
         plan(devices=12)
+
+
+PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%layer (arg: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %gathered = f32[4,16]{1,0} all-gather(%part), dimensions={1}
+  %summed = (bf16[8]{0}, f32[2]{0}) all-reduce(%a, %b), to_apply=%add
+  %inner = (s32[]) while(%init), condition=%less, body=%twice, backend_config={"known_trip_count":{"n":"2"}}
+}
+
+%twice (arg: (s32[])) -> (s32[]) {
+  %shifted = s8[10]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %layers = (s32[], f32[4,16]) while(%init), condition=%less, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
+  %last = f32[5]{0} all-gather-start(%p), dimensions={0}
+  %unknown = (s32[]) while(%init), condition=%less, body=%twice
+}
+"""
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    assert dry_run.collective_bytes(PROGRAM) == {
+        "all-gather": 3 * 4 * 16 * 4 + 5 * 4,
+        "all-reduce": 3 * (8 * 2 + 2 * 4),
+        "collective-permute": 3 * 2 * 10 + 10,
+    }
 
 
 def run(*words):

@@ -1,17 +1,17 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from bdlm_jax.data.splits import TRAIN, VALIDATION
-from bdlm_jax.run import build as arms
-from bdlm_jax.run import rows as lm_rows
-from bdlm_jax.run import stages
-from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.data.splits import TRAIN, VALIDATION, Split
+from bdlm_jax.domain.models import MODELS
+from bdlm_jax.run import build, stages
 from bdlm_jax.types import LeakError
 from experiments import tiny
 
 
-class Recorder(stages.Run):
+class Recorder(build.Run):
     """Hands back what a stage would have trained."""
 
     def fit(self, stage, **arguments):
@@ -19,12 +19,19 @@ class Recorder(stages.Run):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config, folder = tiny.get_config(), tmp_path_factory.mktemp("stages")
-    data = prepare_data(config, folder / "data")
-    vocabulary = prepare_vocabulary(config, data, folder / "tokenizer")
-    texts = lm_rows.encode_texts(config, data, vocabulary)
-    return Recorder(config, folder, data, texts, None, jax.random.key(0))
+def made(tmp_path_factory):
+    run = build.start_run(tiny.get_config(), tmp_path_factory.mktemp("stages"))
+    return Recorder(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
+
+
+@pytest.fixture
+def run(made):
+    return dataclasses.replace(made, config=made.config.copy_and_resolve_references())
+
+
+def train_bdlm(run):
+    domain_params = build.init_tables(run, "lightgcn", build.make_arm(run, "lightgcn"))
+    return domain_params, stages.train_bdlm(run, build.make_decoder(run, None), domain_params)
 
 
 def shapes(tree):
@@ -35,10 +42,8 @@ def shapes(tree):
     ("trained_by", "wanted"), [("both", {"lm", "domain"}), ("lm", {"lm"}), ("domain", {"domain"}), ("none", set())]
 )
 def test_the_switch_says_which_arm_trains_the_shared_tables(run, trained_by, wanted):
-    run = run._replace(config=run.config.copy_and_resolve_references())
     run.config.shared.trained_by = trained_by
-    domain_params = arms.init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
-    made = stages.train_bdlm(run, None, domain_params)
+    _, made = train_bdlm(run)
     params = made["params"]()
     tables = {np.shape(table) for table in params["shared"].values()}
     # A frozen leaf has no optimiser state, so the moments tell who trains it.
@@ -49,20 +54,32 @@ def test_the_switch_says_which_arm_trains_the_shared_tables(run, trained_by, wan
 
 @pytest.mark.parametrize("initial", ["domain", "random"])
 def test_the_shared_tables_begin_with_the_domain_model_or_at_random(run, initial):
-    run = run._replace(config=run.config.copy_and_resolve_references())
     run.config.shared.initial = initial
-    domain_params = arms.init_domain_params(run, stages.make_arm(run, "lightgcn"), "lightgcn")
-    params = stages.train_bdlm(run, None, domain_params)["params"]()
+    domain_params, made = train_bdlm(run)
+    params = made["params"]()
     for name, table in domain_params["shared"].items():
         assert np.array_equal(params["shared"][name], table) == (initial == "domain")
 
 
-@pytest.mark.parametrize("model", ["lightgcn", "mf", "ncf", "sasrec"])
+def test_no_decoder_is_made_before_the_stage_begins(run, monkeypatch):
+    made = []
+    monkeypatch.setattr(build.causal_lm, "init_lm", lambda *_, **__: made.append(1))
+    train_bdlm(run)
+    assert not made
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_domain_model_can_stand_in_the_bridge(run, model):
-    arm = stages.make_arm(run, model)
-    params = arms.init_domain_params(run, arm, model)
+    arm = build.make_arm(run, model)
+    params = build.init_tables(run, model, arm)
     user_UD, item_ID = jax.eval_shape(arm.encode, params["shared"], params["domain"])
     assert user_UD.shape == (run.data.n_users, 16) and item_ID.shape == (run.data.n_items, 16)
+
+
+def test_a_domain_model_has_the_settings_of_its_own_section_or_of_the_domain(run):
+    run.config.domain.model, run.config.domain.epochs, run.config.mf.epochs = "ncf", 3, 5
+    units = {model: sum(p.units for p in stages.train_domain(run, model)["phases"]) for model in ("ncf", "mf")}
+    assert units == {"ncf": 3, "mf": 5}
 
 
 def test_stages_draw_from_keys_of_their_own(run):
@@ -72,9 +89,8 @@ def test_stages_draw_from_keys_of_their_own(run):
 
 
 def test_a_later_edge_in_the_training_graph_raises(run, monkeypatch):
-    edges = type(run.data.split).edges
-    monkeypatch.setattr(type(run.data.split), "edges", lambda self, *parts: edges(self, TRAIN, VALIDATION))
+    edges, wrong = Split.edges, iter([(TRAIN, VALIDATION)])
+    monkeypatch.setattr(Split, "edges", lambda self, *parts: edges(self, *next(wrong, parts)))
     with pytest.raises(LeakError):
-        stages.make_arm(run, "lightgcn")
-    monkeypatch.undo()
-    stages.make_arm(run, "lightgcn", parts=(TRAIN, VALIDATION))
+        build.make_arm(run, "lightgcn")
+    build.make_arm(run, "lightgcn", parts=(TRAIN, VALIDATION))

@@ -11,7 +11,7 @@ from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain import ncf
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.run import prepare, stages
+from bdlm_jax.run import build, stages
 from bdlm_jax.run import rows as lm_rows
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.serving import artefact, scores
@@ -22,13 +22,9 @@ LOADERS = (artefact.load_catalogue, artefact.load_domain_arm, artefact.load_lm_a
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run, tmp_path_factory):
+def run(tiny_run):
     """The stages' view of the tiny run, as `train` makes it."""
-    config, workdir, _ = tiny_run
-    data = prepare.prepare_data(config, tmp_path_factory.mktemp("again"))
-    vocabulary = prepare.prepare_vocabulary(config, data, workdir / "tokenizer")
-    texts = lm_rows.encode_texts(config, data, vocabulary)
-    return stages.Run(config, workdir, data, texts, None, jax.random.key(config.seed))
+    return build.start_run(*tiny_run[:2])
 
 
 def params_of(run, stage, arm):
@@ -36,7 +32,8 @@ def params_of(run, stage, arm):
 
 
 def test_the_domain_arm_scores_as_the_evaluator_does(run):
-    scorer = scorers.domain_scorer(stages.make_test_arm(run), params_of(run, "refresh", "domain"))
+    arm = build.make_arm(run, "lightgcn", parts=build.parts_at_test(run.config))
+    scorer = scorers.domain_scorer(arm, params_of(run, "refresh", "domain"))
     expected_UI = np.asarray(scorer.score(np.arange(run.data.n_users)))
     served = artefact.load_domain_arm(run.folder)
     scores_UI = np.stack([scores.domain_scores(served, user=user) for user in range(run.data.n_users)])
@@ -45,14 +42,14 @@ def test_the_domain_arm_scores_as_the_evaluator_does(run):
 
 def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     params, config = params_of(run, "bdlm", "lm"), run.config
-    arm, bridge = stages.make_arm(run, config.domain.model), stages.make_bridge(run, reads=config.mutual.reads)
-    reading = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=EVERYTHING)
-    expected_UI = np.asarray(stages.lm_scorer(run, params, arm, bridge, reading).score(np.arange(run.data.n_users)))
+    users = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=EVERYTHING)
+    reader = stages.bdlm_reader(run, "test")._replace(users=users)
+    expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
     for user in (0, 7, run.data.n_users - 1):
         scores_I = scores.lm_scores(served, catalogue.history(user), user=user)
         np.testing.assert_allclose(scores_I, expected_UI[user], rtol=1e-4, atol=1e-4)
-    assert served.config == stages.lm_config(run)
+    assert served.config == run.lm
     assert served.vocabulary.n_tokens == run.texts.vocabulary.n_tokens
     assert served.prompts.max_tokens == config.prompts.length
 
