@@ -56,15 +56,15 @@ def test_every_subset_and_every_order_is_equally_likely():
 
 def test_the_draw_is_frozen():
     split = make_split(3, 30, 4)
-    first = make_candidates(split, TEST, n_negatives=4, seed=7, name="cand5")
-    again = make_candidates(split, TEST, n_negatives=4, seed=7, name="cand5")
-    assert first.sha256 == again.sha256
-    assert first.sha256 != make_candidates(split, TEST, n_negatives=4, seed=8, name="cand5").sha256
-    assert first.sha256 != make_candidates(split, TEST, n_negatives=4, seed=7, name="other").sha256
-    assert first.sha256 != make_candidates(split, VALIDATION, n_negatives=4, seed=7, name="cand5").sha256
-    fixed = leave_one_out(make_interactions([0] * 3, [0, 1, 2], item_fields={i: {} for i in range(20)},
-                                            keep_items_without_interactions=True))  # fmt: skip
-    drawn = make_candidates(fixed, TEST, n_negatives=3, seed=0, name="cand4").items_NC
+
+    def sha256(part=TEST, seed=7, name="cand5"):
+        return make_candidates(split, part, n_negatives=4, seed=seed, name=name).sha256
+
+    assert sha256() == sha256()
+    assert len({sha256(), sha256(seed=8), sha256(name="other"), sha256(VALIDATION)}) == 4
+    everything = {i: {} for i in range(20)}
+    table = make_interactions([0] * 3, [0, 1, 2], item_fields=everything, keep_items_without_interactions=True)
+    drawn = make_candidates(leave_one_out(table), TEST, n_negatives=3, seed=0, name="cand4").items_NC
     raw = np.random.PCG64(0).random_raw(6)
     uniform = [int(bits >> np.uint64(11)) * 2.0**-53 for bits in raw]
     picks = []
@@ -75,27 +75,25 @@ def test_the_draw_is_frozen():
     assert drawn[0].tolist() == [2] + [picks[k] + 3 for k in order]
 
 
-def test_a_leak_in_candidates_is_raised():
+@pytest.mark.parametrize(
+    ("row", "column", "value", "error", "message"),
+    [
+        (2, 3, "target", LeakError, "target is among its negatives in 1 of 4 cases, the first at row 2"),
+        (1, 2, "trained", LeakError, "a negative is an interaction of its user"),
+        (0, 1, "other", LeakError, "a negative stands twice"),
+        (0, 0, "trained", InputError, "does not hold out"),
+        (0, 1, 20, InputError, "does not have"),
+    ],
+)
+def test_candidates_that_leak_or_are_of_other_data_are_refused(row, column, value, error, message):
     split = make_split(4, 20, 5)
     good = make_candidates(split, TEST, n_negatives=6, seed=0, name="cand7")
-
-    def changed(row, column, value):
-        items = good.items_NC.copy()
-        items[row, column] = value
-        return dataclasses.replace(good, items_NC=items)
-
-    with pytest.raises(LeakError, match="target is among its negatives in 1 of 4 cases, the first at row 2"):
-        check_candidates(split, changed(2, 3, good.items_NC[2, 0]))
-    with pytest.raises(LeakError, match="a negative is an interaction of its user"):
-        check_candidates(split, changed(1, 2, split.histories(0)[1][split.histories(0)[0][1]]))
-    with pytest.raises(LeakError, match="a negative stands twice"):
-        check_candidates(split, changed(0, 1, good.items_NC[0, 2]))
-    with pytest.raises(InputError, match="does not hold out"):
-        check_candidates(split, changed(0, 0, next(i for i in range(20) if i not in good.items_NC[0]
-                                                   and i not in split.cases(TEST)[1][:1]
-                                                   and i not in split.cases(VALIDATION)[1][:1])))  # fmt: skip
-    with pytest.raises(InputError, match="does not have"):
-        check_candidates(split, changed(0, 1, 20))
+    indptr, item = split.histories(TRAIN)
+    items_NC = good.items_NC.copy()
+    words = {"target": items_NC[row, 0], "other": items_NC[row, 2], "trained": item[indptr[row]]}
+    items_NC[row, column] = words.get(value, value)
+    with pytest.raises(error, match=message):
+        check_candidates(split, dataclasses.replace(good, items_NC=items_NC))
 
 
 def test_saved_candidates_come_back_and_a_changed_file_does_not(tmp_path):
@@ -108,29 +106,24 @@ def test_saved_candidates_come_back_and_a_changed_file_does_not(tmp_path):
     assert np.array_equal(loaded.items_NC, candidates.items_NC)
     assert [entry.name for entry in tmp_path.iterdir()] == ["cand5.npz"]
 
-    with np.load(path) as file:
-        data = dict(file)
-    data["items_NC"] = data["items_NC"].copy()
-    data["items_NC"][0, 1] += 1
-    np.savez(path, **data)
+    changed = candidates.items_NC.copy()
+    changed[0, 1] += 1
+    save_candidates(path, dataclasses.replace(candidates, items_NC=changed))
     with pytest.raises(InputError, match="hash differs"):
         load_candidates(path)
-    path.write_bytes(b"PK not a zip")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_candidates(path)
     np.savez(path, name=np.array("x"), user_N=np.array([{}], object), items_NC=np.zeros((1, 2)), sha256=np.array(""))
-    with pytest.raises(InputError, match="cannot be read"):
-        load_candidates(path)
+    for objects_or_no_zip in (path.read_bytes(), b"PK not a zip"):
+        path.write_bytes(objects_or_no_zip)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_candidates(path)
     with pytest.raises(InputError, match="is not there"):
         load_candidates(tmp_path / "none.npz")
 
 
-def test_unusable_requests_are_refused():
-    split = make_split(2, 8, 4)
-    with pytest.raises(InputError, match="n_negatives is 0"):
-        make_candidates(split, TEST, n_negatives=0, seed=0, name="c")
-    with pytest.raises(InputError, match="pool of candidates"):
-        make_candidates(split, TEST, n_negatives=1, seed=0, name="c", pool=[99])
+@pytest.mark.parametrize(("asked", "message"), [({"n_negatives": 0}, "is 0"), ({"pool": [99]}, "pool of candidates")])
+def test_unusable_requests_are_refused(asked, message):
+    with pytest.raises(InputError, match=message):
+        make_candidates(make_split(2, 8, 4), TEST, **{"n_negatives": 1, "seed": 0, "name": "c"} | asked)
 
 
 def test_a_part_without_cases_gives_an_empty_set(tmp_path):

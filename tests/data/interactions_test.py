@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,12 +32,11 @@ def test_rows_are_sorted_by_user_then_time_then_order_in_the_file():
 
 
 def test_ids_are_numbered_by_value_when_all_are_numbers_and_as_text_otherwise():
-    assert make_interactions([10, 9, -1], [1, 1, 1]).user_ids.tolist() == ["-1", "9", "10"]
-    assert make_interactions(["10", "9"], [1, 1]).user_ids.tolist() == ["9", "10"]
-    assert make_interactions(["10", "9", "x"], [1, 1, 1]).user_ids.tolist() == ["10", "9", "x"]
-    assert make_interactions(["010", "9"], [1, 1]).user_ids.tolist() == ["010", "9"]
-    assert make_interactions([10, "10", 9.0], [1, 2, 3]).user_ids.tolist() == ["9", "10"]
-    assert make_interactions(["--5", "9"], [1, 1]).user_ids.tolist() == ["--5", "9"]
+    for raw, ids in [
+        ([10, 9, -1], ["-1", "9", "10"]), (["10", "9"], ["9", "10"]), (["10", "9", "x"], ["10", "9", "x"]),
+        (["010", "9"], ["010", "9"]), ([10, "10", 9.0], ["9", "10"]), (["--5", "9"], ["--5", "9"]),
+    ]:  # fmt: skip
+        assert make_interactions(raw, range(len(raw))).user_ids.tolist() == ids
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,43 +62,41 @@ def test_duplicates_follow_their_rule(rows):
             build(rows, duplicates="error")
 
 
-def test_without_times_the_file_order_counts():
+def test_rows_follow_their_times_or_the_order_of_the_file():
     x = make_interactions([1, 1, 1], [3, 1, 2])
     assert (x.item_ids[x.item_E].tolist(), x.time_kind) == (["3", "1", "2"], "order")
     y = make_interactions([1, 1, 1], [3, 1, 2], order=[2, 0, 1])
     assert (y.item_ids[y.item_E].tolist(), y.time_kind) == (["1", "2", "3"], "order")
     assert make_interactions([1], [1], time=[7]).time_kind == "timestamp"
+    times = [1700000000123456789, 1700000000123456788]
+    for long in (times, list(map(str, times))):  # every digit stays
+        assert make_interactions([1, 1], [1, 2], time=long).time_E.tolist() == sorted(times)
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"user": [], "item": []}, "no rows"),
-        ({"user": [1, None], "item": [1, 2]}, "row 1: field 'user' is empty"),
-        ({"user": [1.5, 2], "item": [1, 2]}, "row 0: field 'user' is empty or not an id"),
-        ({"user": [1, 2], "item": [float("nan"), 2]}, "row 0: field 'item' is empty"),
-        ({"user": [1, 2], "item": ["a", ""]}, "row 1: field 'item' is empty"),
-        ({"user": [1, 2], "item": [1]}, "field 'item' has 1 rows"),
-        ({"user": None, "item": [1]}, "'user' and 'item' are both needed"),
-        ({"user": [1, 2], "item": [1, 2], "time": [3, -1]}, "row 1: field 'time' is -1"),
-        ({"user": [1, 2], "item": [1, 2], "time": [3, 1.5]}, "row 1: field 'time' is 1.5"),
-        ({"user": [1, 2], "item": [1, 2], "time": [float("nan"), 1]}, "row 0: field 'time' is nan"),
-        ({"user": [1, 2], "item": [1, 2], "time": ["4", "x"]}, "row 1: field 'time' is 'x'"),
-        ({"user": [1, 2], "item": [1, 2], "time": [1]}, "field 'time' has 1 rows"),
-        ({"user": [1, 2], "item": [1, 2], "order": [1, 2], "time": [1, 2]}, "both given"),
-        ({"user": [1, 2], "item": [1, 2], "rating": [1, float("inf")]}, "row 1: field 'rating' is inf"),
-        ({"user": [1, 2], "item": [1, 2], "duplicates": "some"}, "duplicates is 'some'"),
-    ],
-)
+PAIRS = {"user": [1, 2], "item": [1, 2]}
+REFUSED = [
+    ({"user": [], "item": []}, "no rows"),
+    ({"user": [1, None]}, "row 1: field 'user' is empty"),
+    ({"user": [1.5, 2]}, "row 0: field 'user' is empty or not an id"),
+    ({"item": [float("nan"), 2]}, "row 0: field 'item' is empty"),
+    ({"item": ["a", ""]}, "row 1: field 'item' is empty"),
+    ({"item": [1]}, "field 'item' has 1 rows"),
+    ({"user": None}, "'user' and 'item' are both needed"),
+    ({"time": [3, -1]}, "row 1: field 'time' is -1"),
+    ({"time": [3, 1.5]}, "row 1: field 'time' is 1.5"),
+    ({"time": [float("nan"), 1]}, "row 0: field 'time' is nan"),
+    ({"time": ["4", "x"]}, "row 1: field 'time' is 'x'"),
+    ({"time": [1]}, "field 'time' has 1 rows"),
+    ({"order": [1, 2], "time": [1, 2]}, "both given"),
+    ({"rating": [1, float("inf")]}, "row 1: field 'rating' is inf"),
+    ({"duplicates": "some"}, "duplicates is 'some'"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), REFUSED)
 def test_bad_columns_are_named(columns, message):
     with pytest.raises(InputError, match=message):
-        make_interactions(**columns)
-
-
-def test_long_times_keep_every_digit():
-    times = [1700000000123456789, 1700000000123456788]
-    for given_times in (times, list(map(str, times))):
-        assert make_interactions([1, 1], [1, 2], time=given_times).time_E.tolist() == sorted(times)
+        make_interactions(**PAIRS | columns)
 
 
 def test_fields_follow_the_ids_and_title_is_always_there():
@@ -124,26 +123,20 @@ def test_categoricals_are_read_by_their_codes_and_arrays_cannot_be_written():
 
 
 def test_fingerprint_counts_and_sees_every_part():
-    options = {"time": [1, 2], "rating": [4.0, 5.0], "item_fields": {7: {"title": "A"}}}
-    base = make_interactions([1, 2], [7, 8], **options).fingerprint()
-    assert {k: v for k, v in base.items() if k != "sha256"} == {"users": 2, "items": 2, "interactions": 2}
-    changes = [
-        make_interactions([1, 3], [7, 8], **options),
-        make_interactions([1, 2], [8, 7], **options),
-        make_interactions([1, 2], [7, 8], **{**options, "time": [1, 3]}),
-        make_interactions([1, 2], [7, 8], **{**options, "rating": [4.0, 4.0]}),
-        make_interactions([1, 2], [7, 8], **{**options, "rating": None}),
-        make_interactions([1, 2], [7, 8], **{**options, "item_fields": {7: {"title": "B"}}}),
-    ]
-    assert len({base["sha256"], *(x.fingerprint()["sha256"] for x in changes)}) == 1 + len(changes)
+    def fingerprint(user=(1, 2), item=(7, 8), time=(1, 2), rating=(4.0, 5.0), title="A"):
+        fields = {7: {"title": title}}
+        return make_interactions(user, item, time=time, rating=rating, item_fields=fields).fingerprint()
+
+    assert fingerprint() == {"users": 2, "items": 2, "interactions": 2, "sha256": fingerprint()["sha256"]}
+    changes = [{"user": (1, 3)}, {"item": (8, 7)}, {"time": (1, 3)}, {"rating": (4.0, 4.0)}, {"rating": None}]
+    prints = [fingerprint(), fingerprint(title="B"), *(fingerprint(**change) for change in changes)]
+    assert len({entry["sha256"] for entry in prints}) == len(prints)
 
 
 def naive_core(pairs, user, item):
-    pairs = set(pairs)
     while True:
-        keep = {
-            (u, i) for u, i in pairs if sum(a == u for a, _ in pairs) >= user and sum(b == i for _, b in pairs) >= item
-        }
+        users, items = Counter(u for u, _ in pairs), Counter(i for _, i in pairs)
+        keep = {(u, i) for u, i in pairs if users[u] >= user and items[i] >= item}
         if keep == pairs:
             return keep
         pairs = keep
@@ -154,7 +147,7 @@ def naive_core(pairs, user, item):
 def test_k_core_equals_the_naive_iteration_and_keeps_fields(rows, user, item):
     fields = {i: {"title": f"item {i}"} for i in range(9)}
     x = build(rows, item_fields=fields)
-    expected = naive_core([row[:2] for row in raw_rows(x)], user, item)
+    expected = naive_core({row[:2] for row in raw_rows(x)}, user, item)
     if not expected:
         with pytest.raises(InputError, match="no interaction is left"):
             k_core(x, user=user, item=item)
@@ -167,10 +160,8 @@ def test_k_core_equals_the_naive_iteration_and_keeps_fields(rows, user, item):
 
 
 def test_filter_rating_drops_rows_and_what_they_leave_empty():
-    fields = {5: {"title": "never seen"}}
-    x = make_interactions(
-        [1, 1, 2], [1, 2, 3], rating=[5, 2, 1], item_fields=fields, keep_items_without_interactions=True
-    )
+    cold = {"item_fields": {5: {"title": "never seen"}}, "keep_items_without_interactions": True}
+    x = make_interactions([1, 1, 2], [1, 2, 3], rating=[5, 2, 1], **cold)
     y = filter_rating(x, minimum=2)
     assert (y.user_ids.tolist(), y.item_ids.tolist()) == (["1"], ["1", "2", "5"])
     assert y.rating_E.tolist() == [5, 2]

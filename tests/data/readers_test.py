@@ -3,7 +3,6 @@ import json
 import types
 import zipfile
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +13,14 @@ from bdlm_jax.data.splits import TEST, TRAIN
 from bdlm_jax.types import InputError
 
 
-def write(path, text, encoding="utf-8"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode(encoding)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+def write(folder, files, encoding="utf-8"):
+    """Writes {name: text or bytes}; the texts of names in .gz are compressed."""
+    for name, data in files.items():
+        if isinstance(data, str):
+            data = data.encode(encoding)
+            data = gzip.compress(data) if name.endswith(".gz") else data
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def rows(x):
@@ -26,9 +28,11 @@ def rows(x):
 
 
 def test_a_table_with_mapped_columns_items_and_users(tmp_path):
-    write(tmp_path / "clicks.tsv.gz", "when\twho\twhat\tstars\n9\tbob\tb1\t4.5\n8\tbob\ta1\t2\n7\tann\tb1\t5\n")
-    write(tmp_path / "things.csv", 'key,name,maker\na1,"Salt &amp; ""Pepper""",Acme\nb1,  Two\tblanks ,\n')
-    write(tmp_path / "people.csv", "user_id,job\nbob,writer\n")
+    write(tmp_path, {
+        "clicks.tsv.gz": "when\twho\twhat\tstars\n9\tbob\tb1\t4.5\n8\tbob\ta1\t2\n7\tann\tb1\t5\n",
+        "things.csv": 'key,name,maker\na1,"Salt &amp; ""Pepper""",Acme\nb1,  Two\tblanks ,\n',
+        "people.csv": "user_id,job\nbob,writer\n",
+    })  # fmt: skip
     x = load_source(
         "table", tmp_path / "clicks.tsv.gz", columns={"user": "who", "item": "what", "time": "when", "rating": "stars"},
         items="things.csv", item_columns={"id": "key", "title": "name", "brand": "maker"},
@@ -36,52 +40,30 @@ def test_a_table_with_mapped_columns_items_and_users(tmp_path):
     )  # fmt: skip
     assert rows(x) == [("ann", "b1", 7), ("bob", "a1", 8), ("bob", "b1", 9)]
     assert x.rating_E.tolist() == [5, 2, 4.5]
-    assert x.item_fields["title"].tolist() == ['Salt & "Pepper"', "Two blanks"]
-    assert x.item_text(("title", "brand"))[0] == 'Salt & "Pepper"; Acme'
+    assert x.item_text(("title", "brand")) == ['Salt & "Pepper"; Acme', "Two blanks"]
     assert x.user_text(("job",)) == ["", "writer"]
 
 
 def test_a_folder_of_tables_is_recognised(tmp_path):
-    write(tmp_path / "interactions.csv.gz", "user_id,item_id,order\n1,10,1\n1,9,0\n2,9,0\n")
-    write(tmp_path / "items.tsv.gz", 'item\tasin\ttitle\n9\tB9\tNine "inch" comb\n10\tB10\tTen\n11\tB11\tEleven\n')
+    write(tmp_path, {
+        "interactions.csv.gz": "user_id,item_id,order\n1,10,1\n1,9,0\n2,9,0\n",
+        "items.tsv.gz": 'item\tasin\ttitle\n9\tB9\tNine "inch" comb\n10\tB10\tTen\n11\tB11\tEleven\n',
+    })  # fmt: skip
     x = load_source("table", tmp_path)
     assert rows(x) == [("1", "9", 0), ("1", "10", 1), ("2", "9", 0)]
-    assert (x.time_kind, x.item_text()) == ("order", ['Nine "inch" comb', "Ten"])
-    assert x.item_fields["asin"].tolist() == ["B9", "B10"]
+    assert (x.time_kind, x.item_text(("title", "asin"))) == ("order", ['Nine "inch" comb; B9', "Ten; B10"])
     assert load_source("table", tmp_path, keep_items_without_interactions=True).item_text()[2] == "Eleven"
 
 
-def test_a_table_without_header_and_with_other_separators(tmp_path):
-    write(tmp_path / "a.txt", "7;x;3\n8;y;4\n")
+@pytest.mark.parametrize("text", ["7;x;3\n8;y;4\n", "7::x::3\n8::y::4\n"])
+def test_a_table_without_header_and_with_other_separators(tmp_path, text):
+    write(tmp_path, {"a.txt": text})
     x = load_source("table", tmp_path / "a.txt", header=False, columns={"user": 0, "item": 1, "time": 2})
     assert rows(x) == [("7", "x", 3), ("8", "y", 4)]
-    write(tmp_path / "b.txt", "7::x::3\n8::y::4\n")
-    y = load_source("table", tmp_path / "b.txt", header=False, columns={"user": 0, "item": 1, "time": 2})
-    assert x.fingerprint() == y.fingerprint()
 
 
-IDS = st.one_of(
-    st.integers(-5, 30).map(str),
-    st.sampled_from(
-        [
-            "007",
-            "NA",
-            "null",
-            "1.0",
-            "1e3",
-            "True",
-            "+4",
-            " 4",
-            "a b",
-            "ä",
-            "0",
-            "00",
-            "12345678901234567890",
-            "--5",
-            "",
-        ]
-    ),
-)
+ODD_IDS = "007", "NA", "null", "1.0", "1e3", "True", "+4", " 4", "a b", "ä", "00", "12345678901234567890", "--5", ""
+IDS = st.one_of(st.integers(-5, 30).map(str), st.sampled_from(ODD_IDS))
 
 
 @settings(max_examples=200, deadline=None)
@@ -108,66 +90,50 @@ def test_a_table_is_read_as_it_stands(rows, separator, end, n_quoted):
 
 MOVIES = "1::Matrix, The (1999)::Action|Sci-Fi\n2::Cité, La (1995)::Drama\n3::Unseen (2000)::(no genres listed)\n"
 USERS = "1::F::1::10::00000\n2::M::25::12::00000\n"
+RATINGS = {"movies.dat": MOVIES, "users.dat": USERS, "ratings.dat": "1::1::5::100\n1::2::3::99\n2::1::4::5\n"}
+ORDERS = {"movies.dat": MOVIES, "interactions.csv.gz": "user_id,item_id,order\n1,1,1\n1,2,0\n2,1,0\n"}
+FLAGS = ["|".join("1" if k in on else "0" for k in range(19)) for on in ((1, 15), (8,), (0,))]
+TABS = {
+    "u.data": "1\t1\t5\t100\n1\t2\t3\t99\n2\t1\t4\t5\n",
+    "u.item": "1|Matrix, The (1999)|||u|{}\n2|Cité, La (1995)|||u|{}\n3|unknown||||{}\n".format(*FLAGS),
+    "u.user": "1|24|F|writer|x\n2|53|M|other|x\n",
+}
+COMMAS = {
+    "ratings.csv": "userId,movieId,rating,timestamp\r\n1,1,5.0,100\r\n1,2,3.5,99\r\n2,1,4.0,5\r\n",
+    "movies.csv": 'movieId,title,genres\r\n1,"Matrix, The (1999)",Action|Sci-Fi\r\n2,"Cité, La (1995)",Drama\r\n',
+}
 
 
-def check_movielens(x):
+@pytest.mark.parametrize(
+    ("files", "encoding", "ratings", "users"),
+    [
+        (RATINGS, "latin-1", [3, 5, 4], ["female; under 18; K-12 student", "male; 25-34; programmer"]),
+        (ORDERS, "latin-1", None, None),
+        (TABS, "latin-1", [3, 5, 4], ["female; 24; writer", "male; 53; other"]),
+        (COMMAS, "utf-8", [3.5, 5, 4], None),
+    ],
+)
+def test_movielens_of_every_edition(tmp_path, files, encoding, ratings, users):
+    x = load_source("movielens", write(tmp_path, files, encoding))
     assert x.item_ids.tolist() == ["1", "2"]
-    assert x.item_fields["title"].tolist() == ["The Matrix (1999)", "La Cité (1995)"]
-    assert x.item_fields["genres"].tolist() == ["Action, Sci-Fi", "Drama"]
-    assert [(u, i) for u, i, _ in rows(x)] == [("1", "2"), ("1", "1"), ("2", "1")]
+    assert x.item_text(("title", "genres")) == ["The Matrix (1999); Action, Sci-Fi", "La Cité (1995); Drama"]
+    assert [row[:2] for row in rows(x)] == [("1", "2"), ("1", "1"), ("2", "1")]
+    assert (x.time_E.tolist(), x.time_kind) == (([99, 100, 5], "timestamp") if ratings else ([0, 1, 0], "order"))
+    assert (None if x.rating_E is None else x.rating_E.tolist()) == ratings
+    assert (x.user_text(("gender", "age", "occupation")) if x.user_fields else None) == users
 
 
-def test_movielens_1m_from_a_folder_a_nested_folder_and_a_zip(tmp_path):
-    write(tmp_path / "a/ml-1m/movies.dat", MOVIES, "latin-1")
-    write(tmp_path / "a/ml-1m/users.dat", USERS)
-    write(tmp_path / "a/ml-1m/ratings.dat", "1::1::5::100\n1::2::3::99\n2::1::4::5\n")
+def test_movielens_in_a_nested_folder_or_a_zip_is_the_same(tmp_path):
+    folder = tmp_path / "a" / "ml-1m"
+    folder.mkdir(parents=True)
+    write(folder, RATINGS, "latin-1")
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
-        for path in sorted((tmp_path / "a/ml-1m").iterdir()):
-            archive.write(path, f"ml-1m/{path.name}")
+        for name in RATINGS:
+            archive.write(folder / name, f"ml-1m/{name}")
     x, y, z = (load_source("movielens", tmp_path / name) for name in ("a/ml-1m", "a", "ml-1m.zip"))
     assert x.fingerprint() == y.fingerprint() == z.fingerprint()
-    check_movielens(x)
-    assert x.user_text(("gender", "age", "occupation")) == ["female; under 18; K-12 student", "male; 25-34; programmer"]
-    assert (x.rating_E.tolist(), x.time_E.tolist()) == ([3, 5, 4], [99, 100, 5])
-    all_movies = load_source("movielens", tmp_path / "a", keep_items_without_interactions=True)
-    assert all_movies.item_fields["title"].tolist()[2] == "Unseen (2000)"
-    assert all_movies.item_fields["genres"].tolist()[2] == ""
-
-
-def test_movielens_1m_with_an_order_in_place_of_ratings(tmp_path):
-    write(tmp_path / "movies.dat", MOVIES, "latin-1")
-    write(tmp_path / "users.dat", USERS)
-    write(tmp_path / "interactions.csv.gz", "user_id,item_id,order\n1,1,1\n1,2,0\n2,1,0\n")
-    x = load_source("movielens", tmp_path)
-    check_movielens(x)
-    assert (x.time_kind, x.rating_E) == ("order", None)
-
-
-def test_movielens_100k(tmp_path):
-    def flags(*on):
-        return "|".join("1" if k in on else "0" for k in range(19))
-
-    write(tmp_path / "u.data", "1\t1\t5\t100\n1\t2\t3\t99\n2\t1\t4\t5\n")
-    write(
-        tmp_path / "u.item",
-        f"1|Matrix, The (1999)|||u|{flags(1, 15)}\n2|Cité, La (1995)|||u|{flags(8)}\n3|unknown||||{flags(0)}\n",
-        "latin-1",
-    )
-    write(tmp_path / "u.user", "1|24|F|writer|x\n2|53|M|other|x\n")
-    x = load_source("movielens", tmp_path)
-    check_movielens(x)
-    assert x.user_text(("gender", "age", "occupation")) == ["female; 24; writer", "male; 53; other"]
-
-
-def test_movielens_csv(tmp_path):
-    write(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\r\n1,1,5.0,100\r\n1,2,3.5,99\r\n2,1,4.0,5\r\n")
-    write(
-        tmp_path / "movies.csv",
-        'movieId,title,genres\r\n1,"Matrix, The (1999)",Action|Sci-Fi\r\n2,"Cité, La (1995)",Drama\r\n',
-    )
-    x = load_source("movielens", tmp_path)
-    check_movielens(x)
-    assert x.rating_E.tolist() == [3.5, 5, 4]
+    every_movie = load_source("movielens", folder, keep_items_without_interactions=True)
+    assert every_movie.item_text(("title", "genres"))[2] == "Unseen (2000)"
 
 
 @pytest.mark.parametrize(
@@ -190,61 +156,51 @@ def test_articles_return_to_the_front(published, said):
 
 
 def test_recbole_atomic_files(tmp_path):
-    write(
-        tmp_path / "d.inter",
-        "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\ti2\t3\t20\nu1\ti1\t4.5\t1e1\n",
-    )
-    write(
-        tmp_path / "d.item",
-        'item_id:token\tmovie_title:token_seq\tclass:token_seq\ni1\tThe "One"\tDrama War\ni2\tTwo\t\n',
-    )
-    write(tmp_path / "d.user", "user_id:token\tage:token\nu1\t24\n")
+    write(tmp_path, {
+        "d.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\ti2\t3\t20\nu1\ti1\t4.5\t1e1\n",
+        "d.item": 'item_id:token\tmovie_title:token_seq\tclass:token_seq\ni1\tThe "One"\tDrama War\ni2\tTwo\t\n',
+        "d.user": "user_id:token\tage:token\nu1\t24\n",
+    })  # fmt: skip
     x = load_source("recbole", tmp_path)
     assert rows(x) == [("u1", "i1", 10), ("u1", "i2", 20)]
     assert x.item_text(("title", "class")) == ['The "One"; Drama War', "Two"]
     assert x.user_text(("age",)) == ["24"]
     assert load_source("recbole", tmp_path, title="class").item_text() == ["Drama War", ""]
-    write(tmp_path / "e.inter", "user_id:token\titem_id:token\nu1\ti2\n")
+    write(tmp_path, {"e.inter": "user_id:token\titem_id:token\nu1\ti2\n"})
     assert len(load_source("recbole", tmp_path, name="e")) == 1
 
 
-AMAZON = {
+REVIEWED = [("U2", "B1", 4.0, 20), ("U1", "B1", 5.0, 10), ("U1", "B2", 3.0, 30)]
+AMAZON = {  # the names of a review's fields, and lines of metadata
     2014: (
-        [{"reviewerID": "U2", "asin": "B1", "overall": 4.0, "unixReviewTime": 20},
-         {"reviewerID": "U1", "asin": "B1", "overall": 5.0, "unixReviewTime": 10},
-         {"reviewerID": "U1", "asin": "B2", "overall": 3.0, "unixReviewTime": 30}],
-        ["{'asin': 'B1', 'title': 'Men\\'s <b>Soap</b> &amp; Oil', 'brand': 'Acme',"
-         " 'categories': [['Health'], ['Beauty', 'Soap']]}",
-         "{'asin': 'B9', 'title': 'Never reviewed'}"],
+        ("reviewerID", "asin", "overall", "unixReviewTime"),
+        "{'asin': 'B1', 'title': 'Men\\'s <b>Soap</b> &amp; Oil', 'brand': 'Acme',"
+        " 'categories': [['Health'], ['Beauty', 'Soap']]}\n{'asin': 'B9', 'title': 'Never reviewed'}\n",
     ),
     2018: (
-        [{"reviewerID": "U2", "asin": "B1", "overall": 4.0, "unixReviewTime": 20, "verified": True},
-         {"reviewerID": "U1", "asin": "B1", "overall": 5.0, "unixReviewTime": 10},
-         {"reviewerID": "U1", "asin": "B2", "overall": 3.0, "unixReviewTime": 30}],
-        ['{"asin": "B1", "title": "Men\'s Soap &amp; Oil", "brand": "Acme",'
-         ' "category": ["Beauty", "Soap"], "description": []}',
-         '{"asin": "B2", "title": "var aPageStart = (new Date()).getTime();"}'],
+        ("reviewerID", "asin", "overall", "unixReviewTime"),
+        '{"asin": "B1", "title": "Men\'s Soap &amp; Oil", "brand": "Acme", "category": ["Beauty", "Soap"],'
+        ' "description": []}\n{"asin": "B2", "title": "var aPageStart = (new Date()).getTime();"}\n',
     ),
     2023: (
-        [{"user_id": "U2", "asin": "x", "parent_asin": "B1", "rating": 4.0, "timestamp": 20},
-         {"user_id": "U1", "asin": "y", "parent_asin": "B1", "rating": 5.0, "timestamp": 10},
-         {"user_id": "U1", "asin": "z", "parent_asin": "B2", "rating": 3.0, "timestamp": 30}],
-        ['{"parent_asin": "B1", "title": "Men\'s Soap & Oil", "store": "Acme",'
-         ' "categories": ["Beauty", "Soap"], "description": null}'],
+        ("user_id", "parent_asin", "rating", "timestamp"),
+        '{"parent_asin": "B1", "title": "Men\'s Soap & Oil", "store": "Acme", "categories": ["Beauty", "Soap"],'
+        ' "description": null}\n',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("year", AMAZON)
 def test_amazon_reviews_of_every_edition(tmp_path, year):
-    reviews, metadata = AMAZON[year]
-    write(tmp_path / "reviews_X_5.json.gz", "\n".join(map(json.dumps, reviews)) + "\n")
-    write(tmp_path / "meta_X.json.gz", "\n".join(metadata) + "\n")
+    names, metadata = AMAZON[year]
+    reviews = [dict(zip(names, review)) | {"asin": review[1] if year < 2023 else "x"} for review in REVIEWED]
+    reviews = "".join(json.dumps(review) + "\n" for review in reviews)
+    write(tmp_path, {"reviews_X_5.json.gz": reviews, "meta_X.json.gz": metadata})
     x = load_source("amazon", tmp_path)
     assert rows(x) == [("U1", "B1", 10), ("U1", "B2", 30), ("U2", "B1", 20)]
     assert x.rating_E.tolist() == [5, 3, 4]
     assert x.item_text(("title", "brand", "categories")) == ["Men's Soap & Oil; Acme; Beauty, Soap", ""]
-    assert x.item_fields["description"].tolist() == ["", ""]
+    assert x.item_text(("description",)) == ["", ""]
     y = load_source("amazon", tmp_path / "reviews_X_5.json.gz", metadata=tmp_path / "meta_X.json.gz")
     assert x.fingerprint() == y.fingerprint()
     if year == 2014:
@@ -253,8 +209,7 @@ def test_amazon_reviews_of_every_edition(tmp_path, year):
 
 
 def test_adjacency_lists_are_a_split_without_validation(tmp_path):
-    write(tmp_path / "train.txt.gz", "0 5 3 4\n1 3\n\n2\n")
-    write(tmp_path / "test.txt.gz", "0 1\n1 5 0\n2\n")
+    write(tmp_path, {"train.txt.gz": "0 5 3 4\n1 3\n\n2\n", "test.txt.gz": "0 1\n1 5 0\n2\n"})
     split = load_source("adjacency", tmp_path)
     assert split.counts() == {"train": 4, "validation": 0, "test": 3}
     x = split.interactions
@@ -264,15 +219,14 @@ def test_adjacency_lists_are_a_split_without_validation(tmp_path):
     assert (indptr.tolist(), x.item_ids[item].tolist()) == ([0, 3, 4], ["5", "3", "4", "3"])
 
 
-def test_times_of_tables_stay_exact(tmp_path):
-    write(tmp_path / "t.csv", "user,item,time\n1,2,1700000000123456789\n")
-    assert load_source("table", tmp_path / "t.csv").time_E.dtype == np.int64
+def test_times_of_tables_stay_exact_and_texts_have_encodings(tmp_path):
+    write(tmp_path, {"t.csv": "user,item,time\n1,2,1700000000123456789\n"})
     assert load_source("table", tmp_path / "t.csv").time_E.tolist() == [1700000000123456789]
-    (tmp_path / "latin.csv").write_bytes("user,item\n1,2\nä,3\n".encode("latin-1") + b'"x",4\n')
+    write(tmp_path, {"latin.csv": 'user,item\n1,2\nä,3\n"x",4\n'}, "latin-1")
     assert load_source("table", tmp_path / "latin.csv", encoding="latin-1").user_ids.tolist() == ["1", "x", "ä"]
 
 
-T, INTER, REVIEW = "t.csv", "user_id:token\titem_id:token\n", json.dumps(AMAZON[2014][0][0]) + "\n"
+T, INTER, REVIEW = "t.csv", "user_id:token\titem_id:token\n", json.dumps(dict(zip(AMAZON[2014][0], REVIEWED[0]))) + "\n"
 ROW, ML = {T: "user,item,time\n1,2,3\n"}, {"movies.dat": MOVIES, "users.dat": USERS, "ratings.dat": "1::1::5::100\n"}
 LISTS = {"train.txt.gz": "0 5 3 4\n1 3\n"}
 REFUSED = [
@@ -336,10 +290,6 @@ REFUSED = [
 @pytest.mark.parametrize("case", REFUSED, ids=[case[3] for case in REFUSED])
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path, case):
     kind, path, files, message, *options = case
-    for name, data in files.items():
-        if isinstance(data, bytes):
-            (tmp_path / name).write_bytes(data)
-        else:
-            write(tmp_path / name, data)
+    write(tmp_path, files)
     with pytest.raises(InputError, match=message):
         load_source(kind, tmp_path / path, **dict(*options))
