@@ -15,21 +15,14 @@ from bdlm_jax.lm.decoder import _dropout, _embed
 from bdlm_jax.types import InputError
 
 CONFIG = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32)
-N_IDS = 7
+ROWS_XM = jax.random.normal(jax.random.key(1), (7, CONFIG.width))  # of the id tokens 40…46
+hidden_of = jax.jit(lm_hidden, static_argnames="config")
 
 
 @pytest.fixture(scope="module")
 def params():
     # Larger than at the start, so that attention is far from uniform and a wrong mask shows.
     return jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(0), CONFIG))
-
-
-@pytest.fixture(scope="module")
-def id_rows_XM():
-    return jax.random.normal(jax.random.key(1), (N_IDS, CONFIG.width))
-
-
-hidden_of = jax.jit(lm_hidden, static_argnames="config")
 
 
 def row(*segments, length=9):
@@ -42,69 +35,68 @@ def row(*segments, length=9):
 
 
 def test_parameters_are_stacked_float32_under_llama_names(params):
-    assert params["embedding"].shape == (40, 24)
+    assert params["embedding"].shape == (40, 24) and "head" not in params
     assert params["layers"]["self_attn"]["k_proj"]["kernel"].shape == (2, 24, 2 * 4)
     assert params["layers"]["mlp"]["down_proj"]["kernel"].shape == (2, 32, 24)
     assert params["final_norm"]["scale"].shape == (24,)
-    assert "head" not in params
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     kernels = params["layers"]["self_attn"]["q_proj"]["kernel"]
     assert not np.allclose(kernels[0], kernels[1]), "every layer is drawn on its own"
 
 
-def test_id_tokens_read_their_rows(params, id_rows_XM):
-    whole = dict(params, embedding=jnp.concatenate([params["embedding"], id_rows_XM]))
+def test_id_tokens_read_their_rows(params):
+    whole = dict(params, embedding=jnp.concatenate([params["embedding"], ROWS_XM]))
     expected = hidden_of(whole, dataclasses.replace(CONFIG, vocab_size=47), *row([1, 40, 46, 3]), None)
-    np.testing.assert_allclose(hidden_of(params, CONFIG, *row([1, 40, 46, 3]), id_rows_XM), expected, atol=1e-6)
+    np.testing.assert_allclose(hidden_of(params, CONFIG, *row([1, 40, 46, 3]), ROWS_XM), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scaling_the_embedding_scales_text_rows_alone(params, id_rows_XM, dtype):
+def test_scaling_the_embedding_scales_text_rows_alone(params, dtype):
     config = dataclasses.replace(CONFIG, scale_embedding=True, dtype=dtype)
-    text_M, id_M = _embed(params["embedding"], id_rows_XM, jnp.array([3, 41]), config)
+    text_M, id_M = _embed(params["embedding"], ROWS_XM, jnp.array([3, 41]), config)
     np.testing.assert_array_equal(text_M, params["embedding"][3].astype(dtype) * jnp.asarray(math.sqrt(24), dtype))
-    np.testing.assert_array_equal(id_M, id_rows_XM[1].astype(dtype))
+    np.testing.assert_array_equal(id_M, ROWS_XM[1].astype(dtype))
 
 
-def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params, id_rows_XM):
+def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params):
     def total(embedding, rows):
         hidden = lm_hidden(dict(params, embedding=embedding), CONFIG, *row([1, 40, 46, 3], length=4), rows)
         return (hidden * jnp.arange(24)).sum()
 
-    text, rows = jax.jit(jax.grad(total, (0, 1)))(params["embedding"], id_rows_XM)
+    text, rows = jax.jit(jax.grad(total, (0, 1)))(params["embedding"], ROWS_XM)
     assert set(np.flatnonzero(np.abs(text).sum(1))) == {1, 3}
     assert set(np.flatnonzero(np.abs(rows).sum(1))) == {0, 6}
 
 
-def assert_same_states(left, right):
-    # Two programs of other shapes sum in another order, so the unit is the largest state. Measured on jax 0.10 and
+def assert_same(left, right):
+    # Two programs of other shapes sum in another order, so the unit is the largest number. Measured on jax 0.10 and
     # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
-def test_packing_and_padding_change_nothing(params, id_rows_XM):
+def test_packing_and_padding_change_nothing(params):
     first, second = [1, 40, 5, 9], [1, 45, 7, 3]
-    packed = hidden_of(params, CONFIG, *row(first, second), id_rows_XM)
-    alone = [hidden_of(params, CONFIG, *row(part, length=4), id_rows_XM) for part in (first, second)]
-    assert_same_states(packed[:, :8], np.concatenate(alone, axis=1))
+    packed = hidden_of(params, CONFIG, *row(first, second), ROWS_XM)
+    alone = [hidden_of(params, CONFIG, *row(part, length=4), ROWS_XM) for part in (first, second)]
+    assert_same(packed[:, :8], np.concatenate(alone, axis=1))
     assert np.isfinite(packed).all()
 
 
-def test_no_position_sees_what_stands_behind_it(params, id_rows_XM):
+def test_no_position_sees_what_stands_behind_it(params):
     rows = row([1, 40, 5, 9, 2, 11]), row([1, 40, 5, 20, 2, 11])
-    before, after = (hidden_of(params, CONFIG, *r, id_rows_XM)[0, :6] for r in rows)
+    before, after = (hidden_of(params, CONFIG, *r, ROWS_XM)[0, :6] for r in rows)
     np.testing.assert_array_equal(before[:3], after[:3])
     assert (np.abs(before - after)[3:].max(axis=1) > 1e-3).all()
 
 
-def test_eager_equals_jit_and_remat_equals_neither_changed(params, id_rows_XM):
-    rows = (*row([1, 40, 5, 9], [1, 3]), id_rows_XM)
-    assert_same_states(lm_hidden(params, CONFIG, *rows), hidden_of(params, CONFIG, *rows))
+def test_eager_equals_jit_and_neither_remat_nor_jaxs_attention_changes_a_gradient(params):
+    rows = (*row([1, 40, 5, 9], [1, 3]), ROWS_XM)
+    assert_same(lm_hidden(params, CONFIG, *rows), hidden_of(params, CONFIG, *rows))
     gradient = jax.jit(jax.grad(lambda params, config: (lm_hidden(params, config, *rows) ** 3).sum()), static_argnums=1)
     plain = gradient(params, CONFIG)
-    for policy in (True, "dots"):
-        again = gradient(params, dataclasses.replace(CONFIG, remat=policy))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), plain, again)
+    for option in ({"remat": True}, {"remat": "dots"}, {"attention": "xla"}):
+        again = gradient(params, dataclasses.replace(CONFIG, **option))
+        jax.tree.map(assert_same, again, plain)
 
 
 def test_remat_keeps_less_of_a_short_stack_too(monkeypatch):
@@ -121,24 +113,24 @@ def test_remat_keeps_less_of_a_short_stack_too(monkeypatch):
     assert temporaries(remat=True) < 0.5 * temporaries()
 
 
-def test_a_loop_over_layers_equals_the_unrolled_stack(params, id_rows_XM, monkeypatch):
-    looped = hidden_of(params, CONFIG, *row([1, 40, 5, 9]), id_rows_XM)
+def test_a_loop_over_layers_equals_the_unrolled_stack(params, monkeypatch):
+    looped = hidden_of(params, CONFIG, *row([1, 40, 5, 9]), ROWS_XM)
     monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", CONFIG.n_layers)
-    unrolled = jax.jit(partial(lm_hidden, params, CONFIG))(*row([1, 40, 5, 9]), id_rows_XM)
+    unrolled = jax.jit(partial(lm_hidden, params, CONFIG))(*row([1, 40, 5, 9]), ROWS_XM)
     np.testing.assert_allclose(looped, unrolled, atol=1e-5)
 
 
-def test_bfloat16_is_near_float32(id_rows_XM):
+def test_bfloat16_is_near_float32():
     params, config = init_lm(jax.random.key(3), CONFIG), dataclasses.replace(CONFIG, dtype="bfloat16")
-    low, high = (hidden_of(params, c, *row([1, 40, 5, 9, 12]), id_rows_XM) for c in (config, CONFIG))
+    low, high = (hidden_of(params, c, *row([1, 40, 5, 9, 12]), ROWS_XM) for c in (config, CONFIG))
     assert low.dtype == jnp.bfloat16
     assert text_logits(params, config, low).dtype == jnp.float32
     np.testing.assert_allclose(low[:, :5].astype(np.float32), high[:, :5], atol=0.1)
 
 
-def test_dropout_of_a_row_does_not_depend_on_the_other_rows(params, id_rows_XM):
+def test_dropout_of_a_row_does_not_depend_on_the_other_rows(params):
     config = dataclasses.replace(CONFIG, dropout=0.3)
-    rows = (*row([1, 40, 5, 9], length=4).repeat(4, axis=1), id_rows_XM)
+    rows = (*row([1, 40, 5, 9], length=4).repeat(4, axis=1), ROWS_XM)
     key_B, order = jax.random.split(jax.random.key(5), 4), jnp.array([2, 3, 0, 0])
     whole = hidden_of(params, config, *rows, dropout_key_B=key_B)
     turned = hidden_of(params, config, *rows, dropout_key_B=key_B[order])
@@ -159,15 +151,15 @@ def test_dropout_keeps_the_share_and_the_mean():
         assert abs(np.corrcoef(kept[0].ravel(), other.ravel())[0, 1]) < 5 / math.sqrt(other.size)
 
 
-WINDOWED = dict(
-    window=3, local_layers=(True, False), local_rope_theta=50.0, attention_softcap=4.0, logit_softcap=8.0,
+UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
+WINDOWED = dataclasses.replace(
+    CONFIG, window=3, local_layers=(True, False), local_rope_theta=50.0, attention_softcap=4.0, logit_softcap=8.0,
     scale_embedding=True,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("side", "options"), [("left", {"tie_embeddings": False}), ("right", WINDOWED)])
-def test_continuation_log_likelihood_equals_the_full_forward_pass(side, options):
-    config = dataclasses.replace(CONFIG, **options)
+@pytest.mark.parametrize(("side", "config"), [("left", UNTIED), ("right", WINDOWED)])
+def test_continuation_log_likelihood_equals_the_full_forward_pass(side, config):
     params = jax.tree.map(lambda x: x * 3, init_lm(jax.random.key(4), config))
     prefixes, continuations = [[1, 5, 9, 30], [1, 7]], [[[3, 4, 2], [8], [6, 6]], [[2], [11, 12, 13], []]]
     prefix, prefix_mask = np.zeros((2, 6), np.int32), np.zeros((2, 6), bool)
@@ -190,9 +182,8 @@ def test_continuation_log_likelihood_equals_the_full_forward_pass(side, options)
 
 
 def test_gather_positions():
-    hidden = jnp.arange(2 * 3 * 2).reshape(2, 3, 2)
-    expected = [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
-    np.testing.assert_array_equal(causal_lm.gather_positions(hidden, jnp.array([[2, 0], [1, 1]])), expected)
+    found = causal_lm.gather_positions(jnp.arange(2 * 3 * 2).reshape(2, 3, 2), jnp.array([[2, 0], [1, 1]]))
+    np.testing.assert_array_equal(found, [[[4, 5], [0, 1]], [[8, 9], [8, 9]]])
 
 
 @pytest.mark.parametrize(
@@ -211,6 +202,8 @@ def test_gather_positions():
         ({"window": 0}, "window is 0"),
         ({"local_layers": (True,)}, "1 entries for n_layers 2"),
         ({"positions": "learned"}, "need max_positions"),
+        ({"attention": "cudnn"}, 'needs dtype "bfloat16" and a head width that 8 divides, got "float32" and 4'),
+        ({"attention": "xla", "attention_softcap": 5.0}, "cannot cap scores"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_sentence(change, word):

@@ -1,33 +1,21 @@
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import make_golden
 
 from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden, text_logits
 from bdlm_jax.lm.generate import decode_token, generate, keep_top_p, prefill
+from bdlm_jax.lm.hf_config import lm_config_from_hf
+from bdlm_jax.lm.hf_weights import load_lm
 from bdlm_jax.types import InputError
 
 V, EOS, PAD = 24, 1, 0
-PLAIN = dict(vocab_size=V, width=16, n_layers=2, n_heads=4, n_kv_heads=2, mlp_width=24)
-CONFIGS = {
-    "llama": LMConfig(**PLAIN),
-    "gpt2": LMConfig(
-        **PLAIN, norm="layer", activation="gelu_tanh", gated=False, attention_bias=True, output_bias=True,
-        mlp_bias=True, positions="learned", max_positions=10,
-    ),
-    "gemma": LMConfig(
-        **PLAIN, norm_offset=True, post_norms=True, qk_norm=True, activation="gelu_tanh", window=3,
-        local_layers=(True, False), local_rope_theta=50.0, rope_scaling=("linear", 8.0), attention_softcap=2.0,
-        scale_embedding=True, query_scalar=8.0,
-    ),
-}  # fmt: skip
+CONFIG = LMConfig(vocab_size=V, width=16, n_layers=2, n_heads=4, n_kv_heads=2, mlp_width=24)
 ROWS_XM = jax.random.normal(jax.random.key(1), (5, 16))
-
-
-def make_params(config):
-    return jax.tree.map(lambda x: x * 6, init_lm(jax.random.key(0), config))
 
 
 def pad_prompts(rows, side):
@@ -38,43 +26,45 @@ def pad_prompts(rows, side):
     return tokens, mask
 
 
-@pytest.mark.parametrize(("family", "side"), [("llama", "left"), ("gpt2", "right"), ("gemma", "left")])
-def test_decoding_equals_the_whole_row_at_every_position(family, side):
-    config, params = CONFIGS[family], make_params(CONFIGS[family])
-    tokens_BL, n_prompt, ones = np.random.default_rng(0).integers(0, V + 5, (2, 10)), np.array([5, 2]), np.ones((2, 10))
-    whole = jax.jit(partial(lm_hidden, params, config))
-    expected = np.asarray(whole(tokens_BL, np.arange(10)[None].repeat(2, 0), ones, ROWS_XM))
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "gemma3"])
+def test_decoding_equals_the_whole_row_at_every_position(case):
+    config = lm_config_from_hf(make_golden.HERE / case)
+    params, rows_XM = load_lm(make_golden.HERE / case, config), jax.random.normal(jax.random.key(1), (9, 24))
+    tokens_BL, n_prompt = np.random.default_rng(0).integers(0, config.vocab_size + 9, (4, 10)), np.array([5, 2, 3, 4])
+    row = tokens_BL, np.arange(10)[None].repeat(4, 0), np.ones((4, 10), int), rows_XM
+    expected = np.asarray(jax.jit(partial(lm_hidden, params, config))(*row))
 
-    prompts = pad_prompts([row[:n] for row, n in zip(tokens_BL, n_prompt)], side)
-    state, cache = jax.jit(partial(prefill, params, config, max_new=5))(*prompts, ROWS_XM)
+    prompts = [row[:n] for row, n in zip(tokens_BL, n_prompt)]
+    padded = [np.concatenate(x) for x in zip(pad_prompts(prompts[:2], "left"), pad_prompts(prompts[2:], "right"))]
+    state, cache = jax.jit(partial(prefill, params, config, max_new=5))(*padded, rows_XM)
     step, atol = jax.jit(partial(decode_token, params, config)), 1e-4 * np.abs(expected).max()
-    for n in range(5):
-        np.testing.assert_allclose(state, expected[[0, 1], n_prompt + n - 1], rtol=0, atol=atol)
-        state, cache = step(tokens_BL[[0, 1], n_prompt + n], ROWS_XM, cache)
-    assert cache.slot == 10 and cache.mask_BS.sum(1).tolist() == [10, 7]
+    for place_B in (n_prompt + n for n in range(5)):
+        np.testing.assert_allclose(state, expected[range(4), place_B - 1], rtol=0, atol=atol)
+        state, cache = step(tokens_BL[range(4), place_B], rows_XM, cache)
+    assert cache.slot == 10 and cache.mask_BS.sum(1).tolist() == [10, 7, 8, 9]
 
 
 @pytest.fixture(scope="module")
 def lm():
     """A model and prompts of which the last token is an id token's."""
-    text = np.random.default_rng(0).integers(2, V, (3, 4))
-    return make_params(CONFIGS["llama"]), [[*text[row, : n - 1], V + row] for row, n in enumerate((5, 2, 3))]
+    params, text = init_lm(jax.random.key(0), CONFIG), np.random.default_rng(0).integers(2, V, (3, 4))
+    prompts = [[*text[row, : n - 1], V + row] for row, n in enumerate((5, 2, 3))]
+    return jax.tree.map(lambda x: x * 6, params), prompts
 
 
 def write(lm, side="left", **options):
     options = {"max_new": 8, "eos": EOS, "pad": PAD, "id_rows_XM": ROWS_XM} | options
-    return np.asarray(generate(lm[0], CONFIGS["llama"], *pad_prompts(lm[1], side), **options))
+    return np.asarray(generate(lm[0], CONFIG, *pad_prompts(lm[1], side), **options))
 
 
 @pytest.fixture(scope="module")
 def logits(lm):
     """The logits behind a sequence, by a pass over the whole of it; one compilation for all lengths up to 16."""
-    config = CONFIGS["llama"]
 
     @jax.jit
     def run(tokens, n):
         row = tokens[None], jnp.arange(16)[None], (jnp.arange(16) < n)[None]
-        return text_logits(lm[0], config, lm_hidden(lm[0], config, *row, ROWS_XM)[0, n - 1])
+        return text_logits(lm[0], CONFIG, lm_hidden(lm[0], CONFIG, *row, ROWS_XM)[0, n - 1])
 
     return lambda tokens: np.asarray(run(np.pad(tokens, (0, 16 - len(tokens))), len(tokens)))
 
@@ -130,7 +120,7 @@ def test_impossible_options_are_said(lm, options, message):
 
 
 def test_rows_longer_than_the_learned_positions_are_refused():
-    config, row_1L = CONFIGS["gpt2"], np.ones((1, 11), int)
+    config, row_1L = dataclasses.replace(CONFIG, positions="learned", max_positions=10), np.ones((1, 11), int)
     params = jax.eval_shape(partial(init_lm, config=config), jax.random.key(0))
     with pytest.raises(InputError, match="11 tokens is longer than the 10 learned positions"):
         prefill(params, config, row_1L[:, :4], row_1L[:, :4], None, max_new=7)
