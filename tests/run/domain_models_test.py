@@ -12,6 +12,8 @@ from bdlm_jax.serving.answers import ARMS, recommend
 from bdlm_jax.train import train_and_evaluate
 from experiments import tiny
 
+OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1}}
+
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lightgcn"}))
 def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
@@ -19,7 +21,7 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     config.models, config.domain.model = ("bdlm",), model
     config.data.options.update({"n_users": 60, "history": 8})
     config.pretrain.epochs, config.prompts.card_copies = 0.0, 2.0
-    config.domain.epochs, config.domain.n_layers = 2, 1
+    config.domain.epochs, config.domain.options = 2, OPTIONS.get(model, {})
     config.mutual.update({"domain_epochs_a_round": 1, "distill_epochs": 2})
     config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
     results = train_and_evaluate(config, str(tmp_path))
