@@ -110,14 +110,21 @@ def test_a_step_moves_its_own_groups_and_nothing_else(which, groups, moves):
     assert after.step > state.step
 
 
-def test_the_bridges_begin_orthogonal_with_scales_of_their_own():
-    bridge = sharing.init_bridge(jax.random.key(0), width=D, lm_width=M, gain=3.0, out_std=0.5)
-    table_ID = jax.random.normal(jax.random.key(1), (N_ITEMS, D))
-    rows_IM = table_ID @ bridge["into"]
-    np.testing.assert_allclose(rows_IM @ rows_IM.T, 3.0**2 * table_ID @ table_ID.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(sharing.bridge_out(bridge, rows_IM), 3.0 * 0.5 * table_ID, rtol=1e-4, atol=1e-4)
-    states = jax.random.normal(jax.random.key(2), (2000, M))
-    np.testing.assert_allclose(np.std(sharing.bridge_out(bridge, states)), 0.5, rtol=0.05)
+@pytest.mark.parametrize(("width", "lm_width"), [(6, 16), (16, 6), (8, 8)])
+def test_the_bridge_keeps_the_size_of_rows_and_states_in_either_direction(width, lm_width):
+    bridge = sharing.init_bridge(jax.random.key(0), width=width, lm_width=lm_width, gain=0.5, out_std=0.3)
+    inner = min(width, lm_width)
+    for name in ("into", "out"):
+        values = np.linalg.svd(np.asarray(bridge[name]), compute_uv=False)
+        np.testing.assert_allclose(values, values[0], rtol=1e-5)
+        assert len(values) == inner
+    into_DM, out_MD = (bridge[name] / jnp.std(bridge[name]) for name in ("into", "out"))
+    np.testing.assert_allclose(out_MD, into_DM.T, rtol=1e-4, atol=1e-5)  # what goes in comes out, but for its size
+    row_ND = jax.random.normal(jax.random.key(1), (4000, width))
+    state_NM = jax.random.normal(jax.random.key(2), (4000, lm_width))
+    norm = float(jnp.linalg.norm(row_ND @ bridge["into"], axis=1).mean())
+    assert norm == pytest.approx(0.5 * inner**0.5, rel=0.1)
+    assert float(sharing.bridge_out(bridge, state_NM).std()) == pytest.approx(0.3, rel=0.05)
 
 
 @pytest.mark.parametrize("scales", [False, True])

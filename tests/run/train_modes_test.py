@@ -1,12 +1,11 @@
 """What trains of a language model, and how its rows and states meet the tables; `multi_device` has the steps."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_bdlm
 
-from bdlm_jax.mutual import lm_step, optimizer, options, sharing
+from bdlm_jax.mutual import lm_step, optimizer, options
 from bdlm_jax.run import build
 from bdlm_jax.types import leaf_name
 
@@ -47,18 +46,3 @@ def test_rows_without_items_go_through_in_parts_too():
     state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), mover))
     _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
     assert set(metrics) == {"text", "loss", "gradient_norm"}
-
-
-@pytest.mark.parametrize(("width", "lm_width"), [(6, 16), (16, 6), (8, 8)])
-def test_the_bridge_keeps_the_size_of_rows_and_states_in_either_direction(width, lm_width):
-    bridge = sharing.init_bridge(jax.random.key(0), width=width, lm_width=lm_width, gain=0.5, out_std=0.3)
-    inner = min(width, lm_width)
-    for name in ("into", "out"):
-        values = np.linalg.svd(np.asarray(bridge[name]), compute_uv=False)
-        np.testing.assert_allclose(values, values[0], rtol=1e-5)
-        assert len(values) == inner
-    row_ND = jax.random.normal(jax.random.key(1), (4000, width))
-    state_NM = jax.random.normal(jax.random.key(2), (4000, lm_width))
-    norm = float(jnp.linalg.norm(row_ND @ bridge["into"], axis=1).mean())
-    assert norm == pytest.approx(0.5 * inner**0.5, rel=0.1)
-    assert float(sharing.bridge_out(bridge, state_NM).std()) == pytest.approx(0.3, rel=0.05)
