@@ -22,8 +22,8 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer
 from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
-from bdlm_jax.run.prepare import KNOWN, Data, domain_settings, lm_shape, own_folder, prepare_data, prepare_vocabulary
-from bdlm_jax.run.rows import Texts, encode_texts
+from bdlm_jax.run import prepare
+from bdlm_jax.run.prepare import KNOWN, Data, Texts
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, fit
 from bdlm_jax.types import Params, leaf_name
@@ -46,7 +46,7 @@ class Run:
     @functools.cached_property
     def lm(self) -> LMConfig:
         """The decoder's shape, in the vocabulary's number of text rows."""
-        return lm_shape(self.config, self.texts.vocabulary.n_text)
+        return prepare.lm_shape(self.config, self.texts.vocabulary.n_text)
 
     @functools.cached_property
     def warm_I(self) -> np.ndarray:
@@ -95,9 +95,9 @@ class Tables(NamedTuple):
 
 def start_run(config: ml_collections.ConfigDict, folder: Path, stop=None) -> Run:
     """Makes data, candidates and words of a run, or reads those that an earlier start has made."""
-    data = prepare_data(config, folder / "data")
-    vocabulary = prepare_vocabulary(config, data, folder / "tokenizer")
-    return Run(config, folder, data, encode_texts(config, data, vocabulary), stop, jax.random.key(config.seed))
+    data = prepare.prepare_data(config, folder / "data")
+    vocabulary = prepare.prepare_vocabulary(config, data, folder / "tokenizer")
+    return Run(config, folder, data, prepare.encode_texts(config, data, vocabulary), stop, jax.random.key(config.seed))
 
 
 def make_bridge(run: Run, *, reads: str) -> Bridge:
@@ -113,7 +113,7 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation
         user_E, item_E = data.split.edges(*parts)
         check_training_edges(data.split, user_E, item_E, allowed=parts)
         inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E)
-        run.arms[model, parts] = models.make_arm(model, inputs, domain_settings(run.config, model))
+        run.arms[model, parts] = models.make_arm(model, inputs, prepare.domain_settings(run.config, model))
     return run.arms[model, parts]
 
 
@@ -155,7 +155,7 @@ def load_decoder(run: Run) -> Params | None:
         return None
     named = {leaf_name(path): place for path, place in jax.tree_util.tree_leaves_with_path(_decoder_shardings(run))}
     placement = named.__getitem__ if named else None
-    return hf_weights.load_lm(own_folder(c.path), run.lm, dtype=c.param_dtype, placement=placement)
+    return hf_weights.load_lm(prepare.own_folder(c.path), run.lm, dtype=c.param_dtype, placement=placement)
 
 
 def make_decoder(run: Run, params: Params | None) -> Decoder:

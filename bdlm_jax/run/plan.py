@@ -22,18 +22,8 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import LISTS
 from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import checks
-from bdlm_jax.run.build import (
-    DOT_ARM,
-    Decoder,
-    Run,
-    Tables,
-    init_params,
-    init_tables,
-    lm_rates,
-    make_bridge,
-    make_lm_arm,
-)
+from bdlm_jax.run import build, checks
+from bdlm_jax.run.build import DOT_ARM, Decoder, Run, Tables
 from bdlm_jax.run.prepare import lm_shape, prepare_data
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.runtime.fit import Arm
@@ -326,7 +316,8 @@ def _size(shapes: str) -> int:
 def _lm_arm(run: Run) -> Arm:
     weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
     shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
-    return make_lm_arm(run, None, make_bridge(run, reads="layer0"), weights, lm_rates(lambda step: rate, shared=shared))
+    rates = build.lm_rates(lambda step: rate, shared=shared)
+    return build.make_lm_arm(run, None, build.make_bridge(run, reads="layer0"), weights, rates)
 
 
 def _pretended_run(config: ml_collections.ConfigDict) -> Run:
@@ -348,8 +339,8 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
 
 def _abstract_params(run: Run) -> Any:
     def make():
-        tables = Tables(init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
-        return init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
+        tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
+        return build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
 
     return jax.eval_shape(make)
 

@@ -54,6 +54,14 @@ class Data(NamedTuple):
         return self.split.interactions.n_items
 
 
+class Texts(NamedTuple):
+    """Tokens of every item's title (cut to `max_title_tokens`) and of every user's context, if there is any."""
+
+    vocabulary: Vocabulary
+    titles: list[np.ndarray]
+    contexts: list[np.ndarray] | None
+
+
 def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     """Reads or generates the data, splits it, and writes candidates and fingerprint to `folder` once.
 
@@ -113,6 +121,13 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
         vocabulary.save_tokenizer(folder, tokenizer)
     rows = lm_shape(config).vocab_size if own else 0
     return Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
+
+
+def encode_texts(config: ml_collections.ConfigDict, data: Data, vocabulary: Vocabulary) -> Texts:
+    limit = config.prompts.max_title_tokens
+    titles = [title[:limit] for title in vocabulary.encode_text(data.item_texts)]
+    contexts = [c[:limit] for c in vocabulary.encode_text(data.user_texts)] if data.user_texts else None
+    return Texts(vocabulary, titles, contexts)
 
 
 @functools.cache

@@ -51,5 +51,5 @@ def lm_fields(run: Run, params: Params) -> dict:
         "vocabulary": run.texts.vocabulary,
         "titles": run.texts.titles,
         "contexts": run.texts.contexts,
-        "prompts": prompt_options(c, c.prompts.kind, unnamed=not c.prompts.read_named),
+        "prompts": prompt_options(run, c.prompts.kind, unnamed=not c.prompts.read_named),
     }

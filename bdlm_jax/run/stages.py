@@ -15,26 +15,10 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
-from bdlm_jax.run import rows
-from bdlm_jax.run.build import (
-    DOT_ARM,
-    Decoder,
-    Run,
-    init_params,
-    init_tables,
-    lm_rates,
-    load_decoder,
-    make_arm,
-    make_bridge,
-    make_decoder,
-    make_domain_arm,
-    make_lm_arm,
-    measure_tables,
-    parts_at_test,
-    shared_rate,
-)
+from bdlm_jax.run import build, rows
+from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.prepare import KNOWN, PARTS
-from bdlm_jax.runtime.fit import Fitted, Phase
+from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
 
 _TEXT_ONLY, _ITEMS_ONLY = LMWeights(item=0.0, text=1.0), LMWeights(item=1.0, text=0.0)
@@ -71,28 +55,29 @@ def pretrain_lm(run: Run) -> Decoder:
     config, c = run.config, run.config.pretrain
     packed = None
     if c.epochs > 0 and (c.corpus or not config.lm.path):
-        packed = rows.corpus_rows(config, run.data, run.texts)
+        packed = rows.corpus_rows(run)
     if packed is None:
-        return make_decoder(run, load_decoder(run))
+        return build.make_decoder(run, build.load_decoder(run))
     steps = max(1, round(c.epochs * packed.n_steps(config.lm.batch_rows)))
     rate = make_schedule(config.lm.schedule, c.learning_rate, warmup=max(1, steps // 20), steps=steps)
     fitted = _train_lm(
-        run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, lm_rates(rate),
-        decoder=lambda: make_decoder(run, load_decoder(run)), trains=config.lm.trains if config.lm.path else "full",
+        run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, build.lm_rates(rate),
+        decoder=lambda: build.make_decoder(run, build.load_decoder(run)),
+        trains=config.lm.trains if config.lm.path else "full",
         validate=lambda params: {"done": 1.0}, select="done",
     )  # fmt: skip
-    return make_decoder(run, fitted.params["lm"]["lm"])
+    return build.make_decoder(run, fitted.params["lm"]["lm"])
 
 
 def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
     """Trains the text-only LM: histories as titles, nothing else. It is judged by its ranking of validation titles."""
     config = run.config
-    histories = rows.training_rows(config, run.data, run.texts, kind="text")
+    histories = rows.training_rows(run, kind="text")
     packed = rows.mix([(histories, 1), *_replay(run, run.data.n_users // 4)], seed=config.seed)
     # A frozen decoder has nothing to learn from text alone: it is judged as it came.
     phases = _lm_phases(run, packed, [0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs], "titles")
     return _train_lm(
-        run, "text_lm", packed, phases, _TEXT_ONLY, lm_rates(_schedule(run, phases)), decoder=lambda: decoder,
+        run, "text_lm", packed, phases, _TEXT_ONLY, build.lm_rates(_schedule(run, phases)), decoder=lambda: decoder,
         validate=lambda params: validate(run, text_lm_scorer(run, params["lm"], "validation"), protocol="cand20"),
         select=config.select.split("/")[0] + "/cand20",
     )  # fmt: skip
@@ -101,12 +86,12 @@ def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
 def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
     """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM."""
     config = run.config
-    packed = rows.training_rows(config, run.data, run.texts, kind="ids")
+    packed = rows.training_rows(run, kind="ids")
     phases = _lm_phases(run, packed, [config.lm_alone.ids_times * epochs for epochs in _lm_epochs(config)], "ids")
-    shared = shared_rate(run, decoder, read_std=config.shared.std, reads="layer0")
+    shared = build.shared_rate(run, decoder, read_std=config.shared.std, reads="layer0")
     reader = ids_reader(run, "validation")
     return _train_lm(
-        run, "ids_lm", packed, phases, _ITEMS_ONLY, lm_rates(_schedule(run, phases), shared=shared),
+        run, "ids_lm", packed, phases, _ITEMS_ONLY, build.lm_rates(_schedule(run, phases), shared=shared),
         decoder=lambda: decoder, validate=lambda params: validate(run, reader.scorer(run, params)),
         select=config.select,
     )  # fmt: skip
@@ -114,20 +99,12 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
 
 def train_domain(run: Run, model: str) -> Fitted:
     """Trains a domain model alone by BPR, judged on validation every `evaluate_every` epochs."""
-    c, arm = _section(run, model), make_arm(run, model)
-    return run.fit(
-        model,
-        phases=_domain_phases(run, c.epochs, "BPR epochs"),
-        arms={
-            "domain": make_domain_arm(
-                run, arm, None, DomainWeights(regularisation=c.regularisation), rate=c.learning_rate
-            )
-        },
-        params=lambda: init_tables(run, model, arm),
-        validate=lambda _, params: validate(run, scorers.domain_scorer(arm, params)),
-        select=run.config.select,
-        judged=("domain",),
-    )
+    c, arm = _section(run, model), build.make_arm(run, model)
+    weights = DomainWeights(regularisation=c.regularisation)
+    return _fit_domain(
+        run, model, arm, build.make_domain_arm(run, arm, None, weights, rate=c.learning_rate),
+        phases=_domain_phases(run, c.epochs, "BPR epochs"), params=lambda: build.init_tables(run, model, arm),
+    )  # fmt: skip
 
 
 def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
@@ -140,7 +117,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     for number, phase in enumerate(lm_phases[1:], 1):
         phases.append(Phase("domain", m.domain_epochs_a_round, f"round {number}, domain"))
         phases.append(phase._replace(name=f"round {number}, LM"))
-    tables = measure_tables(run, arm, init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
+    tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
 
     def validate_arm(name, params):
         return validate(run, scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params))
@@ -150,15 +127,13 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         z_item_ID = sharing.bridge_out(params["lm"]["bridge"], states)
         return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
 
-    rates = lm_rates(
-        _schedule(run, lm_phases),
-        bridge=m.learning_rate_bridge / config.lm.learning_rate,
-        shared=shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
-        if trained_by in ("both", "lm")
-        else None,
-    )
+    shared = build.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
+    rates = build.lm_rates(
+        _schedule(run, lm_phases), bridge=m.learning_rate_bridge / config.lm.learning_rate,
+        shared=shared if trained_by in ("both", "lm") else None,
+    )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = make_lm_arm(run, packed, bridge, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
+    lm_arm = build.make_lm_arm(run, packed, bridge, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
     if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)
@@ -167,7 +142,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         "bdlm",
         phases=[phase for phase in phases if phase.units],
         arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
-        params=lambda: init_params(run, "bdlm", tables, decoder),
+        params=lambda: build.init_params(run, "bdlm", tables, decoder),
         validate=validate_arm,
         select=config.select,
         judged=("domain", "lm"),
@@ -177,12 +152,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
 def distill_domain(run: Run, bdlm: Fitted) -> Fitted:
     """Lets the chosen domain arm learn from the chosen LM at length: the LM no longer has to follow (ours)."""
     phases = _domain_phases(run, run.config.mutual.distill_epochs, "distillation")
-    arm = make_arm(run, run.config.domain.model)
-
-    def validate_domain(_, params):
-        return validate(run, scorers.domain_scorer(arm, params))
-
-    return _distill(run, bdlm, "distill", "validation", arm, phases, validate_domain, run.config.select)
+    return _distill(run, bdlm, "distill", "validation", build.make_arm(run, run.config.domain.model), phases)
 
 
 def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
@@ -190,30 +160,30 @@ def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
 
     It has as many epochs as were chosen there; nothing is selected.
     """
-    every, most = run.config.domain.evaluate_every, run.config.mutual.distill_epochs
-    phases = [Phase("domain", min((distilled.phase["domain"] + 1) * every, most), "refresh")]
-    arm = make_arm(run, run.config.domain.model, parts=parts_at_test(run.config))
-    return _distill(run, bdlm, "refresh", "test", arm, phases, lambda *_: {"done": 1.0}, "done")
+    c = run.config
+    epochs = min((distilled.phase["domain"] + 1) * c.domain.evaluate_every, c.mutual.distill_epochs)
+    arm = build.make_arm(run, c.domain.model, parts=build.parts_at_test(c))
+    return _distill(run, bdlm, "refresh", "test", arm, [Phase("domain", epochs, "refresh")], select=False)
 
 
 def ids_reader(run: Run, part: str) -> Reader:
     """Reads the ids-only LM."""
-    users = rows.reading_rows(run.config, run.data, run.texts, kind="ids", parts=KNOWN[part])
-    return Reader(DOT_ARM, make_bridge(run, reads="layer0"), users)
+    users = rows.reading_rows(run, kind="ids", parts=KNOWN[part])
+    return Reader(DOT_ARM, build.make_bridge(run, reads="layer0"), users)
 
 
 def bdlm_reader(run: Run, part: str) -> Reader:
     """Reads BDLM's LM, whose id rows are always those of the training interactions."""
     c = run.config
-    users = rows.reading_rows(c, run.data, run.texts, kind=c.prompts.kind, parts=KNOWN[part])
-    bridge = make_bridge(run, reads=c.mutual.reads)
-    return Reader(make_arm(run, c.domain.model), bridge, users, rows.card_rows(c, run.texts))
+    users = rows.reading_rows(run, kind=c.prompts.kind, parts=KNOWN[part])
+    bridge = build.make_bridge(run, reads=c.mutual.reads)
+    return Reader(build.make_arm(run, c.domain.model), bridge, users, rows.card_rows(run))
 
 
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
     """The text-only LM as a scorer for a part."""
-    prefixes = rows.text_prefixes(run.config, run.data, run.texts, parts=KNOWN[part])
-    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run.texts))
+    prefixes = rows.text_prefixes(run, parts=KNOWN[part])
+    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run))
 
 
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
@@ -235,11 +205,11 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
 
 def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, select, trains=None) -> Fitted:
     """An LM without a domain model: its own tables, if it reads any."""
-    arm = make_lm_arm(run, packed, make_bridge(run, reads="layer0"), weights, rates, trains=trains)
+    arm = build.make_lm_arm(run, packed, build.make_bridge(run, reads="layer0"), weights, rates, trains=trains)
 
     def params():
-        tables = measure_tables(run, DOT_ARM, init_tables(run, stage, DOT_ARM), reads="layer0")
-        return init_params(run, stage, tables, decoder(), trains=trains)
+        tables = build.measure_tables(run, DOT_ARM, build.init_tables(run, stage, DOT_ARM), reads="layer0")
+        return build.init_params(run, stage, tables, decoder(), trains=trains)
 
     return run.fit(
         stage,
@@ -258,19 +228,29 @@ def _taught_arm(run: Run, arm: DomainArm, bridge: Bridge, *, rate: float, part: 
     regularisation = _section(run, c.domain.model).regularisation
     weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
     trains = c.shared.trained_by in ("both", "domain")
-    return make_domain_arm(run, arm, bridge, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
+    return build.make_domain_arm(run, arm, bridge, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
 
 
-def _distill(run, bdlm, stage, part, arm, phases, validate, select) -> Fitted:
+def _distill(run: Run, bdlm: Fitted, stage: str, part: str, arm: DomainArm, phases, *, select: bool = True) -> Fitted:
     reader, lm_params = bdlm_reader(run, part), bdlm.params["lm"]
     taught = _taught_arm(run, arm, reader.bridge, rate=run.config.mutual.distill_learning_rate, part=part)
+    taught = taught._replace(view=lambda _: reader.view(run, lm_params))
+    return _fit_domain(run, stage, arm, taught, phases=phases, params=lambda: bdlm.params["domain"], select=select)
+
+
+def _fit_domain(run: Run, stage: str, arm: DomainArm, trained: Arm, *, phases, params, select: bool = True) -> Fitted:
+    """Trains the domain arm by itself; without `select` the last phase is what it comes to."""
+
+    def judge(_, params):
+        return validate(run, scorers.domain_scorer(arm, params)) if select else {"done": 1.0}
+
     return run.fit(
         stage,
         phases=phases,
-        arms={"domain": taught._replace(view=lambda _: reader.view(run, lm_params))},
-        params=lambda: bdlm.params["domain"],
-        validate=validate,
-        select=select,
+        arms={"domain": trained},
+        params=params,
+        validate=judge,
+        select=run.config.select if select else "done",
         judged=("domain",),
     )
 
@@ -282,19 +262,19 @@ def _section(run: Run, model: str):
 
 def _bdlm_rows(run: Run) -> Packed:
     """Histories, a share of them with titles, cards of items without and with their names, and some of the corpus."""
-    c, data, texts = run.config.prompts, run.data, run.texts
-    own = rows.training_rows(run.config, data, texts, kind=c.kind)
+    c = run.config.prompts
+    own = rows.training_rows(run, kind=c.kind)
     titled = None
     if c.kind == "ids" and c.titled_share:
-        titled = rows.training_rows(run.config, data, texts, kind="ids_titles")
-    cards, named = (rows.card_rows(run.config, texts, named=named) for named in (False, True))
+        titled = rows.training_rows(run, kind="ids_titles")
+    cards, named = (rows.card_rows(run, named=named) for named in (False, True))
     parts = [(own, 1), (titled, c.titled_share), (cards, c.card_copies), (named, c.card_copies / 8)]
     return rows.mix([*parts, *_replay(run, len(own))], seed=run.config.seed)
 
 
 def _replay(run: Run, n_rows: int) -> list:
     """Rows of the corpus that keep the pretrained words alive, as a share of the histories' rows."""
-    packed, share = rows.corpus_rows(run.config, run.data, run.texts), run.config.pretrain.replay_share
+    packed, share = rows.corpus_rows(run), run.config.pretrain.replay_share
     return [] if packed is None or not share else [(packed, share * n_rows / len(packed))]
 
 

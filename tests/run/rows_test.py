@@ -8,6 +8,7 @@ from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
 from bdlm_jax.lm import packing
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run.prepare import Texts
 from bdlm_jax.types import LeakError
 from experiments import tiny
 
@@ -29,14 +30,14 @@ DATA = SimpleNamespace(split=SPLIT, n_users=N_USERS, n_items=N_ITEMS)
 VOCABULARY = Vocabulary(None, N_USERS, N_ITEMS)
 VOCABULARY.__dict__.update(n_text=64, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
 TITLES = [np.arange(5 + i, 6 + i + i % 4, dtype=np.int32) for i in range(N_ITEMS)]
-TEXTS = lm_rows.Texts(VOCABULARY, TITLES, None)
+TEXTS = Texts(VOCABULARY, TITLES, None)
 
 
 @pytest.fixture
-def config():
-    made = tiny.get_config()
-    made.prompts.length, made.prompts.max_items = LENGTH, 6
-    return made
+def run():
+    config = tiny.get_config()
+    config.prompts.length, config.prompts.max_items = LENGTH, 6
+    return SimpleNamespace(config=config, data=DATA, texts=TEXTS)
 
 
 def history(user, *parts):
@@ -59,9 +60,9 @@ def packed_prompts(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["ids", "ids_titles"])
 @pytest.mark.parametrize("user_token", ["start", "end", "none"])
-def test_windows_show_every_training_interaction_once_and_no_other(config, kind, user_token, packed_prompts):
-    config.prompts.user_token = user_token
-    lm_rows.training_rows(config, DATA, TEXTS, kind=kind)
+def test_windows_show_every_training_interaction_once_and_no_other(run, kind, user_token, packed_prompts):
+    run.config.prompts.user_token = user_token
+    lm_rows.training_rows(run, kind=kind)
     windows = [
         (VOCABULARY.items_of(prompt.tokens).tolist(), prompt.item_targets[prompt.item_targets >= 0].tolist())
         for prompt in packed_prompts
@@ -78,9 +79,9 @@ def test_windows_show_every_training_interaction_once_and_no_other(config, kind,
     assert not windows
 
 
-def test_windows_are_as_long_as_a_row_allows(config, packed_prompts):
-    config.prompts.max_items = 100
-    lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
+def test_windows_are_as_long_as_a_row_allows(run, packed_prompts):
+    run.config.prompts.max_items = 100
+    lm_rows.training_rows(run, kind="ids_titles")
     shown = [VOCABULARY.items_of(prompt.tokens) for prompt in packed_prompts]
     at = 0
     for user in range(N_USERS):
@@ -93,8 +94,8 @@ def test_windows_are_as_long_as_a_row_allows(config, packed_prompts):
             stop, at = start, at + 1
 
 
-def test_every_user_is_read_once_behind_the_whole_training_history(config):
-    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="ids")
+def test_every_user_is_read_once_behind_the_whole_training_history(run):
+    packed = lm_rows.training_rows(run, kind="ids")
     check_reads(packed, TRAIN)
 
 
@@ -112,48 +113,48 @@ def check_reads(packed, *parts, named=True):
 
 
 @pytest.mark.parametrize(("parts", "named"), [((TRAIN,), True), ((TRAIN, VALIDATION), False)])
-def test_reading_rows_end_with_the_last_known_item(config, parts, named, packed_prompts):
-    config.prompts.read_named = named
-    packed = lm_rows.reading_rows(config, DATA, TEXTS, kind="ids", parts=parts)
+def test_reading_rows_end_with_the_last_known_item(run, parts, named, packed_prompts):
+    run.config.prompts.read_named = named
+    packed = lm_rows.reading_rows(run, kind="ids", parts=parts)
     check_reads(packed, *parts, named=named)
     assert len(packed_prompts) == N_USERS
     for user, prompt in enumerate(packed_prompts):
         assert VOCABULARY.items_of(prompt.tokens)[-1] == history(user, *parts)[-1]
 
 
-def test_text_rows_name_no_item(config):
-    packed = lm_rows.training_rows(config, DATA, TEXTS, kind="text")
+def test_text_rows_name_no_item(run):
+    packed = lm_rows.training_rows(run, kind="text")
     assert packed.tokens.max() < VOCABULARY.n_text and not (packed.item_target >= 0).any()
     assert (packed.tokens == VOCABULARY.eos).sum() == len(SPLIT.edges(TRAIN)[0])
 
 
-def test_a_later_item_in_a_training_prompt_raises(config, monkeypatch):
+def test_a_later_item_in_a_training_prompt_raises(run, monkeypatch):
     right = lm_rows._history_prompt
 
-    def wrong(config, texts, user, items, kind, **options):
+    def wrong(run, user, items, kind, **options):
         target = history(3, TEST)[0]
         items = np.append(items, target) if user == 3 and options["read_user"] else items
-        return right(config, texts, user, items, kind, **options)
+        return right(run, user, items, kind, **options)
 
     monkeypatch.setattr(lm_rows, "_history_prompt", wrong)
     with pytest.raises(LeakError, match="user 3"):
-        lm_rows.training_rows(config, DATA, TEXTS, kind="ids_titles")
+        lm_rows.training_rows(run, kind="ids_titles")
 
 
-def test_cards_read_every_item_once_without_naming_it(config):
-    packed = lm_rows.card_rows(config, TEXTS)
+def test_cards_read_every_item_once_without_naming_it(run):
+    packed = lm_rows.card_rows(run)
     row, slot = np.nonzero(packed.card_item >= 0)
     assert sorted(packed.card_item[row, slot].tolist()) == list(range(N_ITEMS))
     assert not len(VOCABULARY.items_of(packed.tokens))
     assert (packed.tokens[row, packed.card_index[row, slot]] == VOCABULARY.unnamed_item).all()
-    named = lm_rows.card_rows(config, TEXTS, named=True)
+    named = lm_rows.card_rows(run, named=True)
     assert sorted(VOCABULARY.items_of(named.tokens).tolist()) == list(range(N_ITEMS))
     assert not (named.card_item >= 0).any()
 
 
-def test_mix_takes_whole_copies_and_a_drawn_part(config):
-    cards = lm_rows.card_rows(config, TEXTS)
-    histories = lm_rows.training_rows(config, DATA, TEXTS, kind="ids")
+def test_mix_takes_whole_copies_and_a_drawn_part(run):
+    cards = lm_rows.card_rows(run)
+    histories = lm_rows.training_rows(run, kind="ids")
     mixed = lm_rows.mix([(cards, 2.5), (None, 3), (histories, 1), (histories, 0)], seed=0)
     part = round(0.5 * len(cards))
     assert len(mixed) == 2 * len(cards) + part + len(histories)
@@ -164,22 +165,22 @@ def test_mix_takes_whole_copies_and_a_drawn_part(config):
     np.testing.assert_array_equal(again.tokens, mixed.tokens)
 
 
-def test_text_prefixes_hold_the_last_titles(config):
-    config.evaluate.text_history = 3
-    tokens, mask = lm_rows.text_prefixes(config, DATA, TEXTS, parts=(TRAIN, VALIDATION))
+def test_text_prefixes_hold_the_last_titles(run):
+    run.config.evaluate.text_history = 3
+    tokens, mask = lm_rows.text_prefixes(run, parts=(TRAIN, VALIDATION))
     for user in range(N_USERS):
         last = history(user, TRAIN, VALIDATION)[-3:]
         wanted = [VOCABULARY.bos, *(t for i in last for t in [*TITLES[i], VOCABULARY.eos])]
         assert tokens[user][mask[user]].tolist() == wanted
-    titles, mask = lm_rows.title_continuations(TEXTS)
+    titles, mask = lm_rows.title_continuations(run)
     assert [t[m].tolist() for t, m in zip(titles, mask)] == [[*title, VOCABULARY.eos] for title in TITLES]
 
 
-def test_a_context_stands_before_the_titles_but_not_before_bare_ids(config, packed_prompts):
+def test_a_context_stands_before_the_titles_but_not_before_bare_ids(run, packed_prompts):
     context = np.array([60, 61], np.int32)
-    texts = TEXTS._replace(contexts=[context] * N_USERS)
-    config.prompts.length = 24
+    run.texts = TEXTS._replace(contexts=[context] * N_USERS)
+    run.config.prompts.length = 24
     for kind, wanted in (("ids_titles", True), ("ids", False)):
-        lm_rows.reading_rows(config, DATA, texts, kind=kind, parts=(TRAIN,))
+        lm_rows.reading_rows(run, kind=kind, parts=(TRAIN,))
         for prompt in packed_prompts:
             assert (prompt.tokens[2:4].tolist() == [60, 61]) == wanted

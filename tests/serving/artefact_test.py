@@ -42,7 +42,7 @@ def test_the_domain_arm_scores_as_the_evaluator_does(run):
 
 def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     params, config = params_of(run, "bdlm", "lm"), run.config
-    users = lm_rows.reading_rows(config, run.data, run.texts, kind=config.prompts.kind, parts=EVERYTHING)
+    users = lm_rows.reading_rows(run, kind=config.prompts.kind, parts=EVERYTHING)
     reader = stages.bdlm_reader(run, "test")._replace(users=users)
     expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
