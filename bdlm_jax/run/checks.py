@@ -16,15 +16,16 @@ import ml_collections
 
 from bdlm_jax.data import twins
 from bdlm_jax.data.readers import READERS
+from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
-from bdlm_jax.domain.models import MODELS, check_options
+from bdlm_jax.domain.models import MODELS, make_arm
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.prompts import USER_TOKENS
 from bdlm_jax.mutual.losses import ALIGN, WHOLE_BATCH
 from bdlm_jax.mutual.optimizer import OPTIMIZERS, SCHEDULES
 from bdlm_jax.mutual.sharing import READS
-from bdlm_jax.run.prepare import lm_shape
+from bdlm_jax.run.prepare import domain_settings, lm_shape
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.types import InputError
 
@@ -156,9 +157,11 @@ def _check_models(config) -> None:
             f"config.prompts.length {prompts.length} cannot hold one title of prompts.max_title_tokens "
             f"{prompts.max_title_tokens}; use a length of at least {needed}."
         )
-    check_options(config.domain.model, config.domain.options.to_dict())
-    if "sasrec" in (config.domain.model, *models) and config.shared.width % 2:
-        raise InputError(f"config.shared.width {config.shared.width} must be even for the domain model sasrec.")
+    for name in dict.fromkeys(name for name in (config.domain.model, *models) if name in MODELS):
+        try:  # over no interactions: a model knows best what it cannot be
+            make_arm(name, Inputs(config.shared.width), domain_settings(config, name))
+        except InputError as error:
+            raise InputError(f"config.domain or shared.width: {error}") from None
     if not (m.lm_epochs or (m.rounds and m.lm_epochs_a_round)):
         for name in {"bdlm", "ids_lm"} & set(models):
             raise InputError(f"config.models holds {name}, but no LM epoch; raise mutual.lm_epochs or mutual.rounds.")
