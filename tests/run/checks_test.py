@@ -68,9 +68,9 @@ def test_a_config_without_a_setting_is_refused():
         ({"prompts__length": 35, "data__user_fields": ("age",)}, "use a length of at least 36"),  # 2 · 16 + 4
         (
             {"domain__model": "sasrec", "shared__width": 63},
-            "shared.width: sasrec's width 63 is no multiple of its 2 heads",
+            "sasrec's width 63 is no multiple of its 2 heads",
         ),
-        ({"models": ("sasrec",), "shared__width": 63}, "shared.width: sasrec's width 63 is no multiple of its 2 heads"),
+        ({"models": ("sasrec",), "shared__width": 63}, "sasrec's width 63 is no multiple of its 2 heads"),
         ({"domain__options__n_layer": 5}, "n_layer is no option of the domain model lightgcn"),
         ({"mutual__lm_epochs": 0.0, "mutual__rounds": 0, "models": ("bdlm",)}, "config.models holds bdlm, but no LM"),
         ({"mutual__lm_epochs": 0.0, "mutual__rounds": 0, "models": ("ids_lm",)}, "config.models holds ids_lm, but no"),
