@@ -37,12 +37,8 @@ def make_candidates(
     """Draws, for every case of `part`, negatives uniformly without replacement among the items unseen by its user.
 
     An item is seen if the user has it in any part, so that neither the target nor another positive is a negative.
-    Each case draws on its own; a part without cases gives an empty set.
-    Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
-
-    Args:
-        seed: of the draw; raw PCG64 bits are used, so the result is the same on every platform and NumPy.
-        pool: item indices to draw from (default: all); targets need not be in it.
+    `pool` holds the items to draw from (None: all); targets need not be in it. Raw PCG64 bits make the draw the same
+    on every platform. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
     """
     if n_negatives < 1:
         raise InputError(f"n_negatives is {n_negatives}; give 1 or more.")
@@ -79,14 +75,10 @@ def check_candidates(split: Split, candidates: Candidates) -> None:
     """Raises if these candidates, drawn, loaded or made by hand, cannot be what this split asks."""
     n_users, n_items = split.interactions.n_users, split.interactions.n_items
     user_N, items_NC = candidates.user_N.astype(np.int64), candidates.items_NC
-    label = f"candidates {candidates.name}"
-    if items_NC.ndim != 2 or items_NC.shape[1] < 2 or items_NC.shape[0] != len(user_N):
-        raise InputError(
-            f"{label} have the shape {items_NC.shape} for {len(user_N)} users; give (users, 1 + negatives)."
-        )
-    if len(user_N) and (
-        user_N.min() < 0 or user_N.max() >= n_users or items_NC.min() < -1 or items_NC.max() >= n_items
-    ):
+    label, shape = f"candidates {candidates.name}", items_NC.shape
+    if len(shape) != 2 or shape[1] < 2 or shape[0] != len(user_N):
+        raise InputError(f"{label} have the shape {shape} for {len(user_N)} users; give (users, 1 + negatives).")
+    if not (np.all((user_N >= 0) & (user_N < n_users)) and np.all((items_NC >= -1) & (items_NC < n_items))):
         raise InputError(f"{label} name users or items that this data does not have; make them again for it.")
     target_N, negative_NC = items_NC[:, 0], items_NC[:, 1:]
     _raise_at(np.any(negative_NC == target_N[:, None], axis=1), user_N, f"{label}: the target is among its negatives")
@@ -155,10 +147,8 @@ def _uniform(bits: np.random.PCG64, size: int) -> np.ndarray:
 
 def _raise_at(bad_N: np.ndarray, user_N: np.ndarray, what: str) -> None:
     if bad_N.any():
-        row = int(np.argmax(bad_N))
-        raise LeakError(
-            f"{what} in {int(bad_N.sum())} of {len(bad_N)} cases, the first at row {row} (user {user_N[row]})."
-        )
+        row, n_bad = int(np.argmax(bad_N)), int(bad_N.sum())
+        raise LeakError(f"{what} in {n_bad} of {len(bad_N)} cases, the first at row {row} (user {user_N[row]}).")
 
 
 def _sha256(name: str, user_N: np.ndarray, items_NC: np.ndarray) -> str:

@@ -65,9 +65,8 @@ def download(
             break
         except urllib.error.HTTPError as error:
             if error.code not in (408, 429, 500, 502, 503, 504) or attempt == retries:
-                raise InputError(
-                    f"{url} answers {error.code} {error.reason}; check the address or try later."
-                ) from None
+                answer = f"{error.code} {error.reason}"
+                raise InputError(f"{url} answers {answer}; check the address or try later.") from None
         except (OSError, http.client.HTTPException) as error:
             if attempt == retries:
                 kept = f"; {part.stat().st_size} bytes are kept and the next call goes on" if part.exists() else ""
@@ -151,9 +150,7 @@ def safe_unzip(archive: str | Path, folder: str | Path, *, max_bytes: int = 8 <<
             for member in members:
                 target = folder / member.filename
                 if not target.resolve().is_relative_to(folder.resolve()):
-                    raise InputError(
-                        f"{archive}: {member.filename} would leave the folder through a link; use another one."
-                    )
+                    raise InputError(f"{archive}: {target} would leave the folder through a link; use another one.")
                 if target.is_dir():
                     raise InputError(f"{archive}: {target} is a folder already; use another one.")
                 with opened.open(member) as source, replacing(target) as partial, open(partial, "wb") as file:
@@ -219,20 +216,14 @@ def fetch_amazon(
 ) -> dict[str, Path]:
     """Downloads the "reviews" and "metadata" of an Amazon category, for `read_amazon`.
 
-    The terms of use are the publisher's (research). No checksum is published, so the sha256 of the first download is
-    kept beside each file, and a file that changes later is refused.
-
-    Args:
-        category: as the publisher spells it: "Beauty" (2014), "All_Beauty" (2018, 2023), …
-        year: 2014, 2018 or 2023.
-        five_core: the 5-core reviews, which 2014 and 2018 have; 2023 has only all reviews.
+    The terms of use are the publisher's (research), and so are the names: "Beauty" (2014), "All_Beauty" (2018, 2023).
+    No checksum is published, so the sha256 of the first download is kept beside each file, and a file that changes
+    later is refused. 2023 has no `five_core`.
     """
     if year not in _AMAZON:
         raise InputError(f"the Amazon reviews have no edition of {year}; use 2014, 2018 or 2023.")
     if not re.fullmatch(r"[A-Za-z0-9_]+", category):
-        raise InputError(
-            f"{category!r} is no category as Amazon's publisher spells them, such as 'Grocery_and_Gourmet_Food'."
-        )
+        raise InputError(f"{category!r} is no category as the publisher spells them, 'Grocery_and_Gourmet_Food' say.")
     base, suffix = publisher or _AMAZON_PUBLISHERS[year], "_5" if five_core and year != 2023 else ""
     reviews, metadata = (name.format(category, suffix) for name in _AMAZON[year])
     return {

@@ -17,11 +17,7 @@ from bdlm_jax.types import InputError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interactions:
-    """Who met what, when, and the words that describe both.
-
-    Rows are sorted by (user, time, order in the file). Fields are object arrays of str; "title" of an item is always
-    there, "" where it is unknown.
-    """
+    """Who met what, when, and the words that describe both: object arrays of str, an item's "title" always there."""
 
     user_E: np.ndarray  # int32
     item_E: np.ndarray  # int32
@@ -95,9 +91,7 @@ def build_interactions(
 
     Args:
         user, item: raw ids, numbers or text.
-        time: whole numbers ≥ 0, comparable between users; equal times keep the order of the rows.
-        order: instead of `time`: whole numbers ≥ 0 that order each user's own rows. Neither: the order of the rows.
-        rating: finite numbers.
+        time, order: whole numbers ≥ 0, comparable between users or not; neither: the rows stand in their order.
         item_fields, user_fields: {raw id: {field: text}}; "" for whatever is not named.
         duplicates: what happens to a user-item pair that repeats: "first" keeps the earliest (default), "last" the
             latest, "keep" all of them, "error" refuses.
@@ -109,9 +103,9 @@ def build_interactions(
     extra = item_fields if keep_items_without_interactions and item_fields else ()
     item_E, item_ids = _encode_ids(item, "item", where, extra=extra)
     if time is not None:
-        time_kind, time_E = "timestamp", _whole_numbers(time, "time", where)
+        time_E = _whole_numbers(time, "time", where)
     else:
-        time_kind, time_E = "order", _whole_numbers(np.arange(len(user)) if order is None else order, "order", where)
+        time_E = _whole_numbers(np.arange(len(user)) if order is None else order, "order", where)
     rating_E = None if rating is None else _finite_numbers(rating, "rating", where).astype(np.float32)
 
     row_E = np.lexsort((time_E, user_E))  # stable, so equal times keep the order of the rows
@@ -125,7 +119,7 @@ def build_interactions(
         item_ids=item_ids,
         item_fields=_aligned_fields(item_fields or {}, item_ids, always=("title",)),
         user_fields=_aligned_fields(user_fields or {}, user_ids),
-        time_kind=time_kind,
+        time_kind="order" if time is None else "timestamp",
     )
     return interactions, row_E
 
@@ -151,9 +145,7 @@ def k_core(interactions: Interactions, *, user: int = 5, item: int = 5) -> Inter
 def filter_rating(interactions: Interactions, *, minimum: float) -> Interactions:
     """Keeps the rows rated `minimum` or more, and drops users and items that lose their last row; cold items stay."""
     if interactions.rating_E is None:
-        raise InputError(
-            "filter_rating needs the field 'rating', which this source does not have; leave the filter out."
-        )
+        raise InputError("filter_rating needs the field 'rating', which this source does not have; leave it out.")
     keep_E = interactions.rating_E >= minimum
     if not keep_E.any():
         raise InputError(f"no interaction has a rating of {minimum} or more; lower the minimum.")
@@ -191,9 +183,7 @@ def _check_columns(columns: dict, duplicates: str) -> None:
         raise InputError("the table of interactions has no rows; check the path and the filters.")
     for name, column in columns.items():
         if column is not None and len(column) != n_rows:
-            raise InputError(
-                f"field '{name}' has {len(column)} rows where 'user' has {n_rows}; give one value per row."
-            )
+            raise InputError(f"field '{name}' has {len(column)} rows where 'user' has {n_rows}; give one value a row.")
 
 
 def _encode_ids(values, name, where, extra=()) -> tuple[np.ndarray, np.ndarray]:
@@ -254,15 +244,11 @@ def _without_duplicates(row_E, user_E, item_E, n_items, rule, where) -> np.ndarr
     if rule == "keep":
         return row_E
     pair_E = user_E[row_E].astype(np.int64) * n_items + item_E[row_E]
-    if rule == "last":
-        kept = len(pair_E) - 1 - np.unique(pair_E[::-1], return_index=True)[1]
-    else:
-        kept = np.unique(pair_E, return_index=True)[1]
-    kept.sort()
-    if rule == "error" and len(kept) < len(pair_E):
-        row = int(row_E[np.setdiff1d(np.arange(len(pair_E)), kept)[0]])
+    again_E = pd.Series(pair_E).duplicated("last" if rule == "last" else "first").to_numpy()
+    if rule == "error" and again_E.any():
+        row = int(row_E[np.argmax(again_E)])
         raise InputError(f"{where(row)}: this user-item pair stands in the table before; drop it or set duplicates.")
-    return row_E[kept]
+    return row_E[~again_E]
 
 
 def _aligned_fields(fields: Mapping, ids: np.ndarray, always: tuple = ()) -> dict[str, np.ndarray]:
@@ -270,11 +256,8 @@ def _aligned_fields(fields: Mapping, ids: np.ndarray, always: tuple = ()) -> dic
     by_id = {_id_text(key) or str(key): value for key, value in fields.items()}
     names = dict.fromkeys([*always, *(name for value in by_id.values() for name in value)])
     rows = [by_id.get(key, {}) for key in ids.tolist()]
-    return {name: np.array([_text(row.get(name)) for row in rows], object) for name in names}
-
-
-def _text(value) -> str:
-    return "" if value is None else str(value)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return {name: np.array(["" if v is None else str(v) for v in values], object) for name, values in columns.items()}
 
 
 def _joined(fields, names, n_rows, kind) -> list[str]:

@@ -46,7 +46,13 @@ class File:
     def read(self) -> bytes:
         """All bytes, uncompressed if the name ends in .gz."""
         try:
-            data = self._member() if self.member else self.path.read_bytes()
+            if self.member:
+                with zipfile.ZipFile(self.path) as archive:
+                    if archive.getinfo(self.member).file_size > _ZIP_MEMBER_LIMIT:
+                        raise InputError(f"{self.label} unpacks to more than 4 GiB; unpack it and give the folder.")
+                    data = archive.read(self.member)
+            else:
+                data = self.path.read_bytes()
             return gzip.decompress(data) if self.label.endswith(".gz") else data
         except FileNotFoundError:
             raise InputError(f"{self.label} is not there; check the path.") from None
@@ -54,12 +60,6 @@ class File:
             raise InputError(f"{self.label} is a folder where a file is needed; name the file in it.") from None
         except _BROKEN as error:
             raise InputError(f"{self.label} cannot be read ({error}); fetch it again.") from error
-
-    def _member(self) -> bytes:
-        with zipfile.ZipFile(self.path) as archive:
-            if archive.getinfo(self.member).file_size > _ZIP_MEMBER_LIMIT:
-                raise InputError(f"{self.label} unpacks to more than 4 GiB; unpack it yourself and give the folder.")
-            return archive.read(self.member)
 
 
 def list_files(path: str | Path) -> dict[str, File]:
@@ -140,9 +140,8 @@ class Table:
         lines = array("q")
         for line, fields in self._lines():
             if len(fields) != self.width:
-                raise InputError(
-                    f"{self.label}, line {line}: {len(fields)} fields where {self.width} are needed; correct the line."
-                )
+                counts = f"{len(fields)} fields where {self.width} are needed"
+                raise InputError(f"{self.label}, line {line}: {counts}; correct the line.")
             lines.append(line)
         return lines
 
@@ -152,13 +151,12 @@ class Table:
 
     def _read(self, **options) -> pd.DataFrame:
         options |= {"sep": self.separator, "quoting": self._quoting, "header": 0 if self.header else None}
+        options |= {"names": range(self.width), "index_col": False}
         try:
             with warnings.catch_warnings():  # a column of numbers and words is refused later, with its line
                 warnings.simplefilter("ignore", pd.errors.DtypeWarning)
                 # "NA" is an id, a title or a mistake, as everything else
-                return pd.read_csv(
-                    io.BytesIO(self.text), names=range(self.width), index_col=False, na_filter=False, **options
-                )
+                return pd.read_csv(io.BytesIO(self.text), na_filter=False, **options)
         except (ValueError, OverflowError) as error:
             raise InputError(f"{self.label} cannot be read as a table ({error}); correct it.") from error
 
@@ -184,14 +182,7 @@ def open_table(
     width: int | None = None,
     encodings: Sequence[str] = ("utf-8-sig",),
 ) -> Table:
-    """Reads a delimited text.
-
-    Args:
-        separator: None: the one that the first line has most.
-        header: whether the first row holds names.
-        width: fields of a row; None: as many as the first row has.
-        encodings: the first one in which the text can be read is taken.
-    """
+    """Reads a delimited text, in the first of `encodings` that fits; None means what the first line shows most."""
     text = _decode(file.read(), file.label, encodings)
     if separator is None:
         first_line = text[:65536].split("\n", 1)[0]
@@ -221,7 +212,7 @@ def open_atomic(file: File) -> tuple[Table, list[str]]:
     for field in table.names:
         if field.partition(":")[2] not in _ATOMIC_TYPES:
             raise InputError(
-                f"{file.label}, line 1: {field!r} is not name:type with one of RecBole's types; correct the header."
+                f"{file.label}, line 1: {field!r} is not name:type, as RecBole has it; correct the header."
             )
     names, types = zip(*(field.split(":") for field in table.names))
     return dataclasses.replace(table, names=list(names)), list(types)
@@ -235,9 +226,7 @@ def id_lists(file: File) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not fields:
             continue
         if not "".join(fields).isdecimal():
-            raise InputError(
-                f"{file.label}, line {line}: ids must be whole numbers separated by spaces; correct the line."
-            )
+            raise InputError(f"{file.label}, line {line}: ids must be whole numbers and spaces; correct the line.")
         user, *listed = map(int, fields)
         users.extend([user] * len(listed))
         items.extend(listed)

@@ -93,21 +93,15 @@ def global_time(interactions: Interactions, *, validation: float, test: float) -
     """
     _check_fractions(validation, test)
     if interactions.time_kind != "timestamp":
-        raise InputError(
-            "global_time needs timestamps, and this source only orders each user's rows; use leave_one_out."
-        )
+        raise InputError("global_time needs timestamps, and this source only orders each user's rows; leave one out.")
     sorted_E = np.sort(interactions.time_E)
-    n_rows = len(sorted_E)
-    n_test, n_validation = _count(n_rows, test), _count(n_rows, validation)
-    part_E = np.zeros(n_rows, np.int8)
-    if n_validation:
-        part_E[interactions.time_E >= sorted_E[n_rows - n_test - n_validation]] = VALIDATION
-    if n_test:
-        part_E[interactions.time_E >= sorted_E[n_rows - n_test]] = TEST
+    part_E = np.zeros(len(sorted_E), np.int8)
+    n_test, n_validation = _count(len(sorted_E), test), _count(len(sorted_E), validation)
+    for part, n_part, n_later in ((VALIDATION, n_validation, n_test), (TEST, n_test, 0)):
+        if n_part:
+            part_E[interactions.time_E >= sorted_E[-(n_part + n_later)]] = part
     if not np.any(part_E == TRAIN):
-        raise InputError(
-            "all rows share the moments that are held out, and none is left to train on; use another split."
-        )
+        raise InputError("all rows share the moments that are held out, and none is left to train on; split otherwise.")
     return Split(interactions, part_E)
 
 
@@ -160,10 +154,8 @@ def from_parts(
     if crossing_E.any():
         at = int(np.argmax(crossing_E))
         first = part_E[int(np.argmax(pair_E == pair_E[at]))]
-        raise InputError(
-            f"{where_merged(row_E[at])}: this user-item pair is also in the {PART_NAMES[first]} part; "
-            "remove one of the two."
-        )
+        also = f"this user-item pair is also in the {PART_NAMES[first]} part"
+        raise InputError(f"{where_merged(row_E[at])}: {also}; remove one of the two.")
     columns = {name: getattr(interactions, name)[~again_E] for name in ("user_E", "item_E", "time_E")}
     return Split(dataclasses.replace(interactions, **columns), part_E[~again_E])
 
@@ -192,10 +184,8 @@ def check_training_edges(
     if leaked.any():
         row = int(np.argmax(leaked))
         names = " or ".join(PART_NAMES[part] for part in forbidden)
-        raise LeakError(
-            f"{int(leaked.sum())} of {len(user)} edges are {names} interactions, the first at row {row}: "
-            f"user {user[row]}, item {item[row]}."
-        )
+        first = f"the first at row {row}: user {user[row]}, item {item[row]}"
+        raise LeakError(f"{int(leaked.sum())} of {len(user)} edges are {names} interactions, {first}.")
 
 
 def within(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:

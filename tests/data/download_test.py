@@ -167,85 +167,86 @@ def test_a_plain_zip_unpacks(tmp_path):
     assert paths[1].read_bytes() == b"B" * 3000
 
 
-@pytest.mark.parametrize("name", ["/abs.txt", "../up.txt", "a/../../up.txt", "C:/x.txt", "a\\..\\..\\up.txt", "."])
-def test_a_path_outside_is_refused_before_anything_is_written(tmp_path, name):
-    archive = make_zip(tmp_path / "a.zip", [("fine.txt", b"fine"), (name, b"bad")])
-    with pytest.raises(InputError, match="points outside the folder"):
-        safe_unzip(archive, tmp_path / "out")
-    assert names(tmp_path) == ["a.zip"]
+LINK = zipfile.ZipInfo("link")
+LINK.external_attr = 0o120777 << 16
+OUTSIDE = "/abs.txt", "../up.txt", "a/../../up.txt", "C:/x.txt", "a\\..\\..\\up.txt", "."
 
 
-def test_links_and_files_in_the_place_of_folders_are_refused(tmp_path):
-    link = zipfile.ZipInfo("link")
-    link.external_attr = 0o120777 << 16
-    with pytest.raises(InputError, match="is a link"):
-        safe_unzip(make_zip(tmp_path / "a.zip", [(link, b"/etc")]), tmp_path / "out")
-    (tmp_path / "out").mkdir()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "points outside the folder") for name in OUTSIDE),
+        (LINK, "is a link"),
+        ("d/x.txt", "would leave the folder through a link"),
+        ("kept", "is a folder already"),
+        ("big", "unpacks to more than 9999 bytes"),
+    ],
+)
+def test_what_would_leave_or_fill_the_folder_is_refused(tmp_path, name, message):
+    (tmp_path / "out" / "kept").mkdir(parents=True)
     (tmp_path / "out" / "d").symlink_to(tmp_path)
-    with pytest.raises(InputError, match="would leave the folder through a link"):
-        safe_unzip(make_zip(tmp_path / "b.zip", [("d/x.txt", b"x")]), tmp_path / "out")
-    assert "x.txt" not in names(tmp_path)
-    (tmp_path / "out" / "kept").mkdir()
-    with pytest.raises(InputError, match="is a folder already"):
-        safe_unzip(make_zip(tmp_path / "c.zip", [("kept", b"x")]), tmp_path / "out")
-    assert (tmp_path / "out" / "kept").is_dir()
+    size = 10_000 if name == "big" else 9
+    archive = make_zip(tmp_path / "a.zip", [(name, b"0" * size), ("z.txt", b"")])
+    with pytest.raises(InputError, match=message):
+        safe_unzip(archive, tmp_path / "out", max_bytes=9999)
+    assert (names(tmp_path), names(tmp_path / "out")) == (["a.zip", "out"], ["d", "kept"])
 
 
-def test_bombs_are_refused_whatever_their_list_says(tmp_path):
-    archive = make_zip(tmp_path / "a.zip", [("big", b"0" * 100_000)])
-    with pytest.raises(InputError, match="unpacks to more than 99999 bytes"):
-        safe_unzip(archive, tmp_path / "out", max_bytes=99_999)
-    assert names(tmp_path) == ["a.zip"]
-    lying = archive.read_bytes().replace((100_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
-    (tmp_path / "lying.zip").write_bytes(lying)
-    with pytest.raises(InputError, match=r"lying\.zip cannot be unpacked"):
-        safe_unzip(tmp_path / "lying.zip", tmp_path / "out", max_bytes=50)
-    assert not (tmp_path / "out" / "big").exists()
-
-
-def test_a_broken_zip_is_named(tmp_path):
+def test_a_broken_zip_is_named_and_so_is_one_whose_list_lies(tmp_path):
     data = make_zip(tmp_path / "a.zip", [("a", b"abc" * 999)]).read_bytes()
-    for broken in (b"", b"no zip", data[: len(data) // 2], data.replace(data[40:44], b"\xff\xff\xff\xff", 1)):
-        (tmp_path / "b.zip").write_bytes(broken)
+    broken = b"", b"no zip", data[: len(data) // 2], data.replace(data[40:44], b"\xff\xff\xff\xff", 1)
+    lying = data.replace((2997).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    for content, max_bytes in (*((content, 9999) for content in broken), (lying, 50)):
+        (tmp_path / "b.zip").write_bytes(content)
         with pytest.raises(InputError, match=r"b\.zip cannot be unpacked"):
-            safe_unzip(tmp_path / "b.zip", tmp_path / "out")
+            safe_unzip(tmp_path / "b.zip", tmp_path / "out", max_bytes=max_bytes)
     with pytest.raises(InputError, match=r"none\.zip cannot be unpacked"):
         safe_unzip(tmp_path / "none.zip", tmp_path / "out")
+    assert not (tmp_path / "out" / "a").exists()
 
 
-def movielens_zip(name):
-    buffer = io.BytesIO()
-    make_zip(buffer, [(f"{name}/ratings.csv", b"userId,movieId,rating,timestamp\n1,2,3.0,4\n")])
-    return buffer.getvalue()
+@pytest.fixture
+def movielens(server, tmp_path):
+    """(put, fetch): publishes a set and returns its md5 and sha256; fetches a set into a folder."""
+
+    def put(name):
+        buffer = io.BytesIO()
+        make_zip(buffer, [(f"{name}/ratings.csv", b"userId,movieId,rating,timestamp\n1,2,3.0,4\n")])
+        server.files[f"/{name}.zip"] = buffer.getvalue()
+        return hashlib.md5(buffer.getvalue()).hexdigest(), hashlib.sha256(buffer.getvalue()).hexdigest()
+
+    def fetch(name, folder="a"):
+        return fetch_movielens(name, tmp_path / folder, publisher=server.url, progress=False)
+
+    return put, fetch
 
 
-def test_movielens_is_checked_against_the_md5_that_is_known(server, tmp_path, monkeypatch):
-    archive = movielens_zip("ml-1m")
-    server.files["/ml-1m.zip"] = archive
+def test_movielens_is_checked_against_the_md5_that_is_known(server, movielens, monkeypatch):
+    put, fetch = movielens
+    md5, _ = put("ml-1m")
     with pytest.raises(InputError, match="is not the file that its checksum names"):
-        fetch_movielens("ml-1m", tmp_path, publisher=server.url, progress=False)
-    monkeypatch.setitem(downloads._MOVIELENS_MD5, "ml-1m", hashlib.md5(archive).hexdigest())
-    folder = fetch_movielens("ml-1m", tmp_path, publisher=server.url, progress=False)
+        fetch("ml-1m")
+    monkeypatch.setitem(downloads._MOVIELENS_MD5, "ml-1m", md5)
+    folder = fetch("ml-1m")
     assert (folder / "ratings.csv").read_text().startswith("userId")
     n_asked = len(server.asked)
-    assert fetch_movielens("ml-1m", tmp_path, publisher=server.url, progress=False) == folder
+    assert fetch("ml-1m") == folder
     assert len(server.asked) == n_asked
     with pytest.raises(InputError, match="no MovieLens set 'ml-2m'"):
-        fetch_movielens("ml-2m", tmp_path)
+        fetch("ml-2m")
 
 
-def test_movielens_latest_takes_the_published_md5_or_records_its_own(server, tmp_path):
-    archive = movielens_zip("ml-latest-small")
-    server.files["/ml-latest-small.zip"] = archive
+def test_movielens_latest_takes_the_published_md5_or_records_its_own(server, movielens, tmp_path):
+    put, fetch = movielens
+    md5, sha256 = put("ml-latest-small")
     server.files["/ml-latest-small.zip.md5"] = b"MD5 (ml-latest-small.zip) = " + b"0" * 32 + b"\n"
     with pytest.raises(InputError, match="checksum"):
-        fetch_movielens("ml-latest-small", tmp_path / "a", publisher=server.url, progress=False)
-    server.files["/ml-latest-small.zip.md5"] = hashlib.md5(archive).hexdigest().encode() + b"  ml-latest-small.zip\n"
-    assert fetch_movielens("ml-latest-small", tmp_path / "a", publisher=server.url, progress=False).is_dir()
+        fetch("ml-latest-small")
+    server.files["/ml-latest-small.zip.md5"] = md5.encode() + b"  ml-latest-small.zip\n"
+    assert fetch("ml-latest-small").is_dir()
     del server.files["/ml-latest-small.zip.md5"]
-    fetch_movielens("ml-latest-small", tmp_path / "b", publisher=server.url, progress=False)
-    recorded = (tmp_path / "b" / "ml-latest-small.zip.sha256").read_text()
-    assert recorded == f"{hashlib.sha256(archive).hexdigest()}  ml-latest-small.zip\n"
+    fetch("ml-latest-small", "b")
+    assert (tmp_path / "b" / "ml-latest-small.zip.sha256").read_text() == f"{sha256}  ml-latest-small.zip\n"
 
 
 @pytest.mark.parametrize(

@@ -79,20 +79,14 @@ def test_new_items_have_text_and_no_interaction_before_they_are_asked_for(world)
             assert len(asked[part] & set(np.flatnonzero(world.item_slices[kind]))) >= 20
 
 
-def test_cold_texts_are_new_combinations_of_words_known_from_training(world):
-    warm_I, cold_I = world.truth.kind_I == WARM, world.item_slices["cold"]
+def test_cold_texts_combine_known_words_and_knowledge_words_stand_in_the_corpus_alone(world):
+    kind_I, part_I = world.truth.kind_I, world.truth.part_I
+    warm_I, cold_I, knowledge_I = (kind_I == kind for kind in (WARM, COLD, KNOWLEDGE))
     assert words_of(world, cold_I) <= words_of(world, warm_I)
     assert not set(titles_of(world, cold_I)) & set(titles_of(world, warm_I))
-
-
-def test_knowledge_words_stand_in_no_other_title_and_in_the_corpus(world):
-    knowledge_I = world.item_slices["knowledge"]
-    test_I = knowledge_I & (world.truth.part_I == TEST)
-    assert not words_of(world, knowledge_I) & words_of(world, ~knowledge_I)
-    assert not words_of(world, test_I) & words_of(world, ~test_I)
-    in_corpus = {word for sentence in world.corpus for word in sentence.split()}
-    assert words_of(world, knowledge_I) <= in_corpus
-    assert words_of(world, ~knowledge_I) <= in_corpus
+    for chosen_I in (knowledge_I, knowledge_I & (part_I == TEST)):
+        assert not words_of(world, chosen_I) & words_of(world, ~chosen_I)
+    assert words_of(world, kind_I >= 0) <= {word for sentence in world.corpus for word in sentence.split()}
     assert not any(title in sentence for title in set(titles_of(world, knowledge_I)) for sentence in world.corpus)
 
 
@@ -180,18 +174,14 @@ def test_oracles_are_blind_exactly_where_they_should_be(small, part):
 
 def test_ceilings_show_the_claim(table):
     # text cannot tell twins; interactions cannot rank cold items; without the corpus nobody ranks knowledge items
-    for oracle, name, protocol in (
-        ("text", "twins", "pair"),
-        ("text_without_corpus", "twins", "pair"),
-        ("interactions", "cold", "cold20"),
-        ("interactions", "knowledge", "knowledge20"),
-        ("text_without_corpus", "knowledge", "knowledge20"),
-    ):
-        assert (table[oracle, name, protocol]["hr@1"], table[oracle, name, protocol]["auc"]) == (0, 0.5)
+    blind = [(oracle, "twins", "pair") for oracle in ("text", "text_without_corpus")]
+    blind += [("interactions", "cold", "cold20"), ("interactions", "knowledge", "knowledge20")]
+    for key in (*blind, ("text_without_corpus", "knowledge", "knowledge20")):
+        assert (table[key]["hr@1"], table[key]["auc"]) == (0, 0.5)
     # what sees both does all of it
     assert table["both", "twins", "pair"]["hr@1"] == table["interactions", "twins", "pair"]["hr@1"]
     assert abs(table["both", "twins", "pair"]["hr@1"] - 0.92) < 0.03
-    for protocol, name in (("cold20", "cold"), ("knowledge20", "knowledge")):
+    for name, protocol in (("cold", "cold20"), ("knowledge", "knowledge20")):
         assert table["both", name, protocol]["hr@1"] == table["text", name, protocol]["hr@1"] > 0.5
         assert table["both", name, protocol]["auc"] > 0.9
     assert table["text_without_corpus", "cold", "cold20"]["hr@1"] > 0.45
@@ -225,14 +215,6 @@ def test_slice_candidates_are_valid_and_cover_their_cases(world):
         assert again["cold20"].sha256 == made["cold20"].sha256 != other["cold20"].sha256
 
 
-def test_small_pools_are_padded_and_ceilings_skip_the_padding(small):
-    candidates = slice_candidates(small, TEST, seed=0)
-    # 10 cold items, 5 of them in test: the target, 4 others, 15 places left empty
-    assert ((candidates["cold20"].items_NC >= 0).sum(axis=1) == 10 // 2).all()
-    rows = ceilings(small, TEST, candidates.values())
-    assert [r["auc"] for r in rows if (r["oracle"], r["protocol"]) == ("interactions", "cold20")] == [0.5, 0.5]
-
-
 def test_interactions_teach_groups_and_tastes_and_nothing_on_new_items(world):
     """A plain spectral model of the training matrix stands for what a LightGCN can learn."""
     user, item = world.split.edges(TRAIN)
@@ -253,6 +235,12 @@ def test_interactions_teach_groups_and_tastes_and_nothing_on_new_items(world):
     assert auc(made["cold20"]) == auc(made["knowledge20"]) == 0.5
 
 
+def test_small_pools_are_padded_and_ceilings_skip_the_padding(small):
+    candidates = slice_candidates(small, TEST, seed=0)["cold20"]
+    assert ((candidates.items_NC >= 0).sum(axis=1) == 10 // 2).all()  # 5 cold items in test, 15 places left empty
+    assert [r["auc"] for r in ceilings(small, TEST, [candidates]) if r["oracle"] == "interactions"] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -267,28 +255,24 @@ def test_interactions_teach_groups_and_tastes_and_nothing_on_new_items(world):
 def test_any_size(changes):
     size = SMALL | changes
     world = make_world(seed=1, **size)
-    interactions = world.split.interactions
-    assert interactions.n_users == size["n_users"]
-    assert interactions.n_items == 2 * 20 + size["n_singles"] + size["n_cold"] + size["n_knowledge"]
-    assert [int(world.item_slices[s].sum()) for s in ("twins", "cold", "knowledge")] == [
-        2 * 20, size["n_cold"], size["n_knowledge"],
-    ]  # fmt: skip
+    x, truth = world.split.interactions, world.truth
+    sizes = {"twins": 2 * size["n_twins"], "cold": size["n_cold"], "knowledge": size["n_knowledge"]}
+    assert {name: int(mask_I.sum()) for name, mask_I in world.item_slices.items()} == sizes
+    assert (x.n_users, x.n_items) == (size["n_users"], sum(sizes.values()) + size["n_singles"])
     assert len(world.corpus) == size["n_sentences"]
-    pairs = set(zip(interactions.user_E.tolist(), interactions.item_E.tolist()))
-    assert len(pairs) == len(interactions)
+    assert len(set(zip(x.user_E.tolist(), x.item_E.tolist()))) == len(x)
     for part in (VALIDATION, TEST):
         assert len(world.split.cases(part)[0]) == size["n_users"]
         target_N = world.split.cases(part)[1]
-        new_N = world.truth.kind_I[target_N] != WARM
-        assert (world.truth.part_I[target_N[new_N]] == part).all()
+        assert (truth.part_I[target_N[truth.kind_I[target_N] != WARM]] == part).all()
     twin = np.flatnonzero(world.item_slices["twins"])
-    assert (world.truth.group_I[twin] != world.truth.group_I[world.twin_of_I[twin]]).all()
-    words = [w for concepts in world.truth.words for concept in concepts for w in concept]
+    assert (truth.group_I[twin] != truth.group_I[world.twin_of_I[twin]]).all()
+    words = [word for concepts in truth.words for concept in concepts for word in concept]
     assert len(set(words)) == len(words)
 
 
 @pytest.mark.parametrize(
-    "changes, word",
+    ("changes", "message"),
     [
         (dict(n_users=0), "n_users"),
         (dict(seed=-1), "seed"),
@@ -300,13 +284,12 @@ def test_any_size(changes):
         (dict(n_synonyms=1), "n_synonyms"),
     ],
 )
-def test_impossible_worlds_are_refused_in_one_sentence(changes, word):
-    with pytest.raises(InputError, match=word):
+def test_impossible_worlds_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
         make_world(**(dict(seed=0) | SMALL | changes))
 
 
-def test_unknown_oracles_and_parts_are_refused(small):
-    with pytest.raises(InputError, match="sees"):
-        oracle_scores(small, TEST, "tea leaves")
-    with pytest.raises(InputError, match="VALIDATION"):
-        oracle_scores(small, TRAIN, "both")
+@pytest.mark.parametrize(("part", "sees", "message"), [(TEST, "tea leaves", "sees"), (TRAIN, "both", "VALIDATION")])
+def test_unknown_oracles_and_parts_are_refused(small, part, sees, message):
+    with pytest.raises(InputError, match=message):
+        oracle_scores(small, part, sees)
