@@ -1,12 +1,11 @@
 """A decoder and its users and items as a Hugging Face directory that transformers loads by itself.
 
 The rows of <uid> and <iid> stand behind the text rows, under the numbers that they have here, in the weights and in the
-tokenizer. What the folder says of a run (its card, its raw ids) is `bdlm_jax.export`'s.
+tokenizer. What the folder says of a run (its card, its raw ids) is `serving.exports`'.
 """
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from bdlm_jax.lm import hf_config as families
-from bdlm_jax.lm import hf_weights as huggingface
 from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.lm.hf_config import hf_config
+from bdlm_jax.lm.hf_weights import export_tensors, tensor_map
 from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.runtime.files import write_json
 from bdlm_jax.types import Array, InputError, Params
 
 
@@ -40,15 +40,11 @@ def write_hf_folder(
 
     Args:
         folder: exists.
-        params: the decoder's tree (`causal_lm.init_lm`); adapters are merged before.
-        config: the decoder's shape.
-        vocabulary: numbers the tokens; its V is the config's.
+        params: the tree of `init_lm`; adapters are merged before.
+        vocabulary: its V is the config's.
         id_rows_XM: (X, M) rows of <uid> and <iid>, through the bridge.
         max_tokens: the longest row that it was trained on, written where the config names none.
         shard_bytes: above this size the weights are cut into several files.
-
-    Raises:
-        InputError: see `id_tokenizer` and `families.hf_config`.
     """
     folder, tokenizer = Path(folder), id_tokenizer(vocabulary)
     if config.scale_embedding and config.tie_embeddings:
@@ -58,27 +54,18 @@ def write_hf_folder(
     extra = {**special, "torch_dtype": str(params["embedding"].dtype)}
     if config.max_positions is None and max_tokens is not None:
         extra["max_position_embeddings"] = max_tokens
-    fields = families.hf_config(config, vocab_size=vocabulary.n_tokens, **extra)
-    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", hf_config(config, vocab_size=vocabulary.n_tokens, **extra))
+    write_json(folder / "generation_config.json", special)
     _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
     tokenizer.save_pretrained(str(folder))
 
 
 def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer with <uid_0> … and <iid_0> … numbered as `Vocabulary` numbers them.
+    """Returns a copy of the tokenizer with <uid_0> … and <iid_0> … numbered as `Vocabulary` numbers them.
 
-    A tokenizer numbers what is added without a gap, but V is rounded up (and a pretrained model may have more rows than
-    its tokenizer has tokens): <unused_N> fills every number between, so that no row has to move.
-
-    Args:
-        vocabulary: of the run.
-
-    Returns:
-        A copy; the id tokens are special, never normalised, and found wherever they stand in a text.
-
-    Raises:
-        InputError: its text tokens have such a name already, or their numbers have holes that would be filled.
+    The id tokens are special, never normalised, and found wherever they stand in a text. A tokenizer numbers what is
+    added without a gap, but V is rounded up (and a pretrained model may have more rows than its tokenizer has tokens):
+    <unused_N> fills every number between, so that no row has to move.
     """
     tokenizer, known = copy.deepcopy(vocabulary.tokenizer), vocabulary.tokenizer.get_vocab()
     first = max(known.values()) + 1
@@ -100,33 +87,36 @@ def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
 def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     scale = np.float32(config.width**0.5) if config.scale_embedding else np.float32(1)
     behind = {"embedding": rows_XM / scale, "head": rows_XM}
-    leaves = {name: tensor.leaves[0] for name, tensor in huggingface.tensor_map(config).items()}
-    for name, value in huggingface.export_tensors(params, config):
+    leaves = {name: tensor.leaves[0] for name, tensor in tensor_map(config).items()}
+    for name, value in export_tensors(params, config):
         if leaves[name] in behind:
             value = np.concatenate([value, behind[leaves[name]].astype(value.dtype)])
         yield name, value
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, shard_bytes: int) -> None:
-    shards: list[list[str]] = []
+    shard_of: dict[str, int] = {}
+    total = n_shards = 0
+    for n_shards, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+        save_file(shard, folder / f"model-{n_shards}", metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(shard, n_shards)
+        total += sum(value.nbytes for value in shard.values())
+    if n_shards == 1:
+        os.replace(folder / "model-1", folder / "model.safetensors")
+        return
+    files = {n: f"model-{n:05d}-of-{n_shards:05d}.safetensors" for n in range(1, n_shards + 1)}
+    for n, file in files.items():
+        os.replace(folder / f"model-{n}", folder / file)
+    weight_map = {name: files[n] for name, n in shard_of.items()}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """Gathers tensors up to a size; what was yielded is gone from memory before the next is gathered."""
     held: dict[str, np.ndarray] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(held, folder / f"model-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
     for name, value in tensors:
         if held and sum(one.nbytes for one in held.values()) + value.nbytes > shard_bytes:
-            flush()
-        held[name], total = value, total + value.nbytes
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / "model-0", folder / "model.safetensors")
-        return
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    for n, file in enumerate(files):
-        os.replace(folder / f"model-{n}", folder / file)
-    index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, ns in zip(files, shards) for n in ns}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            yield held
+            held.clear()
+        held[name] = value
+    yield held

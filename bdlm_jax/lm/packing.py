@@ -21,33 +21,25 @@ LISTS = (
     ("user_index", "user"),
     ("card_index", "card_item"),
 )
+FIELDS = ("tokens", "positions", "segments", *(name for pair in LISTS for name in pair))  # of Packed, in their order
+_TARGETS = {target for _, target in LISTS}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Rows of one length with their target lists; the lists are padded with index 0 and target -1.
+    """Rows of one length with their target lists; the lists are padded with index 0 and target -1. All int32."""
 
-    Args:
-        tokens: (R, L) int32, `pad` where nothing stands.
-        positions: (R, L) int32, restarting in each segment.
-        segments: (R, L) int32, 1, 2, … in each row, 0 for padding.
-        item_index, item_target: (R, TI) positions from which the next item is predicted, and that item.
-        text_index, text_target: (R, TT) positions from which the next text token is predicted, and that token.
-        user_index, user: (R, TU) positions where a user's state is read, and that user.
-        card_index, card_item: (R, TC) positions where an item's state is read, and that item.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    item_index: np.ndarray
-    item_target: np.ndarray
-    text_index: np.ndarray
-    text_target: np.ndarray
-    user_index: np.ndarray
-    user: np.ndarray
-    card_index: np.ndarray
-    card_item: np.ndarray
+    tokens: np.ndarray  # (R, L), the padding token where nothing stands
+    positions: np.ndarray  # (R, L), restarting in each segment
+    segments: np.ndarray  # (R, L), 1, 2, … in each row, 0 for padding
+    item_index: np.ndarray  # (R, T): positions from which the next item is predicted,
+    item_target: np.ndarray  # and that item
+    text_index: np.ndarray  # (R, T): positions from which the next text token is predicted,
+    text_target: np.ndarray  # and that token
+    user_index: np.ndarray  # (R, T): positions where a user's state is read,
+    user: np.ndarray  # and that user
+    card_index: np.ndarray  # (R, T): positions where an item's state is read,
+    card_item: np.ndarray  # and that item
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,10 +53,9 @@ class Packed:
         return -(-len(self) // batch_size)
 
     def rows(self, row_B: np.ndarray) -> dict[str, np.ndarray]:
-        """Takes rows by number, in the given order, as the dict of `batch`: what evaluation walks through."""
+        """Takes rows by number, in the given order, as {name of a field: (B, ·), "row": (B,)}, all int32."""
         row_B = np.asarray(row_B, np.int32)
-        names = ("tokens", "positions", "segments", *(name for pair in LISTS for name in pair))
-        return {**{name: getattr(self, name)[row_B] for name in names}, "row": row_B}
+        return {**{name: getattr(self, name)[row_B] for name in FIELDS}, "row": row_B}
 
     def batch(
         self,
@@ -77,7 +68,7 @@ class Packed:
         user_tokens: range | None = None,
         unnamed_user: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Serves the batch of a step.
+        """Serves the batch of a step, as `rows` does.
 
         The rows come from one endless stream, the permutations of epoch 0, 1, 2, … one behind the other, of which step
         s takes places s·B … s·B+B-1: nothing is dropped, every epoch shows every row once, and a batch may hold the end
@@ -91,9 +82,6 @@ class Packed:
             uid_dropout: probability, for each segment, that its user token is shown as `unnamed_user`.
             user_tokens: `Vocabulary.user_tokens`, needed for `uid_dropout`, as is
             unnamed_user: the token <user>.
-
-        Returns:
-            {"tokens", "positions", "segments": (B, L), the eight lists of `LISTS`: (B, T·), "row": (B,)}, all int32.
         """
         if not len(self):
             raise InputError("there is no prompt to make a batch of: the training data are empty.")
@@ -105,9 +93,8 @@ class Packed:
         batch = self.rows(row_B)
         if max_text_targets is not None:
             generator = np.random.default_rng((seed, step, 1))
-            batch["text_index"], batch["text_target"] = _subset(
-                batch["text_index"], batch["text_target"], max_text_targets, generator
-            )
+            lists = _subset(batch["text_index"], batch["text_target"], max_text_targets, generator)
+            batch["text_index"], batch["text_target"] = lists
         if uid_dropout:
             if user_tokens is None or unnamed_user is None:
                 raise InputError("uid_dropout needs user_tokens and unnamed_user: pass the vocabulary's.")
@@ -137,17 +124,16 @@ def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
     tokens[row, place], positions[row, place] = flat, within
     segments[row, place] = np.repeat(segment_N, size_N)
 
-    lists = {}
-    for (index, target), field in zip(LISTS[:2], ("item_targets", "text_targets")):
-        value = _concatenate_field(prompts, field)
-        has = value >= 0
-        lists[index], lists[target] = _target_lists(row[has], place[has], value[has], n_rows)
-    for (index, target), field, at in zip(LISTS[2:], ("user", "item"), ("user_at", "item_at")):
-        value_N = np.fromiter((getattr(prompt, field) for prompt in prompts), np.int64, len(prompts))
-        at_N = np.fromiter((getattr(prompt, at) for prompt in prompts), np.int64, len(prompts))
-        has = value_N >= 0
-        lists[index], lists[target] = _target_lists(row_N[has], (start_N + at_N)[has], value_N[has], n_rows)
-    return Packed(tokens, positions, segments, **lists)
+    def each(name):
+        return np.fromiter((getattr(prompt, name) for prompt in prompts), np.int64, len(prompts))
+
+    found = (
+        (row, place, _concatenate_field(prompts, "item_targets")),
+        (row, place, _concatenate_field(prompts, "text_targets")),
+        (row_N, start_N + each("user_at"), each("user")),
+        (row_N, start_N + each("item_at"), each("item")),
+    )
+    return Packed(tokens, positions, segments, *(array for one in found for array in _target_lists(*one, n_rows)))
 
 
 def concatenate(parts: Sequence[Packed]) -> Packed:
@@ -155,13 +141,11 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
     lengths = {part.length for part in parts}
     if len(lengths) != 1:
         raise InputError(f"packed sets of lengths {sorted(lengths)} cannot be joined: pack them with one length.")
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "positions", "segments")
-    }
-    for pair in LISTS:
-        for name, fill in zip(pair, (0, -1)):
-            width = max(getattr(part, name).shape[1] for part in parts)
-            joined[name] = np.concatenate([_widen(getattr(part, name), width, fill) for part in parts])
+    joined = {}
+    for name in FIELDS:
+        arrays = [getattr(part, name) for part in parts]
+        width = max(array.shape[1] for array in arrays)
+        joined[name] = np.concatenate([_widen(array, width, -1 if name in _TARGETS else 0) for array in arrays])
     return Packed(**joined)
 
 
@@ -196,7 +180,8 @@ def _first_fit(size_N, length):
 
 
 def _target_lists(row, place, value, n_rows):
-    """Lists (R, T) of places and values, in order of place, padded with 0 and -1."""
+    """Lists (R, T) of the places that have a value and of these, in order of place, padded with 0 and -1."""
+    row, place, value = (array[value >= 0] for array in (row, place, value))
     order = np.lexsort((place, row))
     row, place, value = row[order], place[order], value[order]
     count_R = np.bincount(row, minlength=n_rows)

@@ -68,11 +68,6 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     return _with_specials(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends))
 
 
-def save_tokenizer(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Writes a tokenizer as a transformers tokenizer directory, for `load_tokenizer`."""
-    tokenizer.save_pretrained(str(folder))
-
-
 def _byte_level(model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,11 +83,9 @@ def _with_specials(tokenizer):
         missing["eos_token"] = EOS
     if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token):
         missing["pad_token"] = PAD
-    if missing:
-        tokenizer.add_special_tokens(missing)
+    tokenizer.add_special_tokens(missing)
     known = set(tokenizer.all_special_tokens)
-    unnamed = [token for token in (UNNAMED_USER, UNNAMED_ITEM) if token not in known]
-    tokenizer.add_tokens(unnamed, special_tokens=True)
+    tokenizer.add_tokens([t for t in (UNNAMED_USER, UNNAMED_ITEM) if t not in known], special_tokens=True)
     return tokenizer
 
 

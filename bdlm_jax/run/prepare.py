@@ -118,7 +118,7 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
-        vocabulary.save_tokenizer(folder, tokenizer)
+        tokenizer.save_pretrained(str(folder))
     rows = lm_shape(config).vocab_size if own else 0
     return Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
 

@@ -14,8 +14,6 @@ from bdlm_jax.lm.hf_weights import load_lm
 from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
 from bdlm_jax.types import InputError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _looped_layers():
@@ -41,20 +39,20 @@ def random_lm(family, vocabulary):
     return params, config, size * jax.random.normal(jax.random.key(5), (vocabulary.n_rows, config.width))
 
 
-def logits_of(params, config, tokens_BL, rows_XM, head_XM):
+def logits_of(params, config, tokens_BL, rows_XM):
     """Our logits over text, capped where the family caps, and over id tokens, which we never cap."""
     positions = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
 
     @jax.jit
     def run(params, rows_XM):
         hidden_BLM = lm_hidden(params, config, tokens_BL, positions, np.ones_like(tokens_BL), rows_XM)
-        return text_logits(params, config, hidden_BLM), hidden_BLM @ head_XM.T
+        return text_logits(params, config, hidden_BLM), hidden_BLM @ rows_XM.T
 
     return [np.asarray(logits) for logits in run(params, rows_XM)]
 
 
 @pytest.mark.slow  # importing torch and transformers; export_test.py does it for one
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", make_golden.STORED)
 def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     params, config, rows_XM = random_lm(family, vocabulary)
@@ -66,18 +64,12 @@ def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tm
     assert tied == (config.tie_embeddings and not config.scale_embedding)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     tokens_BL = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"]
-    plain = [vocabulary.encode_text([part])[0] for part in ("A title", "B")]
-    specials = [vocabulary.bos, vocabulary.unnamed_user, vocabulary.item_token(2)]
-    assert tokens_BL[0].tolist() == [
-        *specials,
-        *plain[0],
-        vocabulary.item_token(0),
-        *plain[1],
-        vocabulary.user_token(3),
-    ]
+    title, b = vocabulary.encode_text(["A title", "B"])
+    head, tail = [vocabulary.bos, vocabulary.unnamed_user, vocabulary.item_token(2)], [vocabulary.user_token(3)]
+    assert tokens_BL[0].tolist() == [*head, *title, vocabulary.item_token(0), *b, *tail]
     with torch.no_grad():
         theirs_BLV = model(torch.tensor(tokens_BL)).logits.numpy()
-    text_BLV, id_BLX = logits_of(params, config, tokens_BL, rows_XM, rows_XM)
+    text_BLV, id_BLX = logits_of(params, config, tokens_BL, rows_XM)
     np.testing.assert_array_equal(np.argsort(theirs_BLV[..., 264:]), np.argsort(id_BLX), "the ranking is ours")
     if config.logit_softcap is not None:
         id_BLX = config.logit_softcap * np.tanh(id_BLX / config.logit_softcap)

@@ -27,12 +27,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def change(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def shard(folder, n_shards):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -108,26 +102,27 @@ def test_further_subtrees_are_not_exported(llama_config):
     assert names == list(tensor_map(llama_config))
 
 
+NORM = "model.norm.weight"
+
+
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("change", "words"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"lacks the tensor model\.norm\.weight: "),
-        (lambda t: t.update(extra=np.ones(2)), "has the tensor extra, which a llama"),
-        (
-            lambda t: t.update({"model.norm.weight": np.ones(25, np.float32)}),
-            r"model\.norm\.weight has the shape \(25,\), the config asks for \(24,\)",
-        ),
-        (lambda t: t.update({"lm_head.weight": np.ones((102, 24), np.float32)}), r"\(102, 24\), the config asks"),
-        (lambda t: t.update({"model.norm.weight": np.ones(24, np.int8)}), "dtype I8"),
+        ({NORM: None}, r"lacks the tensor model\.norm\.weight: "),
+        ({"extra": np.ones(2)}, "has the tensor extra, which a llama"),
+        ({NORM: np.ones(25, np.float32)}, r"model\.norm\.weight has the shape \(25,\), the config asks for \(24,\)"),
+        ({"lm_head.weight": np.ones((102, 24), np.float32)}, r"\(102, 24\), the config asks"),
+        ({NORM: np.ones(24, np.int8)}, "dtype I8"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(folder, llama_config, edit, words):
-    change(folder, edit)
+def test_a_tensor_that_does_not_fit_is_named(folder, llama_config, change, words):
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
     with pytest.raises(InputError, match=words):
         load_lm(folder, llama_config)
 
 
-def test_broken_and_missing_files_are_named(folder, llama_config, tmp_path):
+def test_broken_and_missing_files_are_named_and_pickles_never_opened(folder, llama_config):
     whole = (folder / "model.safetensors").read_bytes()
     for broken in (whole[:-10], whole[:4], b"\xff" * 64):
         (folder / "model.safetensors").write_bytes(broken)
@@ -135,17 +130,19 @@ def test_broken_and_missing_files_are_named(folder, llama_config, tmp_path):
             load_lm(folder, llama_config)
     (folder / "model.safetensors").write_bytes(whole)
     shard(folder, 2)
+    index = folder / "model.safetensors.index.json"
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(InputError, match=r"names model-1\.safetensors, which is not in the folder"):
         load_lm(folder, llama_config)
-
-
-def test_pickles_are_never_opened(tmp_path, llama_config):
+    index.write_text("{}")
+    with pytest.raises(InputError, match="is no index of safetensors files"):
+        load_lm(folder, llama_config)
+    index.unlink()
     with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
-        load_lm(tmp_path, llama_config)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        load_lm(folder, llama_config)
+    (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"\.bin pickles only.*convert them"):
-        load_lm(tmp_path, llama_config)
+        load_lm(folder, llama_config)
 
 
 def test_a_hub_id_without_a_network_is_refused_in_one_sentence(monkeypatch, tmp_path):

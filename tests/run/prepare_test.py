@@ -8,7 +8,7 @@ import pytest
 
 from bdlm_jax.data.candidates import load_candidates
 from bdlm_jax.data.splits import TRAIN
-from bdlm_jax.lm.vocabulary import load_tokenizer, save_tokenizer, train_tokenizer
+from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
 from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -132,7 +132,7 @@ def test_a_users_model_brings_its_own_tokenizer_untouched(config, tmp_path):
     own = load_tokenizer(tmp_path / "model")
     assert made.tokenizer.get_vocab() == own.get_vocab()
     config.tokenizer.path = str(tmp_path / "other")
-    save_tokenizer(config.tokenizer.path, train_tokenizer(["other words"], 262))
+    train_tokenizer(["other words"], 262).save_pretrained(config.tokenizer.path)
     other = prepare_vocabulary(config, data, tmp_path / "tokenizer")
     assert len(other.tokenizer) < len(own) and other.n_text == 304
 
