@@ -18,8 +18,8 @@ import numpy as np
 import optax
 import transformers
 
-from bdlm_jax.lm import hf_config as families
 from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
+from bdlm_jax.lm.hf_config import hf_config
 from bdlm_jax.lm.packing import pack
 from bdlm_jax.lm.prompts import PromptOptions, history_prompt
 from bdlm_jax.lm.vocabulary import Vocabulary, train_tokenizer
@@ -143,7 +143,7 @@ def make_torch_llama(config, *, length):
     import torch
 
     torch.manual_seed(0)
-    fields = families.hf_config(config, max_position_embeddings=length)
+    fields = hf_config(config, max_position_embeddings=length)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
 
 

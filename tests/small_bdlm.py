@@ -8,8 +8,7 @@ from scipy.special import log_softmax
 from bdlm_jax.domain import lightgcn
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers as models
-from bdlm_jax.lm import causal_lm, prompts
-from bdlm_jax.lm import packing as batches
+from bdlm_jax.lm import causal_lm, packing, prompts
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual import optimizer as optimizers
@@ -68,7 +67,7 @@ def make_rows():
         for u, h in enumerate(HISTORIES)
     ]
     cards = [prompts.card_prompt(vocabulary, i, title) for i, title in enumerate(TITLES)]
-    return batches.pack([*histories, *cards], 16)
+    return packing.pack([*histories, *cards], 16)
 
 
 def make_seen_mask():

@@ -5,8 +5,7 @@ import small_bdlm
 from scipy.special import log_softmax
 from small_bdlm import COLD, HISTORIES, LM_ALL, N_ITEMS
 
-from bdlm_jax.lm import causal_lm, prompts
-from bdlm_jax.lm import packing as batches
+from bdlm_jax.lm import causal_lm, packing, prompts
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import LMWeights
 
@@ -23,7 +22,7 @@ def params():
 
 def hidden_alone(params, prompt):
     """(tokens, M): one prompt in a row of its own, without packing."""
-    packed = batches.pack([prompt], 16)
+    packed = packing.pack([prompt], 16)
     rows_XM, _ = sharing.id_rows(params, bridge=BRIDGE, arm=ARM)
     hidden = HIDDEN(params["lm"], BRIDGE.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
     return np.asarray(hidden[0, : len(prompt)], np.float64)
