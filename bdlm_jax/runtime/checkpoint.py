@@ -40,9 +40,9 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
         keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if is_key(leaf)}
         # Orbax refuses arrays without elements; their kind says everything.
         leaves = {name: _packed(leaf) for name, leaf in named.items() if np.size(leaf)}
-        told = ocp.args.JsonSave({"kinds": kinds, "keys": keys})
+        told = {"kinds": kinds, "keys": keys}
         with _manager(folder, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
-            manager.save(step, args=ocp.args.Composite(named=told, leaves=ocp.args.PyTreeSave(leaves)), force=True)
+            manager.save(step, args=ocp.args.PyTreeSave(leaves), custom_metadata=told, force=True)
         if distributed.is_first():
             flush_to_disk(folder / str(step))
     return folder / str(step)
@@ -50,11 +50,9 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
 
 def steps(folder: str | Path) -> list[int]:
     """Lists the numbers of the complete checkpoints in `folder`, rising; none where the folder is missing."""
-    folder = Path(folder).absolute()
-    if not folder.is_dir():
-        return []
-    with _manager(folder) as manager:
-        return sorted(manager.all_steps())
+    folder = Path(folder)
+    # Orbax gives a checkpoint its number by a rename, when it is complete.
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -74,15 +72,15 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
     checkpoint, named = Path(checkpoint).absolute(), _named(like)
-    if not (checkpoint / "named").is_dir():
+    if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} holds no checkpoint; give a folder that `latest` names.")
     step = int(checkpoint.name)
     with _manager(checkpoint.parent, together=any(map(is_spread, named.values()))) as manager:
-        told = manager.restore(step, args=ocp.args.Composite(named=ocp.args.JsonRestore())).named
+        told = manager.metadata(step).custom_metadata
         _check_same(checkpoint, told["kinds"], {name: _kind(leaf) for name, leaf in named.items()})
         form = {name: _form(leaf) for name, leaf in named.items() if np.size(leaf)}
-        how = ocp.args.PyTreeRestore(form, restore_args=ocp.checkpoint_utils.construct_restore_args(form))
-        leaves = manager.restore(step, args=ocp.args.Composite(leaves=how)).leaves
+        how = ocp.checkpoint_utils.construct_restore_args(form)
+        leaves = manager.restore(step, args=ocp.args.PyTreeRestore(form, restore_args=how))
     back = [_unpacked(leaves.get(name), leaf, told["keys"].get(name)) for name, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(like), back)
 
@@ -157,5 +155,7 @@ def _manager(folder: Path, *, together: bool = False, **options: Any) -> Any:
         )
     options |= {"create": False, "enable_async_checkpointing": False, "lightweight_initialize": True}
     return ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(multiprocessing_options=processes, **options)
+        folder,
+        item_handlers=ocp.PyTreeCheckpointHandler(multiprocessing_options=processes),
+        options=ocp.CheckpointManagerOptions(multiprocessing_options=processes, **options),
     )

@@ -88,7 +88,7 @@ def test_the_newest_stay_and_what_a_kill_leaves_is_no_checkpoint(tmp_path):
     assert set(threading.enumerate()) <= threads
     assert checkpoint.steps(tmp_path) == [9, 10, 100]
     shutil.copytree(tmp_path / "100", tmp_path / "101.orbax-checkpoint-tmp")  # killed before the rename
-    shutil.rmtree(tmp_path / "9" / "leaves")  # killed while the oldest was taken away
+    shutil.rmtree(tmp_path / "9" / "default")  # killed while the oldest was taken away
     assert checkpoint.restore(checkpoint.latest(tmp_path), like={"a": 0, "b": jnp.zeros(3)})["a"] == 100
     checkpoint.save(tmp_path, 101, {"a": 101}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "101"]
