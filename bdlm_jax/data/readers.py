@@ -82,10 +82,8 @@ def read_table(
         path: the table, or a folder with interactions.csv/.tsv and optionally items.* and users.* (each may be .gz).
         columns: {"user", "item", and of "time" or "order", "rating": the column's name, or its position from 0};
             None: known names are recognised (user_id, item_id, timestamp, order, rating, …).
-        sep: separator; None: the one that the first line has most.
-        items: table of items; a relative path may also stand beside `path`.
-        item_columns: {"id": column, field: column, …}; None: known ids and titles, the others by their names.
-        users, user_columns: the same for users.
+        items, users: tables; a relative path may also stand beside `path`.
+        item_columns, user_columns: {"id": column, field: column, …}; None: known ids and titles, others by their names.
         duplicates, keep_items_without_interactions: as in `make_interactions`, in every reader.
     """
     path = Path(path)
@@ -301,16 +299,19 @@ def read_amazon(
     path = Path(path)
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", entry.name))
-        reviews = [entry for entry in found if not entry.name.startswith("meta_")]
         described = [entry for entry in found if entry.name.startswith("meta_")]
-        if len(reviews) != 1 or len(described) > 1:
+        if len(found) - len(described) != 1 or len(described) > 1:
             raise InputError(f"{path} must hold one review file and at most one meta_ file; name them instead.")
-        path, metadata = reviews[0], metadata or next(iter(described), None)
+        (path,), metadata = set(found) - set(described), metadata or next(iter(described), None)
     ids, keys = {"user": {}, "item": {}}, {}
     codes = {"user": array("i"), "item": array("i")}  # arrays, for some categories have tens of millions of reviews
     times, ratings, lines = array("q"), array("d"), array("q")
     for line, record in json_lines(path):
-        keys = keys or _review_keys(record, f"{path}, line {line}")
+        if not keys:
+            keys = _recognised(list(record), _COLUMNS)
+            for role in ("user", "item", "time", "rating"):
+                if role not in keys:
+                    raise InputError(f"{path}, line {line}: no field for '{role}'; is it a review file?")
         try:
             for kind, known in ids.items():
                 text = record[keys[kind]]
@@ -326,23 +327,14 @@ def read_amazon(
         raise InputError(f"{path} has no review; check the file.")
     columns = {kind: pd.Categorical.from_codes(np.asarray(codes[kind]), list(known)) for kind, known in ids.items()}
     needed = None if keep_items_without_interactions else ids["item"]
+    columns |= {"time": np.asarray(times), "rating": np.asarray(ratings)}
     return make_interactions(
         **columns,
-        time=np.asarray(times),
-        rating=np.asarray(ratings),
         item_fields=_amazon_metadata(metadata, needed) if metadata else None,
         duplicates=duplicates,
         keep_items_without_interactions=keep_items_without_interactions,
         where=lambda row: f"{path}, line {lines[row]}",
     )
-
-
-def _review_keys(record: dict, where: str) -> dict[str, str]:
-    keys = _recognised(list(record), _COLUMNS)
-    for role in ("user", "item", "time", "rating"):
-        if role not in keys:
-            raise InputError(f"{where}: no field for '{role}'; is it a review file?")
-    return keys
 
 
 def _amazon_metadata(path: str | Path, needed: Container[str] | None) -> dict[str, dict[str, str]]:

@@ -96,16 +96,9 @@ def make_world(
     cold_share and knowledge_share of the targets are such items.
 
     Args:
-        seed: decides everything.
-        n_groups: values of the hidden attribute.
-        n_twins: pairs of twins.
-        n_singles: warm items without a sibling.
-        n_cold, n_knowledge: items of these kinds, halves for validation and test.
+        n_twins, n_singles: pairs of twins; warm items without a sibling.
         n_synonyms: words of every value that only knowledge items use; validation and test use different ones.
         history, min_history: mean and least number of a user's interactions, validation and test included.
-        cold_share, knowledge_share: about which share of validation and test targets they make up.
-        follow: how often the next category is the successor of the last one.
-        taste: weight of a user's next best value relative to the better one, between 0 and 1.
         loyalty: the probability of the own group among otherwise equal items.
     """
     _check_sizes(locals())
@@ -114,7 +107,10 @@ def make_world(
     words = twins_words.make_words(rng, **values, n_synonyms=n_synonyms)
     n_warm = 2 * n_twins + n_singles
     items, twin_of_I = _make_items(rng, [n_warm, n_cold, n_knowledge], n_twins=n_twins, n_groups=n_groups, **values)
-    titles = _write_titles(rng, words, items)
+    # The synonyms that test asks for occur in no validation item either.
+    synonyms_I = np.where(items["part_I"] == TEST, twins_words.ODD_SYNONYMS, twins_words.EVEN_SYNONYMS)
+    vocabulary_I = np.where(items["kind_I"] == KNOWLEDGE, synonyms_I, twins_words.KNOWN_WORDS)
+    titles = twins_words.make_titles(rng, words, items, vocabulary_I)
     truth = Truth(
         **_make_users(rng, n_users, n_styles, n_materials, n_groups, taste=taste, loyalty=loyalty),
         **items,
@@ -144,13 +140,11 @@ def _check_sizes(size: dict) -> None:
     n_texts = sum(size[name] for name in ("n_twins", "n_singles", "n_cold", "n_knowledge"))
     n_possible = size["n_categories"] * size["n_styles"] * size["n_materials"]
     if n_texts > n_possible:
-        raise InputError(
-            f"make_world: {n_texts} texts are needed, but categories × styles × materials give only {n_possible}: "
-            "raise one of these or ask for fewer items."
-        )
-    needed = 3 * size["history"]
-    if 2 * size["n_twins"] + size["n_singles"] < needed:
-        raise InputError(f"make_world: a history of {size['history']} needs {needed:g} warm items: raise n_twins.")
+        few = f"categories × styles × materials give only {n_possible}: raise one of these or ask for fewer items"
+        raise InputError(f"make_world: {n_texts} texts are needed, but {few}.")
+    history, n_warm = size["history"], 2 * size["n_twins"] + size["n_singles"]
+    if n_warm < 3 * history:
+        raise InputError(f"make_world: a history of {history} needs {3 * history:g} warm items: raise n_twins.")
 
 
 def _make_items(rng, n_of_kind, *, n_twins, n_groups, n_categories, n_styles, n_materials):
@@ -189,14 +183,6 @@ def _make_items(rng, n_of_kind, *, n_twins, n_groups, n_categories, n_styles, n_
     return {name: values[order] for name, values in items.items()}, twin_of_I
 
 
-def _write_titles(rng, words: twins_words.Words, items: dict) -> list[str]:
-    # The synonyms that test asks for occur in no validation item either.
-    synonyms_I = np.where(items["part_I"] == TEST, twins_words.ODD_SYNONYMS, twins_words.EVEN_SYNONYMS)
-    vocabulary_I = np.where(items["kind_I"] == KNOWLEDGE, synonyms_I, twins_words.KNOWN_WORDS)
-    shown = {name: items[name] for name in ("style_I", "material_I", "category_I")}
-    return twins_words.make_titles(rng, words, **shown, vocabulary_I=vocabulary_I)
-
-
 def _make_users(rng, n_users, n_styles, n_materials, n_groups, *, taste, loyalty) -> dict:
     """The user columns of Truth."""
     user_group_U = rng.integers(n_groups, size=n_users)
@@ -207,8 +193,8 @@ def _make_users(rng, n_users, n_styles, n_materials, n_groups, *, taste, loyalty
         weight = taste ** np.argsort(rng.random((n_users, n_values)), axis=1)
         return weight / weight.sum(axis=1, keepdims=True)
 
-    style_US, material_UM = tastes(n_styles), tastes(n_materials)
-    return {"style_US": style_US, "material_UM": material_UM, "group_UG": group_UG, "user_group_U": user_group_U}
+    tasted = {"style_US": tastes(n_styles), "material_UM": tastes(n_materials)}
+    return tasted | {"group_UG": group_UG, "user_group_U": user_group_U}
 
 
 def _make_pattern(n_categories: int, follow: float) -> np.ndarray:
@@ -246,9 +232,8 @@ def _user_weights(truth: Truth, user_N: np.ndarray, *, sees_group: bool = True) 
     # The last column serves items for every group, and stands for the group where it is not seen.
     group_NG = np.concatenate([truth.group_UG[user_N], np.full((len(user_N), 1), 1 / n_groups)], axis=1)
     group_I = truth.group_I if sees_group else np.full_like(truth.group_I, -1)
-    return (
-        truth.style_US[user_N][:, truth.style_I] * truth.material_UM[user_N][:, truth.material_I] * group_NG[:, group_I]
-    )
+    taste_NI = truth.style_US[user_N][:, truth.style_I] * truth.material_UM[user_N][:, truth.material_I]
+    return taste_NI * group_NG[:, group_I]
 
 
 def _balanced_offers(truth: Truth, trial, cold_share: float, knowledge_share: float) -> np.ndarray:
@@ -299,12 +284,8 @@ def oracle_scores(world: World, part: int, sees: str = "both") -> np.ndarray:
     truth = world.truth
     user_N, _ = world.split.cases(part)
     indptr, item_H = world.split.histories(*_KNOWN[part])
-    unknown_I = {
-        "both": np.zeros(len(truth.kind_I), bool),
-        "text": np.zeros(len(truth.kind_I), bool),
-        "text_without_corpus": truth.kind_I == KNOWLEDGE,
-        "interactions": truth.kind_I != WARM,
-    }[sees]
+    unknown = {"text_without_corpus": (KNOWLEDGE,), "interactions": (COLD, KNOWLEDGE)}.get(sees, ())
+    unknown_I = np.isin(truth.kind_I, unknown)
     # An unknown item in the last place says nothing about the category that comes next.
     last_N = item_H[indptr[user_N + 1] - 1]
     category_N = np.where(unknown_I[last_N], len(truth.follow_KK) - 1, truth.category_I[last_N])
@@ -345,9 +326,7 @@ def slice_candidates(world: World, part: int, seed: int) -> dict[str, Candidates
 def ceilings(world: World, part: int, candidates: Iterable[Candidates]) -> list[dict]:
     """Evaluates every oracle on candidate sets of a part, by slice.
 
-    Returns:
-        {"oracle", "slice", "protocol", "users", "hr@1", "auc"} each; slices "all", "twins", "cold", "knowledge" and
-        "warm"; hr@1 counts ties against the target, auc counts them one half.
+    hr@1 counts ties against the target, auc counts them one half; slices are "all", "warm" and the world's own.
     """
     user_N, _ = world.split.cases(part)
     row_of_U = np.full(world.split.interactions.n_users, -1)

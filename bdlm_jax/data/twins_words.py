@@ -137,11 +137,12 @@ def make_corpus(rng, words: Words, *, n_sentences: int) -> list[str]:
     return [sentences[n] for n in rng.permutation(len(sentences))] if sentences else []
 
 
-def make_titles(rng, words: Words, *, style_I, material_I, category_I, vocabulary_I) -> list[str]:
+def make_titles(rng, words: Words, items: dict, vocabulary_I) -> list[str]:
     """Writes the items' titles, "style material category", with the words that `vocabulary_I` allows each."""
     allowed = {KNOWN_WORDS: slice(0, 1), EVEN_SYNONYMS: slice(1, None, 2), ODD_SYNONYMS: slice(2, None, 2)}
     titles = []
-    for style, material, category, vocabulary in zip(style_I, material_I, category_I, vocabulary_I):
+    columns = items["style_I"], items["material_I"], items["category_I"], vocabulary_I
+    for style, material, category, vocabulary in zip(*columns):
         concepts = words.style[style], words.material[material], words.category[category]
         choices = [concept[allowed[vocabulary]] for concept in concepts]
         titles.append(" ".join(choice[rng.integers(len(choice))] for choice in choices))
