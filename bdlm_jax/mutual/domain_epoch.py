@@ -106,10 +106,8 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
             }
             batch = {name: rows_B[slots["bpr"]] for name, rows_B in drawn.items()}
             # Whole on every device, for its rows may be compared; the key is none of those above.
-            batch["auxiliary"] = {
-                "user_B": user_B, "item_B": positive_B, "weight_B": drawn["weight"],
-                "key": jax.random.fold_in(key, len(keys)),
-            }  # fmt: skip
+            own = {"user_B": user_B, "item_B": positive_B, "weight_B": drawn["weight"]}
+            batch["auxiliary"] = own | {"key": jax.random.fold_in(key, len(keys))}
             if kl_users:
                 batch["kl_user"] = jax.random.randint(keys[1], (kl_users,), 0, n_users)[slots["kl"]]
             if kl_items:

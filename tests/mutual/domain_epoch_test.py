@@ -38,6 +38,7 @@ def test_every_term_equals_its_formula():
         "auxiliary": {"user_B": user, "item_B": positive, "weight_B": weight, "key": key},
     }  # fmt: skip
 
+    @functools.partial(jax.jit, static_argnums=0)
     def terms_of(weights):
         return domain_epoch.domain_losses(
             params, batch, view, small_bdlm.domain_constants(), arm=arm, bridge=BRIDGE, weights=weights, axis_name=None
@@ -74,6 +75,7 @@ def test_padded_rows_change_nothing():
     rows = [jnp.array([0, 1, 2]), jnp.array([2, 3, 4]), jnp.array([1, 0, 3])]
     padded = [jnp.concatenate([x, jnp.array([7, 7])]) for x in rows]
 
+    @jax.jit
     def gradient(rows, weight):
         batch = dict(zip(("user", "positive", "negative", "weight"), (*rows, weight)))
 

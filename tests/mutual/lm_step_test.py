@@ -33,7 +33,10 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     user_UD, item_ID = (np.asarray(view[name], np.float64) for name in ("user", "item"))
     rows_IM = np.asarray(sharing.id_rows(params, bridge=BRIDGE, arm=ARM)[1], np.float64)
     embedding_VM, out = params["lm"]["embedding"], params["lm"]["bridge"]
-    to_width = lambda h: h @ out["out"] + out["out_bias"]  # noqa: E731
+
+    def to_width(h):
+        return h @ out["out"] + out["out_bias"]
+
     vocabulary = small_bdlm.make_vocabulary()
     wanted = dict.fromkeys(("item", "text", "align_user", "align_item", "kl"), 0.0)
     counts = dict.fromkeys(wanted, 0)
