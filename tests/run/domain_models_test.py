@@ -18,14 +18,14 @@ OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1}}
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lightgcn"}))
 def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     config = tiny.get_config()
-    config.models, config.domain.model = ("bdlm",), model
+    config.models, config.domain.model = (model, "bdlm"), model
     config.data.options.update({"n_users": 60, "history": 8})
     config.pretrain.epochs, config.prompts.card_copies = 0.0, 2.0
     config.domain.epochs, config.domain.options = 2, OPTIONS.get(model, {})
     config.mutual.update({"domain_epochs_a_round": 1, "distill_epochs": 2})
     config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
     results = train_and_evaluate(config, str(tmp_path))
-    assert {row["model"] for row in results["rows"]} == {"bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed"}
+    assert {row["model"] for row in results["rows"]} == {model, "bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed"}
     assert all(math.isfinite(row["value"]) for row in results["rows"])
 
     # What is served ranks as what was evaluated.

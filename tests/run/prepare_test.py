@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import json
+import lzma
 
 import numpy as np
 import own_lm
@@ -42,11 +43,8 @@ def test_a_second_start_finds_the_same_data(config, tmp_path):
     assert json.loads(json.dumps(again.fingerprint)) == json.loads((tmp_path / "data" / "fingerprint.json").read_text())
     for part in ("validation", "test"):
         frozen = load_candidates(tmp_path / "data" / f"{part}_cand20.npz")
-        assert (
-            frozen.sha256
-            == first.fingerprint["candidates"][f"{part}/cand20"]
-            == again.candidates[part]["cand20"].sha256
-        )
+        hashes = {frozen.sha256, first.fingerprint["candidates"][f"{part}/cand20"]}
+        assert hashes == {again.candidates[part]["cand20"].sha256}
     assert set(first.slices) == {"all", "twins", "cold", "knowledge"}
     assert first.slices["all"].all() and not first.slices["cold"].all()
     assert len(first.item_texts) == first.n_items and first.user_texts is None
@@ -103,9 +101,28 @@ def test_a_corpus_is_read_as_far_as_its_limit(table, tmp_path):
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("one two three\n\nfour five\nsix\n" + "more and more\n" * 100)
     table.pretrain.corpus, table.pretrain.max_tokens = str(path), 6
-    assert prepare_data(table, tmp_path / "data").corpus == ["one two three", "four five", "six"][:3]
-    table.pretrain.corpus = str(tmp_path / "none.txt")
-    with pytest.raises(InputError, match=r"none\.txt"):
+    assert prepare_data(table, tmp_path / "data").corpus == ["one two three", "four five", "six"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("none.txt", None),
+        ("binary.txt", b"text\0more"),
+        ("latin.txt", "café".encode("latin-1")),
+        ("cut.gz", gzip.compress(b"a line\n" * 9)[:-9]),
+        ("plain.gz", b"a line"),
+        ("cut.xz", lzma.compress(b"a line\n" * 9)[:-9]),
+        ("plain.xz", b"a line"),
+    ],
+)
+def test_a_corpus_that_is_no_whole_text_is_refused(table, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    table.pretrain.corpus = str(tmp_path / name)
+    with pytest.raises(
+        InputError, match=rf"config.pretrain.corpus: .*{name} cannot be read \(.+\); give a whole UTF-8"
+    ):
         prepare_data(table, tmp_path / "data")
 
 
