@@ -241,7 +241,8 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
         if not arm.compiled.in_parts:
             mine["opt_state"] = arm.optimizer.init(start)
         else:
-            shapes = _shapes(arm, start, **mine)
+            opt_state = jax.eval_shape(arm.optimizer.init, start)
+            shapes = arm.compiled.abstract_state(TrainState(start, opt_state, **mine))
             if last:
                 tree["params"], mine["opt_state"] = shapes.params, shapes.opt_state
             else:
@@ -251,12 +252,6 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
                 mine["opt_state"] = jax.jit(arm.optimizer.init, out_shardings=places)(tree["params"])
         tree["arms"][name] = mine
     return checkpoint.restore(last, like=tree) if last else tree
-
-
-def _shapes(arm: Arm, params: Params, **mine: Any) -> TrainState:
-    """The shapes of an arm's state, with where each leaf lies."""
-    state = jax.eval_shape(lambda params: TrainState(params, arm.optimizer.init(params), **mine), params)
-    return arm.compiled.abstract_state(state)
 
 
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bdlm_jax.runtime import sharding
 from bdlm_jax.runtime.sharding import Layout, spread
@@ -34,7 +34,7 @@ class Compiled(NamedTuple):
         `to_host=False`: on its devices, without added rows.
     place_constants, place_batch: what is placed once is not sent again by `run`, which takes both.
     in_parts: whether a state stays on its devices between phases ("mesh" of one process that cuts it into parts).
-    abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("jit" and "mesh").
+    abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("mesh").
     lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
     """
 
@@ -126,11 +126,8 @@ def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
     def place_state(state):
         return place(jax.tree.map(sharding.fresh, state))
 
-    def abstract_state(state):
-        return jax.tree.map(lambda leaf: _shaped(leaf, SingleDeviceSharding(device)), state)
-
     run = jax.jit(step, donate_argnums=(0,) if donate else ())
-    return Compiled(run, place_state, sharding.to_host, place, place, abstract_state=abstract_state)
+    return Compiled(run, place_state, sharding.to_host, place, place)
 
 
 def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:

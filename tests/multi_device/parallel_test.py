@@ -119,7 +119,7 @@ def test_what_one_topology_saves_another_restores(tmp_path, expected):
     losses = []
     for number, sizes in enumerate([{"data": 2, "fsdp": 2}, {}, {"tensor": 4}, {"fsdp": 4}]):
         compiled = make(**sizes) if sizes else make("jit")
-        like = compiled.abstract_state(make_state())
+        like = compiled.abstract_state(make_state()) if sizes else make_state()
         start = checkpoint.restore(checkpoint.latest(tmp_path), like=like) if number else make_state()
         if number and sizes:
             kernel = start.params["lm"]["layers"]["mlp"]["gate_proj"]["kernel"]
