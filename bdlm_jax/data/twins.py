@@ -249,8 +249,12 @@ def _balanced_offers(truth: Truth, trial, cold_share: float, knowledge_share: fl
 
 def _name_rows(rows, length_U: np.ndarray, titles: list[str]):
     """The table; names stand in the order of the numbers, so that its users and items are numbered as ours."""
+
+    def names(letter, n):
+        return np.array([f"{letter}{k:0{len(str(max(n - 1, 1)))}d}" for k in range(n)])
+
     user_E, item_E, step_E = rows
-    user_ids, item_ids = _names("u", len(length_U)), _names("i", len(titles))
+    user_ids, item_ids = names("u", len(length_U)), names("i", len(titles))
     return make_interactions(
         user_ids[user_E],
         item_ids[item_E],
@@ -261,11 +265,6 @@ def _name_rows(rows, length_U: np.ndarray, titles: list[str]):
     )
 
 
-def _names(letter: str, n: int) -> np.ndarray:
-    digits = len(str(max(n - 1, 1)))
-    return np.array([f"{letter}{k:0{digits}d}" for k in range(n)])
-
-
 def oracle_scores(world: World, part: int, sees: str = "both") -> np.ndarray:
     """Scores all items for the cases of a part by log P(next item | what the oracle sees), from the true parameters.
 
@@ -273,9 +272,7 @@ def oracle_scores(world: World, part: int, sees: str = "both") -> np.ndarray:
     "both" knows every item; "text" does not know groups, so twins tie exactly; "text_without_corpus" knows in addition
     nothing of knowledge items, which tie at one value; "interactions" knows nothing of cold and knowledge items, which
     tie at one value. None knows which new items are on offer in which part: each counts with one half of its offer.
-
-    Returns:
-        (N, I) float32, rows as in `world.split.cases(part)`; -inf for items that the user already had.
+    The rows are those of `world.split.cases(part)`; items that the user already had score -inf.
     """
     if sees not in ORACLES:
         raise InputError(f"oracle_scores: sees is {sees!r}, but must be one of {', '.join(ORACLES)}.")
@@ -302,10 +299,8 @@ def oracle_scores(world: World, part: int, sees: str = "both") -> np.ndarray:
 def slice_candidates(world: World, part: int, seed: int) -> dict[str, Candidates]:
     """Makes the candidate sets on which each slice's chance level is exact.
 
-    Returns:
-        {"pair": a twin and its sibling, where the user never had the sibling (chance 1/2),
-         "cold20": a cold item and 19 other cold items of the same part (chance 1/20 for whom they are all alike),
-         "knowledge20": the same with knowledge items}; fewer than 19 others: padded with -1.
+    "pair" is a twin and its sibling, where the user never had the sibling (chance 1/2); "cold20" a cold item and 19
+    other cold items of the same part, padded with -1 (chance 1/20 for whom they are alike); "knowledge20" likewise.
     """
     truth = world.truth
     user_N, item_N = world.split.cases(part)
