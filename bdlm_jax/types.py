@@ -1,7 +1,9 @@
-"""Shape letters and the two exceptions that the whole package speaks.
+"""Shape letters, what a step carries, and the two exceptions that the whole package speaks.
 
-Suffixes of array names: B batch, L length, V text vocabulary, U users, I items, N nodes (U + I), E edges,
-C candidates, D sharing width, M LM width, H heads, K head width, T targets, X id rows (users then items).
+Suffixes of array names: B batch, L length, V text vocabulary, U users, I items, N nodes (U + I) or any rows, E edges,
+C candidates or a chunk of rows, D sharing width, M LM width, H heads, K head width or the best k, T targets or tokens of
+a text, X id rows (users then items), W items with interactions, P tokens of a prefix, S slots of a cache or rows of a
+chunk, R packed rows, G groups of the twins world; 1 is 1.
 """
 
 from typing import Any, NamedTuple
