@@ -53,28 +53,22 @@ def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
         save_file(flat, partial)
 
 
-def load_safetensors(path: str | os.PathLike, *, prefix: str = "") -> dict[str, Any]:
-    """Reads what `save_safetensors` wrote, or the subtree below `prefix` alone; a level named 0, 1, … is a list.
+def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads what `save_safetensors` wrote; a level named 0, 1, … is a list."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
 
-    Raises:
-      InputError: the file is missing or is no safetensors file, or nothing stands below `prefix`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tree: dict[str, Any] = {}
     try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no dict)
-                if not prefix or name.startswith(prefix.rstrip("/") + "/"):
-                    *parents, last = name.removeprefix(prefix).strip("/").split("/")
-                    node = tree
-                    for parent in parents:
-                        node = node.setdefault(parent, {})
-                    node[last] = file.get_tensor(name)
+        flat = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a safetensors file: {error}.") from error
-    if prefix and not tree:
-        raise InputError(f"{path} holds nothing below {prefix!r}; it was written by another configuration.")
+    tree: dict[str, Any] = {}
+    for name, array in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
     return _lists(tree)
 
 
