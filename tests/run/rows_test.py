@@ -18,10 +18,7 @@ GENERATOR = np.random.default_rng(4)
 
 def make_split():
     pairs = [(u, i) for u in range(N_USERS) for i in GENERATOR.permutation(N_ITEMS)[: 4 + 2 * u]]
-    rows = [
-        *pairs,
-        *((N_USERS - 1, i) for i in range(N_ITEMS)),
-    ]  # the last user has everything, so that all items exist
+    rows = [*pairs, *((N_USERS - 1, i) for i in range(N_ITEMS))]  # the last user has everything: all items exist
     return leave_one_out(make_interactions([u for u, _ in rows], [i for _, i in rows], time=range(len(rows))))
 
 
