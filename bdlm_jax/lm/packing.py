@@ -22,7 +22,6 @@ LISTS = (
     ("card_index", "card_item"),
 )
 FIELDS = ("tokens", "positions", "segments", *(name for pair in LISTS for name in pair))  # of Packed, in their order
-_TARGETS = {target for _, target in LISTS}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,13 +74,10 @@ class Packed:
         of one epoch and the beginning of the next.
 
         Args:
-            step: 0, 1, ….
-            batch_size: B.
-            seed: of the permutations, the target subsets and the dropped user tokens.
+            seed: of the permutations, the subsets of targets and the dropped user tokens.
             max_text_targets: keep at most this many text targets of each row, drawn anew for every step.
             uid_dropout: probability, for each segment, that its user token is shown as `unnamed_user`.
-            user_tokens: `Vocabulary.user_tokens`, needed for `uid_dropout`, as is
-            unnamed_user: the token <user>.
+            user_tokens, unnamed_user: of the vocabulary, needed for `uid_dropout`.
         """
         if not len(self):
             raise InputError("there is no prompt to make a batch of: the training data are empty.")
@@ -105,16 +101,23 @@ class Packed:
 
 def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
     """Packs prompts into rows of L = `length`, each whole into the first row that has room for it, in their order."""
-    size_N = np.fromiter((len(prompt.tokens) for prompt in prompts), np.int64, len(prompts))
-    if len(prompts) and size_N.max() > length:
+    size_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
+    if size_N.max(initial=0) > length:
         worst = int(size_N.argmax())
         raise InputError(
             f"prompt {worst} has {size_N[worst]} tokens and a row holds {length}: raise the length, "
             "or build the prompts with max_tokens."
         )
+
+    def joined(name):
+        return np.concatenate([np.zeros(0, np.int32), *(getattr(prompt, name) for prompt in prompts)])
+
+    def each(name):
+        return np.fromiter((getattr(prompt, name) for prompt in prompts), np.int64, len(prompts))
+
     row_N, start_N, segment_N = _first_fit(size_N, length)
-    n_rows = int(row_N.max()) + 1 if len(prompts) else 0
-    flat = _concatenate_field(prompts, "tokens")
+    n_rows = int(row_N.max(initial=-1)) + 1
+    flat = joined("tokens")
     within = np.arange(len(flat)) - np.repeat(np.cumsum(size_N) - size_N, size_N)
     row = np.repeat(row_N, size_N)
     place = np.repeat(start_N, size_N) + within
@@ -124,12 +127,9 @@ def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
     tokens[row, place], positions[row, place] = flat, within
     segments[row, place] = np.repeat(segment_N, size_N)
 
-    def each(name):
-        return np.fromiter((getattr(prompt, name) for prompt in prompts), np.int64, len(prompts))
-
     found = (
-        (row, place, _concatenate_field(prompts, "item_targets")),
-        (row, place, _concatenate_field(prompts, "text_targets")),
+        (row, place, joined("item_targets")),
+        (row, place, joined("text_targets")),
         (row_N, start_N + each("user_at"), each("user")),
         (row_N, start_N + each("item_at"), each("item")),
     )
@@ -145,14 +145,9 @@ def concatenate(parts: Sequence[Packed]) -> Packed:
     for name in FIELDS:
         arrays = [getattr(part, name) for part in parts]
         width = max(array.shape[1] for array in arrays)
-        joined[name] = np.concatenate([_widen(array, width, -1 if name in _TARGETS else 0) for array in arrays])
+        fill = -1 if name in dict(LISTS).values() else 0
+        joined[name] = np.concatenate([_widen(array, width, fill) for array in arrays])
     return Packed(**joined)
-
-
-def _concatenate_field(prompts, name):
-    if not len(prompts):
-        return np.zeros(0, np.int32)
-    return np.concatenate([getattr(prompt, name) for prompt in prompts])
 
 
 def _first_fit(size_N, length):
@@ -185,7 +180,7 @@ def _target_lists(row, place, value, n_rows):
     order = np.lexsort((place, row))
     row, place, value = row[order], place[order], value[order]
     count_R = np.bincount(row, minlength=n_rows)
-    width = int(count_R.max()) if n_rows else 0
+    width = int(count_R.max(initial=0))
     slot = np.arange(len(row)) - np.repeat(np.cumsum(count_R) - count_R, count_R)
     index_RT, target_RT = np.zeros((n_rows, width), np.int32), np.full((n_rows, width), -1, np.int32)
     index_RT[row, slot], target_RT[row, slot] = place, value
@@ -210,9 +205,8 @@ def _drop_users(batch, probability, user_tokens, unnamed_user, generator):
     n_segments = segments_BL.shape[1] + 1  # not the batch's highest, so that a draw does not depend on other rows
     drop_BS = generator.random((len(tokens_BL), n_segments), np.float32) < probability
     is_user_BL = (tokens_BL >= user_tokens.start) & (tokens_BL < user_tokens.stop)
-    return np.where(is_user_BL & np.take_along_axis(drop_BS, segments_BL, axis=1), unnamed_user, tokens_BL).astype(
-        np.int32
-    )
+    dropped_BL = is_user_BL & np.take_along_axis(drop_BS, segments_BL, axis=1)
+    return np.where(dropped_BL, unnamed_user, tokens_BL).astype(np.int32)
 
 
 @lru_cache(maxsize=4)

@@ -18,49 +18,31 @@ USER_TOKENS = ("start", "end", "none")
 
 @dataclasses.dataclass(frozen=True)
 class PromptOptions:
-    """How the histories of a run are written; serving.json keeps it.
+    """How the histories of a run are written; serving.json keeps it."""
 
-    Args:
-        kind: "ids", "ids_titles" or "text": see `history_prompt`.
-        user_token: where the user's token stands: "start", "end" (after the history) or "none". "text" has none.
-        unnamed: <user> stands in place of <uid>, though the user is known.
-        max_items: keep the last this many items.
-        max_tokens: drop the oldest items until the prompt fits; where one item alone does not, cut its title.
-    """
-
-    kind: str = "ids_titles"
-    user_token: str = "start"
-    unnamed: bool = False
-    max_items: int | None = None
-    max_tokens: int | None = None
+    kind: str = "ids_titles"  # of KINDS: see `history_prompt`
+    user_token: str = "start"  # of USER_TOKENS: where the user's token stands, "end" after the history; "text" has none
+    unnamed: bool = False  # <user> stands in place of <uid>, though the user is known
+    max_items: int | None = None  # keep the last this many items
+    max_tokens: int | None = None  # drop the oldest items until the prompt fits; if one alone does not, cut its title
 
     def __post_init__(self):
         for name, known in (("kind", KINDS), ("user_token", USER_TOKENS)):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f'prompt {name} "{getattr(self, name)}" is not known: write one of {", ".join(known)}.'
-                )
+            if (given := getattr(self, name)) not in known:
+                raise InputError(f'prompt {name} "{given}" is not known: write one of {", ".join(known)}.')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """One token sequence with its targets.
+    """One token sequence with its targets; -1 stands for none."""
 
-    Args:
-        tokens: (L,) int32.
-        item_targets: (L,) the item index to be predicted FROM each position, -1 where there is none.
-        text_targets: (L,) the text token to be predicted FROM each position, -1 where there is none.
-        user: the user whose state is read at position `user_at`, or -1.
-        item: the item whose state is read at position `item_at`, or -1.
-    """
-
-    tokens: np.ndarray
-    item_targets: np.ndarray
-    text_targets: np.ndarray
-    user: int = -1
-    user_at: int = -1
-    item: int = -1
-    item_at: int = -1
+    tokens: np.ndarray  # (L,) int32
+    item_targets: np.ndarray  # (L,) the item to be predicted FROM each position
+    text_targets: np.ndarray  # (L,) the text token to be predicted FROM each position
+    user: int = -1  # whose state is read
+    user_at: int = -1  # at this position
+    item: int = -1  # whose state is read
+    item_at: int = -1  # at this position
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,19 +67,19 @@ def history_prompt(
     kind "text":       <bos> [context] title1 <eos> … titlen <eos>; text targets only, <eos> included.
 
     Args:
-        vocabulary: numbers the tokens.
-        items: (n,) item indices in time order; a training prompt gets training items only (`check_prompt_items`).
-        options: of the run.
-        titles: for each of all I items its title tokens (of `Vocabulary.encode_text`); not needed for "ids".
-        user: the user's index; None for a new user, whom <user> stands for.
-        context: (·,) tokens of text about the user.
+        items: in time order; a training prompt gets training items only (`check_prompt_items`).
+        titles: the title tokens of all I items; not needed for "ids".
+        user: None for a new user, whom <user> stands for.
+        context: tokens of text about the user.
         read_user: the user's state is read at the last token.
         predict_first: the first item is a target (False: it was cut from the middle of a history, say).
     """
     kind = options.kind
     if kind != "ids" and titles is None:
         raise InputError(f'prompt kind "{kind}" needs titles: give the title tokens of every item.')
-    head, tail = _user_tokens(vocabulary, options, user)
+    shown = vocabulary.unnamed_user if user is None or options.unnamed else vocabulary.user_token(user)
+    where = "none" if kind == "text" else options.user_token
+    head, tail = [vocabulary.bos, *[shown] * (where == "start")], [shown] * (where == "end")
     head, items, texts = _newest(options, items, titles, head, context, n_tail=len(tail))
     body, is_mark = _body(vocabulary, items, texts, kind)
     whole = [0 < len(text) == len(titles[item]) for item, text in zip(items, texts)]
@@ -110,9 +92,8 @@ def history_prompt(
     # Each is predicted from the place before it.
     item_targets[len(head) - 1 : len(head) + len(body)] = item_S
     text_targets[len(head) - 1 : len(head) + len(body)] = text_S
-    if not read_user or user is None:
-        return Prompt(tokens, item_targets, text_targets)
-    return Prompt(tokens, item_targets, text_targets, user=user, user_at=len(tokens) - 1)
+    read = {"user": user, "user_at": len(tokens) - 1} if read_user and user is not None else {}
+    return Prompt(tokens, item_targets, text_targets, **read)
 
 
 def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
@@ -139,9 +120,7 @@ def card_named_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, m
     return Prompt(tokens, none, text_targets)
 
 
-def check_prompt_items(
-    vocabulary: Vocabulary, prompt: Prompt, allowed: Collection[int] | np.ndarray, *, user: int
-) -> None:
+def check_prompt_items(vocabulary: Vocabulary, prompt: Prompt, allowed: Collection[int], *, user: int) -> None:
     """Raises LeakError if a prompt shows or asks for an item outside `allowed`: the guard against the future."""
     targets = prompt.item_targets[prompt.item_targets >= 0]
     present = np.union1d(vocabulary.items_of(prompt.tokens), targets)
@@ -151,13 +130,6 @@ def check_prompt_items(
             f"the prompt of user {user} holds {len(leaked)} item(s) outside its allowed history, such as item "
             f"{leaked[0]}."
         )
-
-
-def _user_tokens(vocabulary, options, user):
-    """What stands before and behind the history."""
-    shown = vocabulary.unnamed_user if user is None or options.unnamed else vocabulary.user_token(user)
-    where = "none" if options.kind == "text" else options.user_token
-    return [vocabulary.bos, *[shown] * (where == "start")], [shown] * (where == "end")
 
 
 def _newest(options, items, titles, head, context, *, n_tail):

@@ -31,18 +31,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     `vocab_size` is at least 261 (256 bytes and 5 specials); little text yields fewer tokens than wanted.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(_SPECIALS):
-        raise InputError(
-            f"vocab_size {vocab_size} cannot hold the bytes: give at least {len(alphabet) + len(_SPECIALS)}."
-        )
+    fewest = len(alphabet) + len(_SPECIALS)
+    if vocab_size < fewest:
+        raise InputError(f"vocab_size {vocab_size} cannot hold the bytes: give at least {fewest}.")
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _with_specials(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    )
+    return _with_specials(PreTrainedTokenizerFast(tokenizer_object=tokenizer))  # it finds its own again, by their names
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -56,9 +53,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
         try:  # not AutoTokenizer, which imports torch
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # tokenizers raises the bare class
-            raise InputError(
-                f"{folder} holds no tokenizer that transformers can read ({error}): save it again."
-            ) from error
+            raise InputError(f"{folder} has no tokenizer that transformers reads ({error}): save it again.") from error
         return _with_specials(tokenizer)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
@@ -76,14 +71,10 @@ def _byte_level(model) -> Tokenizer:
 
 
 def _with_specials(tokenizer):
-    missing = {}
-    if tokenizer.bos_token is None:
-        missing["bos_token"] = BOS
-    if tokenizer.eos_token is None:
-        missing["eos_token"] = EOS
-    if tokenizer.pad_token is None or tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token):
-        missing["pad_token"] = PAD
-    tokenizer.add_special_tokens(missing)
+    wanted = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    if tokenizer.pad_token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.pad_token = None
+    tokenizer.add_special_tokens({kind: token for kind, token in wanted.items() if getattr(tokenizer, kind) is None})
     known = set(tokenizer.all_special_tokens)
     tokenizer.add_tokens([t for t in (UNNAMED_USER, UNNAMED_ITEM) if t not in known], special_tokens=True)
     return tokenizer
@@ -91,19 +82,12 @@ def _with_specials(tokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the numbering of the id tokens behind it.
-
-    Args:
-        tokenizer: of `train_tokenizer` or `load_tokenizer`.
-        n_users: U.
-        n_items: I.
-        min_text: V is at least this many rows (a pretrained model may have more rows than its tokenizer has tokens).
-    """
+    """A tokenizer and the numbering of the id tokens behind it."""
 
     tokenizer: PreTrainedTokenizerFast
     n_users: int
     n_items: int
-    min_text: int = 0
+    min_text: int = 0  # V is at least this: a pretrained model may have more rows than its tokenizer has tokens
 
     @cached_property
     def n_text(self) -> int:
