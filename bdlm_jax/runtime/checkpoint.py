@@ -130,13 +130,8 @@ def _check_same(checkpoint: Path, saved: dict[str, str], wanted: dict[str, str])
     for name in sorted(saved.keys() | wanted.keys()):
         there, now = saved.get(name), wanted.get(name)
         if there != now:
-            told = (
-                f"{there} there and {now} now"
-                if there and now
-                else "missing in it"
-                if now
-                else "only in the checkpoint"
-            )
+            missing = "only in the checkpoint" if there else "missing in it"
+            told = f"{there} there and {now} now" if there and now else missing
             raise InputError(
                 f"{checkpoint} was saved by another configuration: {name!r} is {told}; "
                 "resume with the same config or choose a new workdir."

@@ -26,8 +26,8 @@ AXIS = "data"
 class Compiled(NamedTuple):
     """A compiled step with the ways between host and devices.
 
-    run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and, with `donate`, used up; every
-        leaf of `batch` has its rows first; `constants` (the other arm's tables) are the same on every device.
+    run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and used up; every leaf of
+        `batch` has its rows first; `constants` (the other arm's tables) are the same on every device.
     place_state: always a copy, so that donation never eats the caller's arrays; with `in_parts` also `copy=False`,
         for a state that the caller gives up: what lies right already is not copied.
     fetch_state: a placed state, or any subtree of one, as NumPy arrays; typed keys stay keys. With `in_parts` also
@@ -53,7 +53,6 @@ def compile_step(
     *,
     parallel: str,
     n_devices: int | None = None,
-    donate: bool = True,
     mesh: Mapping[str, int] | None = None,
     rules: sharding.Rules = sharding.RULES,
 ) -> Compiled:
@@ -65,7 +64,6 @@ def compile_step(
         parallel: "jit" (one device), "pmap" (the state replicated, the batch split by rows), "mesh" (jit with named
             shardings: the batch split by rows over data and fsdp, the state as `rules` say).
         n_devices: how many of the machine's devices; None: all ("jit" takes one).
-        donate: the state's memory is reused for the new state.
         mesh: sizes of the axes, see `sharding.mesh_sizes`; None: all devices on "data".
     """
     if parallel not in ("jit", "pmap", "mesh"):
@@ -78,10 +76,10 @@ def compile_step(
         raise InputError(f"{n_devices} devices were asked for, but parallel={parallel!r} can use 1 to {limit} here.")
     devices = jax.devices()[:wanted]
     if parallel == "jit":
-        return _compile_jit(step, devices[0], donate)
+        return _compile_jit(step, devices[0])
     if parallel == "pmap":
-        return _compile_pmap(step, devices, donate)
-    return _compile_mesh(step, _make_mesh(mesh, devices), donate, tuple(rules))
+        return _compile_pmap(step, devices)
+    return _compile_mesh(step, _make_mesh(mesh, devices), rules)
 
 
 def params_shardings(shapes: Any, *, parallel: str, mesh: Mapping[str, int] | None = None) -> Any:
@@ -109,7 +107,7 @@ def enable_compilation_cache(folder: str | Path) -> None:
 
 
 def device_count() -> int:
-    """Returns how many devices `pmap` and `mesh` spread a batch over."""
+    """How many devices `pmap` and `mesh` spread a batch over."""
     return jax.device_count()
 
 
@@ -119,18 +117,17 @@ def device_summary() -> str:
     return f"{jax.device_count()} x {first.device_kind} ({first.platform}), jax {jax.__version__}"
 
 
-def _compile_jit(step: Callable, device: jax.Device, donate: bool) -> Compiled:
+def _compile_jit(step: Callable, device: jax.Device) -> Compiled:
     def place(tree):
         return jax.device_put(tree, device)
 
     def place_state(state):
         return place(jax.tree.map(sharding.fresh, state))
 
-    run = jax.jit(step, donate_argnums=(0,) if donate else ())
-    return Compiled(run, place_state, sharding.to_host, place, place)
+    return Compiled(jax.jit(step, donate_argnums=0), place_state, sharding.to_host, place, place)
 
 
-def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Compiled:
+def _compile_pmap(step: Callable, devices: list[jax.Device]) -> Compiled:
     n = len(devices)
     one_axis = jax.make_mesh((n,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     # The axis' name is part of an array's layout: another one here, and the second step compiles again.
@@ -144,7 +141,7 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
             in_axes=(0, 0) + (None,) * n_constants,
             out_axes=(0, None),
             devices=devices,
-            donate_argnums=(0,) if donate else (),
+            donate_argnums=0,
         )
 
     def place_batch(batch):
@@ -167,10 +164,13 @@ def _compile_pmap(step: Callable, devices: list[jax.Device], donate: bool) -> Co
     return Compiled(run, place_state, fetch_state, place_constants, place_batch)
 
 
-def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rules) -> Compiled:
+def _compile_mesh(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Compiled:
     sizes = dict(mesh.shape)
     replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
     layouts: dict[Any, Any] = {}  # by the placed state's structure and shapes
+
+    def place(to):
+        return NamedSharding(mesh, to.spec)
 
     def lay_out(state):
         layout = sharding.state_layout(state, sizes, rules)
@@ -189,13 +189,10 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rule
             state, metrics = step(state, batch, *constants)
         state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.padded), state, layout)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
-        places = (
-            jax.tree.map(lambda to: NamedSharding(mesh, to.spec), layout),
-            jax.tree.map(lambda _: replicated, metrics),
-        )
-        return jax.lax.with_sharding_constraint((state, metrics), places)
+        places = jax.tree.map(place, layout)
+        return jax.lax.with_sharding_constraint((state, metrics), (places, replicated))
 
-    compiled = jax.jit(sharded_step, donate_argnums=(0,) if donate else ())
+    compiled = jax.jit(sharded_step, donate_argnums=0)
 
     def place_batch(batch):
         _check_batch(batch, sizes["data"] * sizes["fsdp"])
@@ -208,10 +205,8 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rule
         return compiled(state, place_batch(batch), *place_constants(constants))
 
     def place_state(state, *, copy=True):
-        def place(leaf, to):
-            return spread(leaf, NamedSharding(mesh, to.spec), to.padded, copy=copy)
-
-        return jax.tree.map(place, state, lay_out(state))
+        layout = lay_out(state)
+        return jax.tree.map(lambda leaf, to: spread(leaf, place(to), to.padded, copy=copy), state, layout)
 
     def fetch_state(state, *, to_host=True):
         def fetch(leaf, to=None):
@@ -229,17 +224,14 @@ def _compile_mesh(step: Callable, mesh: Mesh, donate: bool, rules: sharding.Rule
         return jax.tree.map(lambda leaf, to: _shaped(leaf, _unpadded_sharding(mesh, to)), state, lay_out(state))
 
     def lower(state, batch, *constants):
-        def shaped(leaf, to):
-            return _shaped(leaf, NamedSharding(mesh, to.spec), to.padded)
-
         _check_batch(batch, sizes["data"] * sizes["fsdp"])
         batch = jax.tree.map(lambda leaf: _shaped(leaf, by_rows), batch)
         constants = jax.tree.map(lambda leaf: _shaped(leaf, replicated), constants)
-        return compiled.lower(jax.tree.map(shaped, state, lay_out(state)), batch, *constants)
+        state = jax.tree.map(lambda leaf, to: _shaped(leaf, place(to), to.padded), state, lay_out(state))
+        return compiled.lower(state, batch, *constants)
 
-    return Compiled(
-        run, place_state, fetch_state, place_constants, place_batch, _keeps_parts(mesh), abstract_state, lower
-    )
+    in_parts = _keeps_parts(mesh)
+    return Compiled(run, place_state, fetch_state, place_constants, place_batch, in_parts, abstract_state, lower)
 
 
 def _make_mesh(wanted: Mapping[str, int] | None, devices: list[jax.Device]) -> Mesh:

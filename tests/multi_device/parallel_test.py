@@ -3,7 +3,6 @@
 import logging
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import INNER, WIDTH, assert_close, leaves_named, make, make_batch, make_state, step, train
@@ -85,11 +84,9 @@ def test_constants_come_from_the_host_or_are_placed_once(parallel):
     assert metrics["loss"].shape == () and losses[0] == losses[1] != losses[2]
 
 
-def test_a_subtree_is_fetched_and_a_state_is_kept_where_asked():
-    compiled = compile_step(step, parallel="pmap", donate=False)
-    placed = compiled.place_state(make_state())
-    compiled.run(placed, make_batch(0))
-    item = placed.params["shared"]["item"]
+def test_a_subtree_is_fetched():
+    compiled = make("pmap")
+    item = compiled.place_state(make_state()).params["shared"]["item"]
     assert compiled.fetch_state({"only": item})["only"].shape == (10, WIDTH) and (item == item[:1]).all()
 
 
@@ -134,10 +131,6 @@ def test_what_one_topology_saves_another_restores(tmp_path, expected):
     host = checkpoint.restore(path, like=compiled.fetch_state(state))
     assert_close(host, compiled.fetch_state(state))
     assert isinstance(host.params["shared"]["item"], np.ndarray)
-    other = make_state()
-    other.params["shared"]["item"] = jnp.zeros((12, WIDTH))
-    with pytest.raises(InputError, match=r"params/shared/item' is float32 \(10, 4\) there and float32 \(12, 4\) now"):
-        checkpoint.restore(path, like=compiled.abstract_state(other))
 
 
 def test_a_second_save_and_a_second_placing_compile_nothing(caplog):
