@@ -70,14 +70,14 @@ def make_rows():
     return packing.pack([*histories, *cards], 16)
 
 
-def make_seen_mask():
-    seen_UI = np.zeros((N_USERS, N_ITEMS), bool)
-    seen_UI[make_edges()] = True
-    return jnp.asarray(seen_UI)
+def whole_batch():
+    rows = make_rows()
+    return rows.rows(np.arange(len(rows)))
 
 
 def lm_constants():
-    return {"warm_I": jnp.arange(N_ITEMS) != COLD, "seen_UI": make_seen_mask()}
+    seen_UI = jnp.zeros((N_USERS, N_ITEMS), bool).at[make_edges()].set(True)
+    return {"warm_I": jnp.arange(N_ITEMS) != COLD, "seen_UI": seen_UI}
 
 
 def domain_constants():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.domain.graph import make_graph, make_propagate
+from bdlm_jax.types import InputError
 
 LAYER_WEIGHTS = ("uniform", "learned")
 
@@ -17,7 +18,7 @@ def lightgcn_arm(
     2020 (LightGCN), equations 3, 4 and 7; the learned weights are ours.
     """
     if layer_weights not in LAYER_WEIGHTS:
-        raise ValueError(f"layer_weights {layer_weights!r} is none of {LAYER_WEIGHTS}")
+        raise InputError(f"layer_weights {layer_weights!r} is unknown: choose one of {', '.join(LAYER_WEIGHTS)}.")
     sizes = {"n_users": inputs.n_users, "n_items": inputs.n_items}
     propagate = make_propagate(make_graph(inputs.user_E, inputs.item_E, **sizes), **sizes, backend=backend)
     uniform = 1.0 / (n_layers + 1)

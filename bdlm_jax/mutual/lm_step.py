@@ -28,7 +28,7 @@ def states_at(hidden_BLM: Array, index_BT: Array) -> Array:
     return causal_lm.gather_positions(hidden_BLM, index_BT).reshape(-1, hidden_BLM.shape[-1])
 
 
-def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B, axis_name):
+def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B=None, axis_name=None):
     """Computes every weighted term of L_M as {name: (sum, count)}.
 
     Cold items take no part in the softmax of the next item: nothing is known of who wants them, so they must not be

@@ -31,29 +31,27 @@ def test_draws_are_proportional_among_exactly_the_unseen(alpha):
             assert scipy.stats.chisquare(count[unseen], N * weight / weight.sum()).pvalue > 1e-4
 
 
-def test_popular_with_extreme_weights_never_collides():
-    """One item holds nearly all the weight and is seen: what is left are weights of 1 in 2^30."""
-    degree = np.ones(50)
-    degree[20] = 1e12
-    seen = make_seen(np.zeros(3, int), np.array([0, 20, 49]), 1, 50)
-    popularity = make_popularity(seen, degree, alpha=1.0)
+# One item holds nearly all the weight and is seen: what is left are weights of 1 in 2^30. And a very long row.
+@pytest.mark.parametrize(
+    ("n_items", "row", "degree"),
+    [
+        (50, [0, 20, 49], np.where(np.arange(50) == 20, 1e12, 1.0)),
+        (5000, np.random.default_rng(1).choice(5000, 4990, replace=False), None),
+    ],
+)
+def test_hard_searches_reach_every_unseen_item_and_no_other(n_items, row, degree):
+    seen = make_seen(np.zeros(len(row), int), row, 1, n_items)
+    popularity = None if degree is None else make_popularity(seen, degree, alpha=1.0)
     draws = sample_negatives(jax.random.key(0), seen, jnp.zeros(5000, jnp.int32), popularity)
-    assert np.unique(draws).tolist() == np.setdiff1d(np.arange(50), [0, 20, 49]).tolist()
+    assert np.unique(draws).tolist() == np.setdiff1d(np.arange(n_items), row).tolist()
 
 
-def test_a_large_row_is_searched_to_the_end():
-    rng = np.random.default_rng(1)
-    row = np.sort(rng.choice(5000, 4990, replace=False))
-    seen = make_seen(np.zeros(row.size, int), row, 1, 5000)
-    draws = sample_negatives(jax.random.key(1), seen, jnp.zeros(400, jnp.int32))
-    assert np.unique(draws).tolist() == np.setdiff1d(np.arange(5000), row).tolist()
-
-
-def test_a_user_who_has_seen_everything_is_refused():
-    with pytest.raises(InputError, match="user 1 has seen all 3 items"):
-        make_seen(np.array([1, 1, 1, 0]), np.array([0, 1, 2, 0]), 2, 3)
-    with pytest.raises(InputError, match="outside"):
-        make_seen(np.array([0]), np.array([3]), 2, 3)
+@pytest.mark.parametrize(
+    ("user", "item", "words"), [([1, 1, 1, 0], [0, 1, 2, 0], "user 1 has seen all 3 items"), ([0], [3], "outside")]
+)
+def test_a_user_who_has_seen_everything_is_refused(user, item, words):
+    with pytest.raises(InputError, match=words):
+        make_seen(user, item, 2, 3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])

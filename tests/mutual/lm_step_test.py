@@ -1,16 +1,17 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
 import small_bdlm
 from scipy.special import log_softmax
-from small_bdlm import COLD, HISTORIES, LM_ALL, N_ITEMS
+from small_bdlm import COLD, HISTORIES, LM_ALL, N_ITEMS, TITLES
 
 from bdlm_jax.lm import causal_lm, packing, prompts
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import LMWeights
 
-ARM = small_bdlm.make_arm()
-BRIDGE = small_bdlm.make_bridge()
+ARM, BRIDGE = small_bdlm.make_arm(), small_bdlm.make_bridge()
 HIDDEN = jax.jit(causal_lm.lm_hidden, static_argnums=1)
 WARM_I = np.arange(N_ITEMS) != COLD
 
@@ -37,18 +38,11 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     def to_width(h):
         return h @ out["out"] + out["out_bias"]
 
-    vocabulary = small_bdlm.make_vocabulary()
+    vocabulary, options = small_bdlm.make_vocabulary(), prompts.PromptOptions(max_tokens=16)
     wanted = dict.fromkeys(("item", "text", "align_user", "align_item", "kl"), 0.0)
     counts = dict.fromkeys(wanted, 0)
     for user, history in enumerate(HISTORIES):
-        prompt = prompts.history_prompt(
-            vocabulary,
-            history,
-            prompts.PromptOptions(max_tokens=16),
-            titles=small_bdlm.TITLES,
-            user=user,
-            read_user=True,
-        )
+        prompt = prompts.history_prompt(vocabulary, history, options, titles=TITLES, user=user, read_user=True)
         hidden = hidden_alone(params, prompt)
         for at in np.flatnonzero(prompt.item_targets >= 0):
             logits = np.where(WARM_I, hidden[at] @ rows_IM.T, -np.inf)
@@ -63,7 +57,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
         wanted["kl"] += small_bdlm.softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature)
         counts["align_user"] += 1
         counts["kl"] += 1
-    for item, title in enumerate(small_bdlm.TITLES):
+    for item, title in enumerate(TITLES):
         prompt = prompts.card_prompt(vocabulary, item, title)
         hidden = hidden_alone(params, prompt)
         for at in np.flatnonzero(prompt.text_targets >= 0):
@@ -73,42 +67,14 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
             wanted["align_item"] += small_bdlm.align_mse(to_width(hidden[-1]), item_ID[item], item_ID)
             counts["align_item"] += 1
 
-    rows = small_bdlm.make_rows()
-    terms = jax.jit(
-        lambda params, batch: lm_step.lm_losses(
-            params,
-            batch,
-            view,
-            small_bdlm.lm_constants(),
-            arm=ARM,
-            bridge=BRIDGE,
-            weights=LM_ALL,
-            keys_B=None,
-            axis_name=None,
-        )
-    )(params, rows.rows(np.arange(len(rows))))
+    terms_of = functools.partial(lm_step.lm_losses, arm=ARM, bridge=BRIDGE)
+    inputs = params, small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
+    terms = jax.jit(functools.partial(terms_of, weights=LM_ALL))(*inputs)
     assert set(terms) == set(wanted)
     for name, (total, count) in terms.items():
         np.testing.assert_allclose(total, wanted[name], rtol=2e-4, err_msg=name)
         assert count == counts[name], name
-
-
-def test_a_weight_of_zero_leaves_the_term_out(params):
-    rows = small_bdlm.make_rows()
-    terms = jax.eval_shape(
-        lambda: lm_step.lm_losses(
-            params,
-            rows.rows(np.arange(4)),
-            {},
-            small_bdlm.lm_constants(),
-            arm=ARM,
-            bridge=BRIDGE,
-            weights=LMWeights(item=1.0, text=0.0),
-            keys_B=None,
-            axis_name=None,
-        )
-    )
-    assert list(terms) == ["item"]
+    assert list(jax.eval_shape(functools.partial(terms_of, weights=LMWeights(text=0.0)), *inputs)) == ["item"]
 
 
 def test_the_step_reports_the_weighted_sum_and_draws_new_dropout(params):
