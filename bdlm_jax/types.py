@@ -1,8 +1,8 @@
 """Shape letters, what a step carries, and the two exceptions that the whole package speaks.
 
 Suffixes of array names: B batch, L length, V text vocabulary, U users, I items, N nodes (U + I) or any rows, E edges,
-C candidates or a chunk of rows, D sharing width, M LM width, H heads, K head width or the best k, T targets or tokens of
-a text, X id rows (users then items), W items with interactions, P tokens of a prefix, S slots of a cache or rows of a
+C candidates or a chunk of rows, D sharing width, M LM width, H heads, K head width or the best k, T targets or a text's
+tokens, X id rows (users then items), W items with interactions, P tokens of a prefix, S slots of a cache or rows of a
 chunk, R packed rows, G groups of the twins world; 1 is 1.
 """
 
