@@ -15,13 +15,6 @@ from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
 from bdlm_jax.types import InputError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _looped_layers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)  # compiles one layer
-        yield
-
-
 @pytest.fixture(scope="module")
 def vocabulary():
     """261 tokens in 264 rows, then 5 users and 7 items."""

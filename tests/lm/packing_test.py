@@ -86,25 +86,18 @@ def test_batches_walk_the_permutations_without_a_gap(seven, batch_size, seed):
 
 
 def test_a_batch_is_a_function_of_step_and_seed(seven):
-    options = dict(
-        batch_size=4, seed=5, max_text_targets=2, uid_dropout=0.5, user_tokens=range(100, 107), unnamed_user=9
-    )
-    later, again = seven.batch(11, **options), seven.batch(11, **options)
+    user = dict(uid_dropout=0.5, user_tokens=range(100, 107), unnamed_user=9)
+    first, later, again = (seven.batch(s, batch_size=4, seed=5, max_text_targets=2, **user) for s in (0, 11, 11))
+    plain = seven.batch(11, batch_size=4, seed=5)
+    assert set(later) == {"row", *FIELDS}
     for name in later:
         np.testing.assert_array_equal(later[name], again[name])
-        assert later[name].dtype == np.int32
-    assert {name: value.shape for name, value in seven.batch(0, **options).items()} == {
-        name: value.shape for name, value in later.items()
-    }
+        assert later[name].dtype == np.int32 and later[name].shape == first[name].shape
+        np.testing.assert_array_equal(
+            plain[name], getattr(seven, name)[plain["row"]] if name in FIELDS else later[name]
+        )
     streams = [[seven.batch(s, batch_size=7, seed=seed)["row"].tolist() for s in range(2)] for seed in (0, 1)]
     assert streams[0] != streams[1] and streams[0][0] != streams[0][1]
-
-
-def test_rows_of_a_batch_are_those_it_names(seven):
-    batch = seven.batch(2, batch_size=3, seed=0)
-    assert set(batch) == {"row", *FIELDS}
-    for name in FIELDS:
-        np.testing.assert_array_equal(batch[name], getattr(seven, name)[batch["row"]])
 
 
 def test_text_targets_are_capped_by_a_uniform_subset(seven):

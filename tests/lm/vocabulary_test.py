@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
@@ -24,10 +24,6 @@ def vocabulary(tokenizer):
     return Vocabulary(tokenizer, 12, 25)
 
 
-def specials(v):
-    return v.pad, v.bos, v.eos, v.unnamed_user, v.unnamed_item
-
-
 def test_id_tokens_stand_behind_the_rounded_text_vocabulary(vocabulary, tokenizer):
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     assert vocabulary.n_text % 8 == 0 and 0 <= vocabulary.n_text - n_tokens < 8
@@ -39,20 +35,14 @@ def test_id_tokens_stand_behind_the_rounded_text_vocabulary(vocabulary, tokenize
     assert Vocabulary(tokenizer, 1, 1, min_text=1001).n_text == 1008
 
 
-@pytest.mark.parametrize("text", ["<pad>", "<iid_7>", "the <item> <user>", "<bos><eos>", " <pad> "])
-def test_text_that_looks_like_a_token_is_text(vocabulary, text):
-    [tokens] = vocabulary.encode_text([text])
-    assert not SPECIALS & set(tokens.tolist())
-    assert tokens.max() < vocabulary.n_text
-    assert vocabulary.decode(tokens) == text
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=4))
-def test_any_text_comes_back_and_yields_no_special_token(vocabulary, texts):
+@example(["<pad>", "<iid_7>", "the <item> <user>", "<bos><eos>", " <pad> "])
+def test_any_text_comes_back_and_yields_no_special_and_no_id_token(vocabulary, texts):
     encoded = vocabulary.encode_text(texts)
     assert [vocabulary.decode(tokens) for tokens in encoded] == texts
-    assert all(not SPECIALS & set(tokens.tolist()) and tokens.dtype == np.int32 for tokens in encoded)
+    assert all(tokens.dtype == np.int32 and tokens.max(initial=0) < vocabulary.n_text for tokens in encoded)
+    assert all(not SPECIALS & set(tokens.tolist()) for tokens in encoded)
 
 
 def test_encoding_leaves_the_tokenizer_as_it_was(vocabulary, tokenizer):
@@ -72,7 +62,8 @@ def test_a_saved_tokenizer_loads_equal_and_without_torch(vocabulary, tokenizer, 
     tokenizer.save_pretrained(tmp_path)
     again = Vocabulary(load_tokenizer(tmp_path), 12, 25)
     assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert specials(vocabulary) == specials(again) == (0, 1, 2, 3, 4)
+    for v in (vocabulary, again):
+        assert (v.pad, v.bos, v.eos, v.unnamed_user, v.unnamed_item) == (0, 1, 2, 3, 4)
     np.testing.assert_array_equal(again.encode_text(["the <item>"])[0], vocabulary.encode_text(["the <item>"])[0])
     # AutoTokenizer would import torch.
     code = (
@@ -99,9 +90,8 @@ def test_two_gpt2_files_load_and_missing_specials_are_added(tmp_path, tokenizer,
     vocabulary = Vocabulary(load_tokenizer(tmp_path), 2, 3)
     if end:
         assert vocabulary.bos == vocabulary.eos == count - 1
-    added = {vocabulary.pad, vocabulary.unnamed_user, vocabulary.unnamed_item} | (
-        set() if end else {vocabulary.bos, vocabulary.eos}
-    )
+    ends = {vocabulary.bos, vocabulary.eos}
+    added = {vocabulary.pad, vocabulary.unnamed_user, vocabulary.unnamed_item} | (set() if end else ends)
     assert added == set(range(count, count + (3 if end else 5)))
     text = "the red shoe <|endoftext|> <pad>"
     [tokens] = vocabulary.encode_text([text])
