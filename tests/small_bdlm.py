@@ -20,6 +20,7 @@ COLD = 9
 HISTORIES = [[0, 1, 2], [1, 2, 3, 4], [5], [6, 0, 8], [3, 1, 5, 6, 2], [4, 0, 6], [2, 5], [7, 3, 6, 1], [8, 7]]
 TITLES = [np.array([5 + i % 5, 10 + i % 6][: 1 + i % 2], np.int32) for i in range(N_ITEMS)]
 LM_ALL = LMWeights(item=1.0, text=0.3, align_user=0.2, align_item=0.4, kl=0.5)
+HIDDEN = jax.jit(causal_lm.lm_hidden, static_argnums=1)
 DOMAIN_ALL = DomainWeights(bpr=1.0, regularisation=1e-2, align_user=0.2, align_item=0.4, kl=0.5)
 
 
@@ -68,6 +69,14 @@ def make_rows():
     ]
     cards = [prompts.card_prompt(vocabulary, i, title) for i, title in enumerate(TITLES)]
     return packing.pack([*histories, *cards], 16)
+
+
+def hidden_alone(params, prompt, arm, bridge):
+    """(tokens, M): the states of one prompt in a row of its own."""
+    rows_XM, _ = sharing.id_rows(params, bridge=bridge, arm=arm)
+    packed = packing.pack([prompt], 16)
+    hidden = HIDDEN(params["lm"], bridge.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
+    return np.asarray(hidden[0, : len(prompt)], np.float64)
 
 
 def whole_batch():

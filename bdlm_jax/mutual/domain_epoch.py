@@ -20,9 +20,7 @@ from bdlm_jax.mutual.options import Bridge, DomainWeights
 from bdlm_jax.types import Array, InputError, TrainState
 
 
-def domain_losses(
-    params, batch, view, constants, *, arm, bridge: Bridge | None, weights: DomainWeights, axis_name=None
-):
+def domain_losses(params, batch, view, constants, *, arm, bridge, weights: DomainWeights, axis_name=None):
     """Computes every weighted term of L_D as {name: (sum, count)}.
 
     The term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote; KL runs over the

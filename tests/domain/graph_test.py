@@ -127,28 +127,19 @@ def test_auto_weighs_the_matrix_against_the_edges():
 
 
 @pytest.mark.parametrize(
-    ("user", "item", "words"),
+    ("edges", "options", "words"),
     [
-        ([0, 1], [0, 9], r"item_E\[1\] is 9"),
-        ([-1], [0], r"user_E\[0\] is -1"),
-        ([0.5], [0], "integers"),
-        ([0, 1], [0], "2 rows"),
+        (([0, 1], [0, 9]), {}, r"item_E\[1\] is 9"),
+        (([-1], [0]), {}, r"user_E\[0\] is -1"),
+        (([0.5], [0]), {}, "integers"),
+        (([0, 1], [0]), {}, "2 rows"),
+        (([0], [0]), {"backend": "sparse"}, "unknown: choose one of auto, segment"),
+        (([0], [0]), {"n_items": 3}, "11 nodes"),
+        (([0], [0]), {"backend": "gather"}, "weights of make_graph"),
     ],
 )
-def test_bad_edges_are_named(user, item, words):
+def test_what_is_no_graph_or_cannot_be_compiled_is_named(edges, options, words):
+    sizes = {"n_users": 2, "n_items": 9}
     with pytest.raises(InputError, match=words):
-        make_graph(user, item, n_users=2, n_items=9)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"backend": "sparse"}, "unknown: choose one of auto, segment"),
-        ({"n_items": 3}, "4 nodes"),
-        ({"backend": "gather"}, "weights of make_graph"),
-    ],
-)
-def test_what_cannot_be_compiled_is_named(options, words):
-    graph = make_graph([0], [0], n_users=2, n_items=2)
-    with pytest.raises(InputError, match=words):
-        make_propagate(graph._replace(edges=2 * graph.edges), **{"n_users": 2, "n_items": 2} | options)
+        graph = make_graph(*edges, **sizes)
+        make_propagate(graph._replace(edges=2 * graph.edges), **sizes | options)

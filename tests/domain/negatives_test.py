@@ -49,7 +49,7 @@ def test_hard_searches_reach_every_unseen_item_and_no_other(n_items, row, degree
 @pytest.mark.parametrize(
     ("user", "item", "words"), [([1, 1, 1, 0], [0, 1, 2, 0], "user 1 has seen all 3 items"), ([0], [3], "outside")]
 )
-def test_a_user_who_has_seen_everything_is_refused(user, item, words):
+def test_a_full_row_and_an_unknown_item_are_refused(user, item, words):
     with pytest.raises(InputError, match=words):
         make_seen(user, item, 2, 3)
 

@@ -8,7 +8,6 @@ from small_bdlm import HISTORIES, N_ITEMS, N_USERS, TITLES
 from bdlm_jax.domain.arm import dot_score
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import causal_lm, packing, prompts
-from bdlm_jax.mutual import sharing
 
 ARM = small_bdlm.make_arm()
 BRIDGE = small_bdlm.make_bridge()
@@ -28,13 +27,9 @@ def states(params):
 
 def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     user = 4
-    prompt = prompts.history_prompt(
-        small_bdlm.make_vocabulary(), HISTORIES[user], prompts.PromptOptions(max_tokens=16), titles=TITLES, user=user
-    )
-    packed = packing.pack([prompt], 16)
-    rows_XM, _ = sharing.id_rows(params, bridge=BRIDGE, arm=ARM)
-    hidden = causal_lm.lm_hidden(params["lm"], BRIDGE.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
-    h = np.asarray(hidden[0, len(prompt) - 1])
+    vocabulary, options = small_bdlm.make_vocabulary(), prompts.PromptOptions(max_tokens=16)
+    prompt = prompts.history_prompt(vocabulary, HISTORIES[user], options, titles=TITLES, user=user)
+    h = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)[-1]
     _, item_ID = ARM.encode(params["shared"], params["domain"])
     wanted = [h @ (np.asarray(item_ID[i]) @ np.asarray(params["lm"]["bridge"]["into"])) for i in range(N_ITEMS)]
     scores = scorers.state_scorer(states["user"], states["rows_item"]).score(np.array([0, user]))

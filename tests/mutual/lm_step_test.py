@@ -7,26 +7,17 @@ import small_bdlm
 from scipy.special import log_softmax
 from small_bdlm import COLD, HISTORIES, LM_ALL, N_ITEMS, TITLES
 
-from bdlm_jax.lm import causal_lm, packing, prompts
+from bdlm_jax.lm import prompts
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import LMWeights
 
 ARM, BRIDGE = small_bdlm.make_arm(), small_bdlm.make_bridge()
-HIDDEN = jax.jit(causal_lm.lm_hidden, static_argnums=1)
 WARM_I = np.arange(N_ITEMS) != COLD
 
 
 @pytest.fixture(scope="module")
 def params():
     return small_bdlm.make_params(ARM, BRIDGE)
-
-
-def hidden_alone(params, prompt):
-    """(tokens, M): one prompt in a row of its own, without packing."""
-    packed = packing.pack([prompt], 16)
-    rows_XM, _ = sharing.id_rows(params, bridge=BRIDGE, arm=ARM)
-    hidden = HIDDEN(params["lm"], BRIDGE.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
-    return np.asarray(hidden[0, : len(prompt)], np.float64)
 
 
 def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
@@ -43,7 +34,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     counts = dict.fromkeys(wanted, 0)
     for user, history in enumerate(HISTORIES):
         prompt = prompts.history_prompt(vocabulary, history, options, titles=TITLES, user=user, read_user=True)
-        hidden = hidden_alone(params, prompt)
+        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
         for at in np.flatnonzero(prompt.item_targets >= 0):
             logits = np.where(WARM_I, hidden[at] @ rows_IM.T, -np.inf)
             wanted["item"] -= log_softmax(logits)[prompt.item_targets[at]]
@@ -59,7 +50,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
         counts["kl"] += 1
     for item, title in enumerate(TITLES):
         prompt = prompts.card_prompt(vocabulary, item, title)
-        hidden = hidden_alone(params, prompt)
+        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
         for at in np.flatnonzero(prompt.text_targets >= 0):
             wanted["text"] -= log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]]
             counts["text"] += 1
