@@ -143,7 +143,7 @@ def make_torch_llama(config, *, length):
     import torch
 
     torch.manual_seed(0)
-    fields = hf_config(config, max_position_embeddings=length)
+    fields = hf_config(config) | {"max_position_embeddings": length}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
 
 

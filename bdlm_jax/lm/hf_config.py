@@ -30,6 +30,7 @@ _SIZES = {  # our name: theirs
     "n_kv_heads": "num_key_value_heads",
     "mlp_width": "intermediate_size",
     "head_width": "head_dim",
+    "max_positions": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
 _GPT2_SIZES = {
@@ -77,25 +78,20 @@ def lm_config_from_hf(source: str | Path | dict, *, vocab_size: int | None = Non
     n_rows = full.vocab_size
     if vocab_size is not None and vocab_size < n_rows:
         raise InputError(f"vocab_size {vocab_size} is below the {n_rows} rows of {where}: raise it, or leave it out.")
-    options = {
-        "vocab_size": n_rows if vocab_size is None else vocab_size,
-        "family": family,
-        "tie_embeddings": bool(full.tie_word_embeddings),
-        "max_positions": full.max_position_embeddings,
-    }
     read = _gpt2_options if family == "gpt2" else _rotary_options
-    return LMConfig(**options, **read(full, family, where), **session)
+    return LMConfig(
+        vocab_size=vocab_size or n_rows,
+        family=family,
+        tie_embeddings=bool(full.tie_word_embeddings),
+        **read(full, family, where),
+        **session,
+    )
 
 
-def hf_config(config: LMConfig, *, vocab_size: int | None = None, **extra) -> dict[str, Any]:
+def hf_config(config: LMConfig) -> dict[str, Any]:
     """Writes what `lm_config_from_hf` reads back as `config`, but for how we compute: the content of a config.json.
 
     One of our own decoders is written as a Llama; what its family has not is refused.
-
-    Args:
-        config: a decoder's options.
-        vocab_size: rows of the exported embedding, where other tokens follow the V text rows.
-        **extra: further fields (bos_token_id, ...).
     """
     write = _gpt2_fields if config.family == "gpt2" else _rotary_fields
     fields = {
@@ -114,7 +110,7 @@ def hf_config(config: LMConfig, *, vocab_size: int | None = None, **extra) -> di
                 f"the family {config.family} has no {field.name} {getattr(config, field.name)!r} (it would read "
                 f"{getattr(again, field.name)!r}): set the family that has it, or change the option."
             )
-    return {**fields, "vocab_size": vocab_size or config.vocab_size, **extra}
+    return fields
 
 
 def _spelled_out(config, again):
@@ -146,7 +142,7 @@ def _complete(raw, family, where):
 
     rest = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
-        return AutoConfig.for_model(family, **copy.deepcopy(rest))  # transformers writes into what it is given
+        return AutoConfig.for_model(family, **copy.deepcopy(rest))  # it writes into what it is given
     except Exception as error:  # transformers raises a class of its own for every field
         words = " ".join(str(error).split())
         raise InputError(f"{where} is no valid configuration of the family {family}: {words}") from error
@@ -154,7 +150,7 @@ def _complete(raw, family, where):
 
 def _gpt2_options(full, family, where):
     return {
-        **{ours: getattr(full, theirs) for ours, theirs in _GPT2_SIZES.items() if ours != "max_positions"},
+        **{ours: getattr(full, theirs) for ours, theirs in _GPT2_SIZES.items()},
         "n_kv_heads": full.n_head,
         "mlp_width": full.n_inner or 4 * full.n_embd,
         "norm": "layer",
@@ -205,18 +201,13 @@ def _rotary_options(full, family, where):
 
 def _rotary_fields(config):
     family, gemma = config.family, config.family.startswith("gemma")
-    fields = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+    fields = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items() if getattr(config, ours) is not None}
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
-    fields |= {
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "hidden_activation" if gemma else "hidden_act": activation,
-    }
+    fields |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta}
+    fields["hidden_activation" if gemma else "hidden_act"] = activation
     if config.rope_scaling is not None:
         kind, *numbers = config.rope_scaling
         fields["rope_scaling"] = {"rope_type": kind, **dict(zip(_ROPES[kind], numbers))}
-    if config.max_positions is not None:
-        fields["max_position_embeddings"] = config.max_positions
     if family not in ("qwen2", "mistral"):
         fields["attention_bias"] = config.output_bias
     if family == "llama":

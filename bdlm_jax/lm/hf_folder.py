@@ -39,10 +39,8 @@ def write_hf_folder(
     what it embeds by √M: there the embedding holds the id rows divided by it and the head, untied, as they are.
 
     Args:
-        folder: exists.
         params: the tree of `init_lm`; adapters are merged before.
-        vocabulary: its V is the config's.
-        id_rows_XM: (X, M) rows of <uid> and <iid>, through the bridge.
+        id_rows_XM: rows of <uid> and <iid>, through the bridge.
         max_tokens: the longest row that it was trained on, written where the config names none.
         shard_bytes: above this size the weights are cut into several files.
     """
@@ -51,10 +49,10 @@ def write_hf_folder(
         params = {**params, "head": params["embedding"]}
         config = dataclasses.replace(config, tie_embeddings=False)
     special = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
-    extra = {**special, "torch_dtype": str(params["embedding"].dtype)}
+    changed = {"vocab_size": vocabulary.n_tokens, "torch_dtype": str(params["embedding"].dtype), **special}
     if config.max_positions is None and max_tokens is not None:
-        extra["max_position_embeddings"] = max_tokens
-    write_json(folder / "config.json", hf_config(config, vocab_size=vocabulary.n_tokens, **extra))
+        changed["max_position_embeddings"] = max_tokens
+    write_json(folder / "config.json", hf_config(config) | changed)
     write_json(folder / "generation_config.json", special)
     _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
     tokenizer.save_pretrained(str(folder))

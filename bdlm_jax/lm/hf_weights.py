@@ -74,28 +74,27 @@ def load_lm(
 
     Args:
         folder: with model.safetensors, or model.safetensors.index.json and its shards.
-        config: `hf_config.lm_config_from_hf` of the same folder; rows of the embedding (and of an untied head) beyond
-            the checkpoint's start as the mean of its rows.
+        config: of the same folder; rows of the embedding (and of an untied head) beyond the checkpoint's start as the
+            mean of its rows.
         dtype: of the parameters.
         placement: the sharding of each leaf by its path ("layers/mlp/up_proj/kernel"); None is the default device.
     """
-    folder, expected, tree = Path(folder), tensor_map(config), _abstract(config)
+    folder, expected, shapes = Path(folder), tensor_map(config), _leaf_shapes(config)
     stored = _read_headers(folder)
     names = _resolve(folder, stored, expected, config)
     _check_tensors(stored, expected, names)
-    shapes, leaves = _leaf_shapes(config), dict.fromkeys(_leaf_shapes(config))
+    leaves = dict.fromkeys(shapes)
     for ours, name in names.items():
         tensor = expected[ours]
         # Opened for each tensor: what is mapped into memory stays there until the file is closed.
         with safe_open(stored[name].path, "numpy") as file:
             value = file.get_tensor(name)
-        ends = np.cumsum([shapes[leaf][-1] for leaf in tensor.leaves])
-        parts = np.split(value, ends[:-1], axis=-1) if len(tensor.leaves) > 1 else [value]
-        for leaf, part in zip(tensor.leaves, parts):
+        ends = np.cumsum([shapes[leaf][-1] for leaf in tensor.leaves[:-1]], dtype=int)
+        for leaf, part in zip(tensor.leaves, np.split(value, ends, axis=-1)):
             sharding = None if placement is None else placement(leaf)
             leaves[leaf] = _store(leaves[leaf], part, tensor, shapes[leaf], dtype, sharding)
         jax.block_until_ready([leaves[leaf] for leaf in tensor.leaves])
-    return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], tree)
+    return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], _abstract(config))
 
 
 def export_tensors(params: Params, config: LMConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -111,11 +110,7 @@ def export_tensors(params: Params, config: LMConfig) -> Iterator[tuple[str, np.n
         yield name, np.ascontiguousarray(value.T if tensor.transposed else value)
 
 
-_TOP = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "final_norm/scale",
-    "lm_head.weight": "head",
-}
+_TOP = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final_norm/scale", "lm_head.weight": "head"}
 _GPT2_TOP = {
     "transformer.wte.weight": "embedding",
     "transformer.wpe.weight": "position_embedding",
@@ -136,14 +131,14 @@ _GPT2_MODULES = {  # Conv1D keeps (in, out), as we do
 def tensor_map(config: LMConfig) -> dict[str, _Tensor]:
     """Lists every tensor of a checkpoint of this family by its name there, and where it stands in our tree."""
     shapes, gpt2 = _leaf_shapes(config), config.family == "gpt2"
-    top = _GPT2_TOP if gpt2 else _TOP
+    top, stem = (_GPT2_TOP, "transformer.h") if gpt2 else (_TOP, "model.layers")
     tensors = {name: _Tensor((leaf,), None, False, shapes[leaf]) for name, leaf in top.items() if leaf in shapes}
     per_layer = _layer_tensors(shapes, gpt2=gpt2)
     for layer in range(config.n_layers):
         for name, (leaves, transposed) in per_layer.items():
             shape = (*shapes[leaves[0]][1:-1], sum(shapes[leaf][-1] for leaf in leaves))
-            name = f"{'transformer.h' if gpt2 else 'model.layers'}.{layer}.{name}"
-            tensors[name] = _Tensor(leaves, layer, transposed, shape[::-1] if transposed else shape)
+            shape = shape[::-1] if transposed else shape
+            tensors[f"{stem}.{layer}.{name}"] = _Tensor(leaves, layer, transposed, shape)
     return tensors
 
 

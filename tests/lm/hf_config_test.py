@@ -60,11 +60,11 @@ def test_a_configuration_written_and_read_is_the_same(case, tmp_path):
     assert lm_config_from_hf(tmp_path) == config
 
 
-def test_our_own_decoder_is_written_as_a_llama_with_the_rows_of_its_ids():
+def test_our_own_decoder_is_written_as_a_llama():
     ours = LMConfig(vocab_size=40, width=24, n_layers=2, n_heads=6, n_kv_heads=2, mlp_width=32, dtype="bfloat16")
-    fields = hf_config(ours, vocab_size=57, bos_token_id=1)
-    assert (fields["vocab_size"], fields["bos_token_id"], fields["architectures"]) == (57, 1, ["LlamaForCausalLM"])
-    read = lm_config_from_hf({**fields, "vocab_size": 40}, dtype="bfloat16")
+    fields = hf_config(ours)
+    assert fields["architectures"] == ["LlamaForCausalLM"]
+    read = lm_config_from_hf(fields, dtype="bfloat16")
     assert dataclasses.replace(read, head_width=None, max_positions=None) == ours and read.head_dim == ours.head_dim
     with pytest.raises(InputError, match="family llama has no qk_norm True"):
         hf_config(dataclasses.replace(ours, qk_norm=True))
