@@ -15,7 +15,6 @@ FORMATS = {"domain": export_domain, "hf": export_hf}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after a sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.export", description="Exports a finished run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--format", choices=FORMATS, required=True, help="domain: two tables; hf: a language model")

@@ -13,7 +13,6 @@ from bdlm_jax.types import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after a sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.recommend", description="Recommends from a finished run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
     who = parser.add_mutually_exclusive_group(required=True)

@@ -31,12 +31,8 @@ def collect(
 ) -> None:
     """Writes one page over many finished runs; runs that differ in the seed alone become one section.
 
-    Args:
-      folders: run directories.
-      out: the page; plots go to plots/ beside it.
-      title: its heading.
-      command: how it was made, for the page's first line.
-      include: text files (tables that benchmarks print) that follow verbatim.
+    Plots go to plots/ beside it; `command` is how it was made; the text files of `include` (tables that benchmarks
+    print) follow verbatim.
     """
     out, groups = Path(out), group_runs([read_run(folder) for folder in folders])
     lines = [f"<!-- generated, do not edit: {command} -->", f"# {title}", ""]
@@ -53,7 +49,6 @@ def collect(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.report", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", help="write results.md and the plots of this finished run again")
     parser.add_argument("--collect", nargs="+", metavar="RUN_DIR", help="finished runs for one page")

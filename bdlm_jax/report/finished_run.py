@@ -75,9 +75,8 @@ def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 
 def stage_seconds(folder: Path) -> dict[str, float]:
     """Sums, by stage, the time between the rows of the logs; silences over ten minutes count as pauses."""
-    rows = sorted(
-        (row for path in folder.glob("*/metrics.jsonl") for row in read_metrics(path)), key=lambda row: row["time"]
-    )
+    rows = [row for path in folder.glob("*/metrics.jsonl") for row in read_metrics(path)]
+    rows.sort(key=lambda row: row["time"])
     seconds: dict[str, float] = {}
     for before, row in zip(rows[:1] + rows, rows):
         gap = row["time"] - before["time"]
@@ -141,15 +140,10 @@ def _half_width(run: Finished, key: Key) -> float | None:
     counts = run.counts.get(model, {}).get(protocol)
     if part == "all" or counts is None or len(counts.user) < 2 or len(counts.user) != run.cells[key][1]:
         return None
-    values = case_metric(metric.split("/")[0], counts.better, counts.equal, counts.others)
-    return mean_half_width(values)
+    return mean_half_width(case_metric(metric.split("/")[0], counts.better, counts.equal, counts.others))
 
 
 def _settings(run: Finished) -> dict:
     """The config as flat settings, without what does not change the experiment."""
-    flat = {
-        name: value
-        for name, value in flatten_dict(run.config, sep=".").items()
-        if name not in ("seed", "data.path") and not name.startswith("runtime.")
-    }
-    return {**flat, "name": run.name}
+    flat = flatten_dict({**run.config, "name": run.name}, sep=".").items()
+    return {n: value for n, value in flat if n not in ("seed", "data.path") and not n.startswith("runtime.")}

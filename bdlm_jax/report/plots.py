@@ -35,11 +35,7 @@ SLICE_METRIC = {"twins": "auc/pair", "cold": "hr@1/cold20", "knowledge": "hr@1/k
 
 
 def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[str, str]:
-    """Draws what the runs have numbers for (the learning curves are the first run's).
-
-    Returns:
-      {"learning_curves" | "models" | "slices": the line of Markdown that shows it on a page beside `folder`}.
-    """
+    """Draws what the runs have numbers for; returns the line of Markdown that shows each on a page beside `folder`."""
     first = f"{runs[0].name}, seed {runs[0].seed}"
     title = f"{runs[0].name}, {len(runs)} seeds" if len(runs) > 1 else first
     bars = {metric: ("all", metric) for metric in BAR_METRICS if n_targets(runs, "all", metric)}
@@ -48,13 +44,11 @@ def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[st
         for part, metric in SLICE_METRIC.items()
         if n_targets(runs, part, metric) >= FEWEST_TARGETS
     }
+    slices = _draw_bars(runs, sliced, title=f"Where one source does not suffice: {title}")
     pictures = {
         "learning_curves": ("learning curves of both arms by round", _draw_learning(runs[0], title=first)),
         "models": ("every model, all targets", _draw_bars(runs, bars, title=f"All targets: {title}")),
-        "slices": (
-            "twins, cold and knowledge items",
-            _draw_bars(runs, sliced, title=f"Where one source does not suffice: {title}"),
-        ),
+        "slices": ("twins, cold and knowledge items", slices),
     }
     lines = {}
     for name, (caption, figure) in pictures.items():

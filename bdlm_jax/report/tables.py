@@ -82,9 +82,8 @@ def _machine(environment: Mapping) -> str:
 
 def _hashes(data: Mapping) -> str:
     candidates = sorted((name.split("/"), sha) for name, sha in data["candidates"].items())
-    return ", ".join(
-        [f"`{data['sha256'][:12]}`", *(f"{name} `{sha[:8]}`" for (part, name), sha in candidates if part == "test")]
-    )
+    of_test = [f"{name} `{sha[:8]}`" for (part, name), sha in candidates if part == "test"]
+    return ", ".join([f"`{data['sha256'][:12]}`", *of_test])
 
 
 def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:

@@ -22,20 +22,12 @@ def recommend(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[dict]:
-    """Recommends items to a known user, or to a new one by history; what the user has had is left out.
+    """Recommends k items, best first, to a known user or to a new one by history; what the user has had is left out.
 
-    Args:
-        workdir: the directory of a finished run.
-        user: a raw user id, or
-        history: raw item ids or titles, oldest first; as one string, separated by ; or ,.
-        arm: "domain" or "lm".
-        k: how many.
-        explain: let the LM arm write about each item, text that it generates behind the item's token and that may be
-            wrong; `temperature`, `top_p` and `seed` of that text as in `lm.generate`.
-
-    Returns:
-        [{"rank", "item", "title", "score"}] and, explained, "words"; best first. Scores compare within one answer, not
-        between arms.
+    Rows are {"rank", "item", "title", "score"} and, explained, "words". `user` is a raw id, `history` raw item
+    ids or titles, oldest first; as one string, separated by ; or ,. `explain` lets the LM arm write about each item,
+    text generated behind the item's token, which may be wrong; `temperature`, `top_p` and `seed` are of that text, as
+    in `lm.generate`. Scores compare within one answer, not between arms.
     """
     if (user is None) == (history is None):
         raise InputError("give either a user or a history, not both and not neither.")
@@ -56,7 +48,7 @@ def recommend(
     best = scores.top_items(scores_I, seen=items, k=k)
     rows = [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
     if explain:
-        words = scores.lm_words(lm, items, best, user=index, temperature=temperature, top_p=top_p, seed=seed)
+        words = scores.lm_words(lm, items, best, user=index, seed=seed, temperature=temperature, top_p=top_p)
         rows = [{**row, "words": text} for row, text in zip(rows, words)]
     return rows
 
@@ -100,10 +92,8 @@ def as_table(rows: list[dict]) -> str:
 
 
 def as_words(rows: list[dict]) -> str:
-    lines = [
-        f"recommended: {row['item']} {one_line(row['title'])} | in the LM's own words: {one_line(row['words'])}"
-        for row in rows
-    ]
+    titled = [(f"{row['item']} {one_line(row['title'])}", one_line(row["words"])) for row in rows]
+    lines = [f"recommended: {item} | in the LM's own words: {words}" for item, words in titled]
     return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])
 
 

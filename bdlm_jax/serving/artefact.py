@@ -17,7 +17,8 @@ from bdlm_jax.runtime.files import load_safetensors, replacing, save_safetensors
 from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import Array, InputError, Params
 
-FORMAT = 2
+FORMAT = 3
+_FACTS = ("model", "options", "dot", "reads_history")  # of the domain arm, in the manifest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,12 +68,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
     tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
     manifest = {
         "format": FORMAT,
-        "domain": {
-            "model": domain.model,
-            "dot": domain.dot,
-            "reads history": domain.reads_history,
-            "options": domain.options,
-        },
+        "domain": {name: getattr(domain, name) for name in _FACTS},
         "lm": {
             "config": dataclasses.asdict(lm.config),
             "vocabulary": {"n_users": lm.vocabulary.n_users, "n_items": lm.vocabulary.n_items},
@@ -90,7 +86,6 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
 
 
 def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
-    """Reads the catalogue of a finished run."""
     folder, _ = _open(workdir)
     try:
         return Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
@@ -101,15 +96,12 @@ def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
 def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:
     """Reads the domain arm; neither JAX nor the LM's weights are touched."""
     folder, manifest = _open(workdir)
-    facts, tree = manifest["domain"], _read(folder / "domain.safetensors")
-    return ServedDomain(
-        facts["model"], tree["user"], tree["item"], tree["degree"], tree.get("domain", {}), facts["options"],
-        dot=facts["dot"], reads_history=facts["reads history"],
-    )  # fmt: skip
+    tree = _read(folder / "domain.safetensors")
+    tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
+    return ServedDomain(**tables, domain=tree.get("domain", {}), **manifest["domain"])
 
 
 def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
-    """Reads the LM arm."""
     from bdlm_jax.lm.config import LMConfig
     from bdlm_jax.lm.prompts import PromptOptions
     from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer

@@ -38,10 +38,7 @@ def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array 
 def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.ndarray:
     """Scores the catalogue (I,) by the LM's state after the history: logits restricted to the item tokens.
 
-    Args:
-        arm: the LM arm.
-        history: (n,) item indices, oldest first.
-        user: index of a known user, whose <uid> and context are shown where the run reads them; None for a new one.
+    The <uid> and context of a known user are shown where the run reads them.
     """
     import jax
 
@@ -57,20 +54,13 @@ def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.n
 
 
 def lm_words(
-    arm: ServedLM,
-    history: Array,
-    items: Array,
-    *,
-    user: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    arm: ServedLM, history: Array, items: Array, *, user: int | None = None, seed: int = 0, **sampling: float
 ) -> list[str]:
     """Lets the LM write a text behind each item's token, where its training has the item's text.
 
     Where prompts hold titles, what is read is the history and then <iid>; where they hold none, <bos> <iid>, the card
     on which such a run learns what an <iid> is called. No special token is written; the text ends at <eos> or with as
-    many tokens as the longest title has. `temperature` and `top_p` as in `lm.generate.generate`.
+    many tokens as the longest title has. `sampling`: temperature and top_p, as in `lm.generate.generate`.
     """
     import jax
 
@@ -89,8 +79,7 @@ def lm_words(
     allowed_V[list(specials - {vocabulary.eos})] = False
     written = generate.generate(
         arm.params, arm.config, tokens, np.ones_like(tokens, bool), max_new=max_new, eos=vocabulary.eos,
-        pad=vocabulary.pad, key=jax.random.key(seed), temperature=temperature, top_p=top_p, allowed_V=allowed_V,
-        id_rows_XM=arm.id_rows_XM,
+        pad=vocabulary.pad, key=jax.random.key(seed), allowed_V=allowed_V, id_rows_XM=arm.id_rows_XM, **sampling,
     )  # fmt: skip
     texts = (itertools.takewhile(vocabulary.eos.__ne__, row) for row in np.asarray(written).tolist())
     return [vocabulary.decode(list(text)).strip() for text in texts]

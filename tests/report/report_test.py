@@ -25,10 +25,8 @@ def make_run(folder, *, seed=0, wins=30, twins=100, **settings):
     with config.unlocked():
         config.name = "twins"
     environment = {"devices": "1 x cpu (cpu), jax 1.2.3", "cores": 2, "jax": "1.2.3", "git": "abc"}
-    rows = []
-    for model, first, tied in (
-        ("lightgcn", 20, 0), ("bdlm_domain", wins, 0), ("bdlm_lm", wins, 0), ("text_lm", 20, 1),
-    ):  # fmt: skip
+    rows, models = [], (("lightgcn", 20, 0), ("bdlm_domain", wins, 0), ("bdlm_lm", wins, 0), ("text_lm", 20, 1))
+    for model, first, tied in models:
         behind = (np.arange(100) >= first).astype(int)
         counts = {
             "cand100": Counts(np.arange(100), 0 * ALL, behind, 0 * ALL, 99 * ALL),
@@ -99,9 +97,8 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
 
 
 def test_metrics_of_few_targets_are_counted_and_not_shown(tmp_path):
-    enough, few = (
-        page_of(make_run(tmp_path / f"{n}", twins=n)).split("## Slice twins")[1].split("##")[0] for n in (20, 19)
-    )
+    pages = [page_of(make_run(tmp_path / f"{n}", twins=n)) for n in (20, 19)]
+    enough, few = (page.split("## Slice twins")[1].split("##")[0] for page in pages)
     assert row_of(enough, "model")[1:] == ["hr@1/pair", "auc/pair", "hr@1/cand100"]
     assert row_of(few, "model")[1:] == ["hr@1/cand100"]
     assert "Too few" not in enough
@@ -169,8 +166,7 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, capsys, words, messag
     make_run(tmp_path / "run")
     assert report.main(words.format(tmp_path).split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith("bdlm_jax: ")
-    assert message in err
+    assert err.startswith("bdlm_jax: ") and message in err
 
 
 def test_a_model_may_lack_a_metric(tmp_path):

@@ -13,6 +13,11 @@ from bdlm_jax.serving.artefact import ServedDomain
 NOBODY_4D = np.zeros((1, 4), np.float32)
 
 
+def served_lm(tiny_run, **prompts):
+    served = artefact.load_lm_arm(tiny_run[1])
+    return dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, **prompts))
+
+
 def test_a_new_node_is_one_propagation_over_its_history():
     item_ID = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]], np.float32)
     arm = ServedDomain("lightgcn", item_ID[:1], item_ID, np.array([3, 0, 8]))
@@ -48,12 +53,12 @@ def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
 
 
 def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
-    served, history = artefact.load_lm_arm(tiny_run[1]), [3, 4]
+    served, history = served_lm(tiny_run), [3, 4]
     new_I = scores.lm_scores(served, history)
     assert np.isfinite(new_I).all()
     assert not np.allclose(new_I, scores.lm_scores(served, history[::-1])), "order counts"
     for named in (False, True):
-        reading = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, unnamed=not named))
+        reading = served_lm(tiny_run, unnamed=not named)
         assert np.allclose(new_I, scores.lm_scores(reading, history)), "nobody's name is shown for a new user"
         assert np.allclose(new_I, scores.lm_scores(reading, history, user=0)) != named
 
@@ -62,8 +67,7 @@ def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
 @pytest.mark.parametrize("kind", ["ids", "ids_titles", "text"])
 def test_words_are_asked_for_behind_the_items_token(tiny_run, monkeypatch, kind, user_token):
     """On the card, or behind the history where titles stand in it; and no special token can be written."""
-    served = artefact.load_lm_arm(tiny_run[1])
-    served = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, kind=kind, user_token=user_token))
+    served = served_lm(tiny_run, kind=kind, user_token=user_token)
     vocabulary, asked = served.vocabulary, {}
 
     def write(params, config, tokens, mask, **options):
@@ -84,9 +88,7 @@ def test_words_are_asked_for_behind_the_items_token(tiny_run, monkeypatch, kind,
 
 
 def test_words_leave_room_for_themselves_in_a_long_history(tiny_run, monkeypatch):
-    served = artefact.load_lm_arm(tiny_run[1])
-    served = dataclasses.replace(served, prompts=dataclasses.replace(served.prompts, kind="ids_titles", max_tokens=40))
-    sizes = []
+    served, sizes = served_lm(tiny_run, kind="ids_titles", max_tokens=40), []
 
     def write(params, config, tokens, mask, *, max_new, **options):
         sizes.append(tokens.shape[1] + max_new)
