@@ -18,9 +18,9 @@ import numpy as np
 
 from bdlm_jax.runtime import checkpoint, distributed
 from bdlm_jax.runtime.files import load_safetensors, save_safetensors, write_json
-from bdlm_jax.runtime.log import MetricLog, progress
+from bdlm_jax.runtime.log import MetricLog, StopSignal, progress
 from bdlm_jax.runtime.parallel import Compiled
-from bdlm_jax.runtime.sharding import place_as
+from bdlm_jax.runtime.sharding import spread
 from bdlm_jax.types import Params, TrainState
 
 LOOK_EVERY = 25  # units between two looks at the losses, each of which waits for the device
@@ -29,8 +29,8 @@ LOOK_EVERY = 25  # units between two looks at the losses, each of which waits fo
 class Arm(NamedTuple):
     """How one arm trains.
 
-    compiled: its step or epoch, from `runtime.parallel.compile_step`.
-    optimizer: its optax transformation; each arm has its own state for the shared tables.
+    compiled: its step or epoch.
+    optimizer: of optax; each arm has its own state for the shared tables.
     batch: unit number -> batch, so that any unit can be made again.
     view: params -> the other arm as constants, at the start of a phase.
     constants: what never changes, on the device.
@@ -76,27 +76,20 @@ def fit(
     validate: Callable[[str, Params], dict[str, float]],
     select: str,
     judged: Sequence[str],
-    stop=None,
+    stop: StopSignal | None = None,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool | None = None,
 ) -> Fitted:
     """Runs the phases in order, keeps each judged arm's best params on validation, and can be killed at any moment.
 
     Args:
-      folder: where checkpoints, metrics and the best params go; a finished folder is read, not trained again.
-      phases: what to do; each has a unit or more.
-      params: makes the initial params.
-      key: where every arm's randomness comes from.
-      validate: (arm, params) -> metrics of that arm on validation.
+      folder: holds checkpoints, metrics and the best params; a finished one is read, not trained again.
+      phases: each has a unit or more.
+      validate: (arm, params) -> metrics; done for every judged arm after every phase.
       select: the metric, among those, that chooses the best phase (higher is better).
-      judged: the arms to validate after every phase.
-      stop: a `runtime.log.StopSignal`, or None.
+      stop: a `runtime.log.StopSignal`; where it is requested the loop saves and raises `Stopped`.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
       tensorboard: see `MetricLog`.
-
-    Raises:
-      FloatingPointError: a loss is not finite; names the stage, the phase and the unit.
-      Stopped: after a save, when `stop.requested`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +120,7 @@ class _Loop:
     arms: dict[str, Arm]
     tree: dict[str, Any]
     log: MetricLog
-    stop: Any
+    stop: StopSignal | None
     checkpoint_seconds: float
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -154,7 +147,8 @@ class _Loop:
                     batch = compiled.place_batch(arm.batch(before + cursor["unit"]))
                 bar.update(1)
                 look = len(seen) == LOOK_EVERY or last
-                stopping, late = distributed.agree(self.stopping(), self._late(), now=look)
+                late = time.monotonic() - self.saved_at > self.checkpoint_seconds
+                stopping, late = distributed.agree(self.stopping(), late, now=look)
                 if look or stopping or late:
                     bar.set_postfix(loss=self._write_losses(phase, seen), refresh=False)
                     seen = []
@@ -175,9 +169,6 @@ class _Loop:
 
     def stopping(self) -> bool:
         return self.stop is not None and self.stop.requested
-
-    def _late(self) -> bool:
-        return time.monotonic() - self.saved_at > self.checkpoint_seconds
 
     def _view(self, number: int) -> Params:
         """The other arm as it stood when the phase began; kept on disk, for the phase changes what it came from."""
@@ -247,7 +238,7 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
                 tree["params"], mine["opt_state"] = shapes.params, shapes.opt_state
             else:
                 if tree["params"] is start:
-                    tree["params"] = place_as(start, shapes.params)
+                    tree["params"] = jax.tree.map(lambda a, to: spread(a, to.sharding, copy=True), start, shapes.params)
                 places = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
                 mine["opt_state"] = jax.jit(arm.optimizer.init, out_shardings=places)(tree["params"])
         tree["arms"][name] = mine
@@ -256,14 +247,7 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
 
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:
     best = json.loads((folder / "done.json").read_text(encoding="utf-8"))["best"]
-    return Fitted(
-        params={name: _load_params(folder / f"best_{name}.safetensors") for name in judged},
-        value={name: best[name]["value"] for name in judged},
-        phase={name: best[name]["phase"] for name in judged},
-    )
-
-
-def _load_params(path: Path) -> Params:
-    params = load_safetensors(path)
-    params.setdefault("domain", {})  # a flat file cannot hold the empty tree of an arm without params of its own
-    return params
+    # A flat file cannot hold the empty tree of an arm without params of its own.
+    params = {name: {"domain": {}} | load_safetensors(folder / f"best_{name}.safetensors") for name in judged}
+    value, phase = ({name: best[name][what] for name in judged} for what in ("value", "phase"))
+    return Fitted(params, value, phase)

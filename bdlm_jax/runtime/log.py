@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,10 +35,8 @@ class MetricLog:
             installed.
     """
 
-    def __init__(
-        self, folder: str | Path, *, resume: tuple[str, int] | None = None, tensorboard: bool | None = None
-    ) -> None:
-        path, self._events = Path(folder) / "metrics.jsonl", Path(folder) / "tensorboard"
+    def __init__(self, folder: Path, *, resume: tuple[str, int] | None = None, tensorboard: bool | None = None):
+        path, self._events = folder / "metrics.jsonl", folder / "tensorboard"
         rows = _rows_to_keep(read_metrics(path), *resume) if resume else []
         write_text(path, "".join(map(_line, rows)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
@@ -124,17 +122,11 @@ def _find_writer(wanted: bool | None) -> Any:
 
 
 def progress(
-    iterable: Iterable | None = None,
-    *,
-    description: str,
-    total: int | None = None,
-    start: int = 0,
-    every_s: float = 30.0,
-    stream: TextIO | None = None,
+    iterable: Iterable | None = None, *, description: str, total: int | None = None, start: int = 0, every_s: float = 30
 ) -> tqdm:
     """tqdm from `start` to `total`; in a file or a CI log one line every `every_s` seconds, and none before."""
-    options = {"desc": description, "total": total, "initial": start, "file": stream or sys.stderr}
-    if options["file"].isatty():
+    options = {"desc": description, "total": total, "initial": start}
+    if sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
     form = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {elapsed}{postfix}"
     pace = {"mininterval": every_s, "miniters": 1, "delay": every_s}

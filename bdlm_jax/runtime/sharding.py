@@ -79,18 +79,12 @@ def mesh_sizes(wanted: Mapping[str, int], n_devices: int) -> dict[str, int]:
 
 
 def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> Any:
-    """Gives every leaf of a state its layout; optimiser state lies as the parameter that it belongs to.
+    """Gives every leaf of a state, or of its shapes, a `Layout`; parameters lie below `params`.
 
     A leaf takes the axes of the first rule whose pattern is found in its path; without a rule it is replicated. What
-    an optimiser keeps of a parameter is known by the end of its path; where it has a dimension less (Adafactor's means
-    over rows or columns), that dimension's axes are left out. Rows (dimension 0) are padded to a multiple of their
-    parts; another dimension that does not divide is refused.
-
-    Args:
-        state: pytree of arrays or of their shapes; parameters lie below `params`.
-
-    Returns:
-        A pytree of `Layout`.
+    an optimiser keeps of a parameter lies as that does, and is known by the end of its path; where it has a dimension
+    less (Adafactor's means over rows or columns), that dimension's axes are left out. Rows (dimension 0) are padded to
+    a multiple of their parts; another dimension that does not divide is refused.
     """
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
     shapes = {name.removeprefix("params/"): np.shape(leaf) for name, leaf in named if name.startswith("params/")}
@@ -108,7 +102,7 @@ def state_layout(state: Any, sizes: Mapping[str, int], rules: Rules = RULES) -> 
 
 
 def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
-    """Returns into how many parts a dimension with this entry of a spec is cut."""
+    """Into how many parts a dimension with this entry of a spec is cut."""
     return math.prod(sizes[axis] for axis in _names(entry))
 
 
@@ -130,11 +124,6 @@ def split_rows(x: jax.Array) -> jax.Array:
     """
     mesh = _MESH.get()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-
-
-def place_as(tree: Any, shapes: Any) -> Any:
-    """Copies every array of a tree to where the `jax.ShapeDtypeStruct` beside it says, part by part."""
-    return jax.tree.map(lambda leaf, to: spread(leaf, to.sharding, copy=True), tree, shapes)
 
 
 def spread_rows(batch: Any, like: Any) -> Any:
