@@ -58,8 +58,8 @@ def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tm
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     tokens_BL = tokenizer(text, add_special_tokens=False, return_tensors="np")["input_ids"]
     title, b = vocabulary.encode_text(["A title", "B"])
-    head, tail = [vocabulary.bos, vocabulary.unnamed_user, vocabulary.item_token(2)], [vocabulary.user_token(3)]
-    assert tokens_BL[0].tolist() == [*head, *title, vocabulary.item_token(0), *b, *tail]
+    head = vocabulary.bos, vocabulary.unnamed_user, vocabulary.item_token(2)
+    assert tokens_BL[0].tolist() == [*head, *title, vocabulary.item_token(0), *b, vocabulary.user_token(3)]
     with torch.no_grad():
         theirs_BLV = model(torch.tensor(tokens_BL)).logits.numpy()
     text_BLV, id_BLX = logits_of(params, config, tokens_BL, rows_XM)
@@ -89,13 +89,13 @@ def test_large_weights_are_cut_into_shards_and_read_back(vocabulary, tmp_path):
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    sizes = 0
+    shard_of, total = {}, 0
     for file in files:
         with safe_open(tmp_path / file, "numpy") as stored:
-            assert {name for name, where in index["weight_map"].items() if where == file} == set(stored.keys())
             assert stored.metadata() == {"format": "pt"}
-            sizes += sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118
-    assert index["metadata"]["total_size"] == sizes
+            shard_of |= dict.fromkeys(stored.keys(), file)
+            total += sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118
+    assert index == {"metadata": {"total_size": total}, "weight_map": shard_of}
     again = load_lm(tmp_path, lm_config_from_hf(tmp_path), dtype="bfloat16")
     np.testing.assert_array_equal(again["embedding"][264:], rows_XM.astype(jnp.bfloat16))
     np.testing.assert_array_equal(again["embedding"][:264], params["embedding"])

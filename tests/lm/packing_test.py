@@ -70,9 +70,8 @@ def test_every_prompt_lies_in_its_row_whole_with_its_targets(sizes, seed):
 @pytest.fixture(scope="module")
 def seven():
     """Seven rows of one prompt each, with the user token 100 + n in front."""
-    return pack(
-        [_prompt([100 + n, 1, 2, 3, 4], texts=[(t, 10 * n + t) for t in range(n % 4 + 1)]) for n in range(7)], 5
-    )
+    texts = [[(t, 10 * n + t) for t in range(n % 4 + 1)] for n in range(7)]
+    return pack([_prompt([100 + n, 1, 2, 3, 4], texts=texts[n]) for n in range(7)], 5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,8 +100,7 @@ def test_a_batch_is_a_function_of_step_and_seed(seven):
 
 
 def test_text_targets_are_capped_by_a_uniform_subset(seven):
-    count = np.zeros(4)
-    n_steps = 600
+    count, n_steps = np.zeros(4), 600
     for step in range(n_steps):
         batch = seven.batch(step, batch_size=7, seed=1, max_text_targets=2)
         assert batch["text_target"].shape == (7, 2)
@@ -113,8 +111,7 @@ def test_text_targets_are_capped_by_a_uniform_subset(seven):
             if row == 3:
                 count[index[target >= 0]] += 1
     # Row 3 has four targets of which two are kept: each with probability 1/2.
-    deviation = np.sqrt(n_steps * 0.5 * 0.5)
-    assert np.abs(count - n_steps / 2).max() < 5 * deviation
+    assert np.abs(count - n_steps / 2).max() < 5 * np.sqrt(n_steps * 0.5 * 0.5)
 
 
 def test_uid_dropout_replaces_user_tokens_by_segment_and_nothing_else():
