@@ -252,9 +252,7 @@ def _rope_scaling(ropes, full, where):
     if kind == "default":
         return None
     if kind not in _ROPES or (kind == "yarn" and ropes.get("mscale")):
-        raise InputError(
-            f"{where} has rope_type {kind!r}; default, linear, llama3 and yarn (without mscale) are implemented."
-        )
+        raise InputError(f"{where} has rope_type {kind!r}; default, {', '.join(_ROPES)} (no mscale) are implemented.")
     factor = float(ropes["factor"])
     usual = {
         "original_max_position_embeddings": full.max_position_embeddings,

@@ -93,8 +93,7 @@ def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, shard_bytes: int) -> None:
-    shard_of: dict[str, int] = {}
-    total = n_shards = 0
+    shard_of, total, n_shards = {}, 0, 0
     for n_shards, shard in enumerate(_shards(tensors, shard_bytes), start=1):
         save_file(shard, folder / f"model-{n_shards}", metadata={"format": "pt"})
         shard_of |= dict.fromkeys(shard, n_shards)
@@ -111,7 +110,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, sh
 
 def _shards(tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
     """Gathers tensors up to a size; what was yielded is gone from memory before the next is gathered."""
-    held: dict[str, np.ndarray] = {}
+    held = {}
     for name, value in tensors:
         if held and sum(one.nbytes for one in held.values()) + value.nbytes > shard_bytes:
             yield held

@@ -58,9 +58,7 @@ def find_folder(name: str | Path) -> Path:
         raise InputError(f"{name} is no folder here and no hub id (owner/name): check the path.") from None
     except (LocalEntryNotFoundError, OSError) as error:
         why = "the hub refused it" if isinstance(error, HfHubHTTPError) else "the hub cannot be reached"
-        raise InputError(
-            f"{name} is no folder here, and {why}: check the name, or download the model elsewhere and give its folder."
-        ) from error
+        raise InputError(f"{name} is no folder here, and {why}: check it, or give a folder of the model.") from error
 
 
 def load_lm(
@@ -133,9 +131,8 @@ def tensor_map(config: LMConfig) -> dict[str, _Tensor]:
     shapes, gpt2 = _leaf_shapes(config), config.family == "gpt2"
     top, stem = (_GPT2_TOP, "transformer.h") if gpt2 else (_TOP, "model.layers")
     tensors = {name: _Tensor((leaf,), None, False, shapes[leaf]) for name, leaf in top.items() if leaf in shapes}
-    per_layer = _layer_tensors(shapes, gpt2=gpt2)
     for layer in range(config.n_layers):
-        for name, (leaves, transposed) in per_layer.items():
+        for name, leaves, transposed in _layer_tensors(shapes, gpt2=gpt2):
             shape = (*shapes[leaves[0]][1:-1], sum(shapes[leaf][-1] for leaf in leaves))
             shape = shape[::-1] if transposed else shape
             tensors[f"{stem}.{layer}.{name}"] = _Tensor(leaves, layer, transposed, shape)
@@ -143,17 +140,14 @@ def tensor_map(config: LMConfig) -> dict[str, _Tensor]:
 
 
 def _layer_tensors(shapes, *, gpt2):
-    """{name inside a layer: (leaves, transposed)}."""
-    modules = {path.removeprefix("layers/").rpartition("/")[0]: None for path in shapes if path.startswith("layers/")}
+    """Yields (name inside a layer, leaves, transposed)."""
+    modules = dict.fromkeys(path[len("layers/") :].rpartition("/")[0] for path in shapes if path.startswith("layers/"))
     groups = _GPT2_MODULES if gpt2 else {module.replace("/", "."): (module,) for module in modules}
-    return {
-        f"{name}.{'bias' if kind == 'bias' else 'weight'}": (
-            tuple(f"layers/{module}/{kind}" for module in group), kind == "kernel" and not gpt2
-        )
-        for name, group in groups.items()
-        for kind in ("kernel", "scale", "bias")
-        if f"layers/{group[0]}/{kind}" in shapes
-    }  # fmt: skip
+    for name, group in groups.items():
+        for kind, theirs in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
+            if f"layers/{group[0]}/{kind}" in shapes:
+                leaves = tuple(f"layers/{module}/{kind}" for module in group)
+                yield f"{name}.{theirs}", leaves, kind == "kernel" and not gpt2
 
 
 @functools.lru_cache(maxsize=8)

@@ -104,10 +104,8 @@ def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
     size_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
     if size_N.max(initial=0) > length:
         worst = int(size_N.argmax())
-        raise InputError(
-            f"prompt {worst} has {size_N[worst]} tokens and a row holds {length}: raise the length, "
-            "or build the prompts with max_tokens."
-        )
+        more = f"prompt {worst} has {size_N[worst]} tokens and a row holds {length}"
+        raise InputError(f"{more}: raise the length, or build the prompts with max_tokens.")
 
     def joined(name):
         return np.concatenate([np.zeros(0, np.int32), *(getattr(prompt, name) for prompt in prompts)])

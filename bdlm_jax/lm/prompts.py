@@ -126,10 +126,8 @@ def check_prompt_items(vocabulary: Vocabulary, prompt: Prompt, allowed: Collecti
     present = np.union1d(vocabulary.items_of(prompt.tokens), targets)
     leaked = np.setdiff1d(present, np.fromiter(allowed, np.int64, len(allowed)))
     if len(leaked):
-        raise LeakError(
-            f"the prompt of user {user} holds {len(leaked)} item(s) outside its allowed history, such as item "
-            f"{leaked[0]}."
-        )
+        outside = f"{len(leaked)} item(s) outside its allowed history, such as item {leaked[0]}"
+        raise LeakError(f"the prompt of user {user} holds {outside}.")
 
 
 def _newest(options, items, titles, head, context, *, n_tail):
