@@ -72,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _anchor(heading: str) -> str:
-    kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
-    return kept.replace(" ", "-")
+    return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The sections of a report in Markdown: header, tables by slice, margins, chosen rounds, times."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -127,14 +128,11 @@ def _ceiling(runs: Sequence[Finished], sees: str, part: str, metric: str) -> str
 
 
 def _margins(runs: Sequence[Finished]) -> list[str]:
-    rows = []
-    for arm in ("bdlm_domain", "bdlm_lm"):
-        for baseline in (runs[0].domain_model, "text_lm", "ids_lm"):
-            for metric in MARGIN_METRICS:
-                margins = [m for run in runs if (m := _margin(run, arm, baseline, metric)) is not None]
-                if margins:
-                    means = [mean_and_spread(runs, (model, "all", metric))[0] for model in (arm, baseline)]
-                    rows.append([arm, baseline, metric, *map(_number, means), *_margin_cells(margins)])
+    rows, baselines = [], (runs[0].domain_model, "text_lm", "ids_lm")
+    for arm, baseline, metric in itertools.product(("bdlm_domain", "bdlm_lm"), baselines, MARGIN_METRICS):
+        if margins := [m for run in runs if (m := _margin(run, arm, baseline, metric)) is not None]:
+            means = [mean_and_spread(runs, (model, "all", metric))[0] for model in (arm, baseline)]
+            rows.append([arm, baseline, metric, *map(_number, means), *_margin_cells(margins)])
     if not rows:
         return []
     one = len(runs) == 1

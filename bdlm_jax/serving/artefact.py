@@ -58,7 +58,7 @@ class ServedLM:
 
 def is_served(workdir: str | os.PathLike) -> bool:
     """Tells whether an earlier start of the run has written what is served."""
-    path = _folder(workdir) / "serving.json"
+    path = Path(workdir, "serving", "serving.json")
     return path.is_file() and _read(path).get("format") == FORMAT
 
 
@@ -75,7 +75,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
             "prompts": dataclasses.asdict(lm.prompts),
         },
     }
-    with replacing(_folder(workdir)) as folder:
+    with replacing(Path(workdir, "serving")) as folder:
         folder.mkdir()
         (folder / "catalogue.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
@@ -129,12 +129,8 @@ def _cut(joined: dict[str, np.ndarray]) -> list[np.ndarray]:
     return np.split(joined["token"], joined["indptr"][1:-1])
 
 
-def _folder(workdir: str | os.PathLike) -> Path:
-    return Path(workdir) / "serving"
-
-
 def _open(workdir: str | os.PathLike) -> tuple[Path, dict]:
-    folder = _folder(workdir)
+    folder = Path(workdir, "serving")
     if not (folder / "serving.json").is_file():
         raise InputError(
             f'{workdir} holds no finished run with "bdlm" among its models: run bdlm_jax.main on it first.'
