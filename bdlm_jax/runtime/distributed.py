@@ -39,10 +39,8 @@ def join(*, coordinator: str, processes: int, process: int) -> None:
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(
-            f"config.distributed: the processes do not find each other at {coordinator}: {told}"
-        ) from error
+        told = f"the processes do not find each other at {coordinator}: {' '.join(str(error).split())}"
+        raise InputError(f"config.distributed: {told}") from error
 
 
 def is_first() -> bool:

@@ -21,22 +21,14 @@ def start(processes, folder):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    flags = f"--xla_force_host_platform_device_count={4 // processes}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     worker = str(Path(__file__).parent / "distributed_worker.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, worker, coordinator, str(processes), str(process), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
+    commands = [
+        [sys.executable, worker, coordinator, str(processes), str(process), str(folder)] for process in range(processes)
     ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:
         told = [process.communicate(timeout=240) for process in started]
     finally:

@@ -74,15 +74,14 @@ def test_the_state_stays_in_parts_and_learns_the_numbers_of_one_device(tmp_path,
     assert seen == [1 / 4] * 3 and n_units == 7
     wanted, seen, _ = train(tmp_path, compile_step(step, parallel="jit"))
     assert seen == [1] * 3 and fitted.phase == wanted.phase
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), fitted.params["a"], wanted.params["a"]
-    )
+    for mine, theirs in zip(jax.tree.leaves(fitted.params), jax.tree.leaves(wanted.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(("kill_at", "seconds", "left"), [(5, 0.0, 3), (5, 1e9, 4)])
-def test_a_kill_changes_no_bit(tmp_path, compiled, whole, kill_at, seconds, left):
+@pytest.mark.parametrize(("seconds", "left"), [(0.0, 3), (1e9, 4)])
+def test_a_kill_changes_no_bit(tmp_path, compiled, whole, seconds, left):
     with pytest.raises(Killed):
-        train(tmp_path, compiled, kill_at=kill_at, seconds=seconds)
+        train(tmp_path, compiled, kill_at=5, seconds=seconds)
     (fitted, *_, n_units), wanted = train(tmp_path, compiled), whole[0]
     assert n_units == left
     jax.tree.map(np.testing.assert_array_equal, fitted.params["a"], wanted.params["a"])

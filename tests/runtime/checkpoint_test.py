@@ -1,7 +1,6 @@
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -49,9 +48,8 @@ def test_every_kind_of_leaf_comes_back_as_what_it_was(tmp_path):
 def test_a_shape_is_enough_to_restore_into(tmp_path):
     tree = {"a": np.arange(3, dtype=np.int8), "k": jax.random.key(3, impl="rbg")}
     path = checkpoint.save(tmp_path, 0, tree)
-    restored = checkpoint.restore(
-        path, like=jax.eval_shape(lambda: {"a": jnp.zeros(3, jnp.int8), "k": jax.random.key(0, impl="rbg")})
-    )
+    like = jax.eval_shape(lambda: {"a": jnp.zeros(3, jnp.int8), "k": jax.random.key(0, impl="rbg")})
+    restored = checkpoint.restore(path, like=like)
     assert isinstance(restored["a"], jax.Array)
     np.testing.assert_array_equal(restored["a"], tree["a"])
     assert bits(restored["k"]) == bits(tree["k"])
@@ -110,18 +108,13 @@ def test_kill_9_in_the_middle_of_saving(tmp_path):
     )
     newest = 0
     for delay in (0.003, 0.017):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
-        reported = int(process.stdout.readline())
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        reported = max([reported, *map(int, process.stdout.read().split())])
-        process.wait()
-        process.stdout.close()
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            reported = int(process.stdout.readline())
+            time.sleep(delay)
+            process.kill()
+            reported = max([reported, *map(int, process.stdout.read().split())])
         restored = checkpoint.restore(checkpoint.latest(tmp_path), like={"a": np.zeros((200, 64), np.int64), "step": 0})
         assert restored["step"] in (reported, reported + 1)
         assert (restored["a"] == restored["step"]).all()

@@ -10,16 +10,8 @@ from bdlm_jax.lm import causal_lm
 from bdlm_jax.runtime.sharding import mesh_sizes, state_layout
 from bdlm_jax.types import InputError, TrainState, leaf_name
 
-CONFIG = causal_lm.LMConfig(
-    vocab_size=24,
-    width=16,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    mlp_width=32,
-    attention_bias=True,
-    tie_embeddings=False,
-)
+HEADS = {"n_heads": 4, "n_kv_heads": 2, "attention_bias": True}
+CONFIG = causal_lm.LMConfig(vocab_size=24, width=16, n_layers=3, mlp_width=32, tie_embeddings=False, **HEADS)
 SIZES = {"data": 2, "fsdp": 2, "tensor": 4}
 
 
