@@ -4,7 +4,6 @@ The file of numbers holds each step once, however often the run was killed: a re
 to write again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "loss": 2.3}`.
 """
 
-import importlib.util
 import json
 import math
 import shutil
@@ -109,15 +108,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _find_writer(wanted: bool | None) -> Any:
-    found = importlib.util.find_spec("tensorboardX") is not None
-    if wanted and not found:
-        raise InputError(
-            'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
-        )
-    if not found or wanted is False:
+    if wanted is False:
         return None
-    from tensorboardX import SummaryWriter
-
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError:
+        if not wanted:
+            return None
+        told = 'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
+        raise InputError(told) from None
     return SummaryWriter
 
 

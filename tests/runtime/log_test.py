@@ -25,6 +25,7 @@ def kept(folder):
 
 
 def test_rows_hold_plain_numbers_and_are_there_at_once(tmp_path):
+    assert read_metrics(tmp_path) == []
     with MetricLog(tmp_path, tensorboard=False) as log:
         log.write("lm", np.int64(3), {"loss": np.float32(0.5), "hits": 2, "norm": math.nan, "scale": math.inf})
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -60,9 +61,11 @@ def test_a_killed_and_resumed_run_holds_each_step_once(tmp_path):
     assert kept(tmp_path) == [("lm", 1), ("lm", 2), ("lm", 3), ("lm", 4)]
 
 
-def test_errors(tmp_path):
-    assert read_metrics(tmp_path) == []
-    with MetricLog(tmp_path, tensorboard=False) as log, pytest.raises(InputError, match="called 'step'"):
+def test_errors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(InputError, match="tensorboardX is missing"):
+        MetricLog(tmp_path, tensorboard=True)
+    with MetricLog(tmp_path) as log, pytest.raises(InputError, match="called 'step'"):
         log.write("lm", 1, {"step": 2.0})
     (tmp_path / "metrics.jsonl").write_text('{"stage": "lm", "step": 1}\n[1]\n{"stage": "lm", "step": 2}\n')
     with pytest.raises(InputError, match="line 2: not a row"):
