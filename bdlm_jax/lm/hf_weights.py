@@ -226,11 +226,15 @@ def _check_tensors(stored, expected, names):
 def _store(leaf, part, tensor, shape, dtype, sharding):
     """Puts a part into its leaf, which is allocated at its first."""
     if tensor.layer is None:
-        return _place(_with_mean_rows(part, shape[0]), sharding, dtype)
+        spare = (shape[0] - len(part), *part.shape[1:])
+        if spare[0]:
+            mean = part.mean(axis=0, dtype=np.float32).astype(part.dtype)
+            part = np.concatenate([part, np.broadcast_to(mean, spare)])
+        return _place(part, sharding, dtype)
     if leaf is None:
         leaf = jnp.zeros(shape, dtype, device=sharding)
-    fill = _make_fill(sharding, tensor.transposed)
-    return fill(leaf, _place(part, _below(sharding, tensor.transposed)), tensor.layer)
+    part = _place(part, _below(sharding, tensor.transposed))
+    return _make_fill(sharding, tensor.transposed)(leaf, part, tensor.layer)
 
 
 @functools.lru_cache(maxsize=256)
@@ -259,10 +263,3 @@ def _below(sharding, transposed):
     if transposed:
         spec = (*spec, None, None)[:2][::-1]
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def _with_mean_rows(value, n_rows):
-    if len(value) == n_rows:
-        return value
-    mean = value.mean(axis=0, dtype=np.float32).astype(value.dtype)
-    return np.concatenate([value, np.broadcast_to(mean, (n_rows - len(value), *value.shape[1:]))])

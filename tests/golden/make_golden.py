@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from bdlm_jax.lm.causal_lm import lm_hidden, text_logits
 from bdlm_jax.lm.hf_config import lm_config_from_hf
@@ -158,11 +158,6 @@ def differences(ours, theirs, mask_BL) -> dict[str, float]:
     gradients = [name for name in theirs if name.startswith("gradient.")]
     found["gradient"] = max(float(np.abs(ours[n] - theirs[n]).max() / np.abs(theirs[n]).max()) for n in gradients)
     return found
-
-
-def load_golden(case: str) -> dict[str, np.ndarray]:
-    """Reads the batch of a stored case and what torch computed for it."""
-    return load_file(HERE / case / "expected.safetensors")
 
 
 def _write_golden() -> None:

@@ -73,20 +73,15 @@ def test_a_saved_tokenizer_loads_equal_and_without_torch(vocabulary, tokenizer, 
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
-def _write_gpt2_files(folder, tokenizer, *, end):
-    # The BPE itself, as GPT-2 publishes it: without declared special tokens.
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)[len(SPECIALS) :]
-    vocab = {token: n for n, token in enumerate(tokens + (["<|endoftext|>"] if end else []))}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return len(vocab)
-
-
 @pytest.mark.parametrize("end", [True, False])
 def test_two_gpt2_files_load_and_missing_specials_are_added(tmp_path, tokenizer, end):
-    count = _write_gpt2_files(tmp_path, tokenizer, end=end)
+    # The BPE itself, as GPT-2 publishes it: without declared special tokens.
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)[len(SPECIALS) :] + ["<|endoftext|>"] * end
+    count = len(tokens)
+    (tmp_path / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     vocabulary = Vocabulary(load_tokenizer(tmp_path), 2, 3)
     if end:
         assert vocabulary.bos == vocabulary.eos == count - 1
