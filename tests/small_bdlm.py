@@ -47,14 +47,14 @@ def make_arm(layer_weights="learned"):
     return lightgcn.lightgcn_arm(inputs, n_layers=2, layer_weights=layer_weights, backend="dense")
 
 
-def make_params(arm, bridge):
+def make_params(arm, bridge, lm=None):
     keys = jax.random.split(jax.random.key(3), 4)
     return {
         "shared": sharing.init_shared(keys[0], n_users=N_USERS, n_items=N_ITEMS, width=D, std=0.5),
         "domain": arm.init(keys[1]),
         "lm": {
-            **causal_lm.init_lm(keys[2], bridge.lm),
-            "bridge": sharing.init_bridge(keys[3], width=D, lm_width=M, gain=1.0),
+            **(lm or causal_lm.init_lm(keys[2], bridge.lm)),
+            "bridge": sharing.init_bridge(keys[3], width=D, lm_width=bridge.lm.width),
         },
     }
 
@@ -111,17 +111,13 @@ def make_state(params, optimizer):
     return TrainState(params, optimizer.init(params), jnp.int32(0), jax.random.key(11))
 
 
-def make_lm_step(arm, bridge, *, weights=LM_ALL, optimizer=None):
-    return lm_step.make_lm_step(
-        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(domain=optimizers.FROZEN)
-    )
+def make_lm_step(arm, bridge, *, optimizer, weights=LM_ALL):
+    return lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
 
 
-def make_domain_epoch(arm, bridge, *, weights=DOMAIN_ALL, optimizer=None, batch_size=16, kl_users=8, kl_items=0):
-    step = domain_epoch.make_domain_step(
-        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer or make_optimizer(lm=optimizers.FROZEN)
-    )
-    return domain_epoch.make_domain_epoch(step, batch_size=batch_size, kl_users=kl_users, kl_items=kl_items)
+def make_domain_epoch(arm, bridge, *, optimizer, weights=DOMAIN_ALL, kl_users=8, kl_items=0):
+    step = domain_epoch.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+    return domain_epoch.make_domain_epoch(step, batch_size=16, kl_users=kl_users, kl_items=kl_items)
 
 
 def align_mse(z, e, table):

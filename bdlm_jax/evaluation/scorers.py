@@ -46,13 +46,8 @@ def text_scorer(
 ) -> CandidateScorer:
     """Scores candidates by Σ log p(title tokens, <eos> | the user's last titles), InstructRec-like and without ids.
 
-    Equal titles get the equal score to the bit: each row computes a title once and copies it.
-
-    Args:
-      params: params["lm"], adapters and all.
-      prefixes: (U, P) tokens and mask.
-      continuations: (I, T) tokens and mask.
-      users_at_once: rows a call; memory grows with users × candidates × title tokens.
+    Equal titles get the equal score to the bit: each row computes a title once and copies it. `params` has the adapters
+    too; prefixes (U, P) and continuations (I, T) are tokens and mask; memory grows with `users_at_once`.
     """
     (prefix_UP, prefix_mask_UP), (title_IT, title_mask_IT) = prefixes, continuations
     _, same_I = np.unique(np.where(title_mask_IT, title_IT, -1), axis=0, return_inverse=True)
@@ -75,11 +70,7 @@ def text_scorer(
 def read_states(
     params: Params, packed: Packed, *, arm: DomainArm, bridge: Bridge, n_users: int, n_items: int, batch_rows: int = 64
 ) -> dict[str, np.ndarray]:
-    """Runs the LM over prompts and collects the states where users and items are read.
-
-    Returns:
-      {"user": (U, M), "item": (I, M), "rows_item": (I, M)} float32; what no prompt reads is zero.
-    """
+    """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero."""
     params = _near(params)
     rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
     state_UM = np.zeros((n_users, bridge.lm.width), np.float32)

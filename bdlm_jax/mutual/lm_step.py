@@ -74,13 +74,9 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer, rules=No
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
     `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
-    change: warm_I, and seen_UI where the score-level term is on.
-
-    Args:
-      optimizer: optax transformation over the whole params; freezes what the LM phase must not touch.
-      rules: the optimiser's rules, for a gradient of what trains alone; None takes it of every leaf.
-      accumulate: parts in which a batch goes through the decoder, one after the other, for the memory of one: the step
-        is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
+    change: warm_I, and seen_UI where the score-level term is on. With the optimiser's `rules` the gradient is taken of
+    what trains alone. A batch goes through the decoder in `accumulate` parts, one after the other, for the memory of
+    one: the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
     """
 
     def lm_step(state: TrainState, batch, view, constants, *, axis_name=None):

@@ -1,6 +1,6 @@
 """The losses of both arms, named after the method: BPR, cross-entropy, and the `align` family with KL.
 
-Every loss returns (sum over rows, weight of rows): the caller divides by the weight summed over all devices, so that
+Every loss returns a sum over rows and their weight: the caller divides by the weight summed over all devices, so that
 splitting a batch changes no number. `sg` in the formulas is a stop-gradient, applied by the caller.
 """
 
@@ -13,16 +13,15 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.types import Array, Params
 
 NEVER = -1e9  # the logit of an item that cannot be the answer
+Term = tuple[Array, Array]  # (sum, weight)
 
 
-def bpr_loss(positive_B: Array, negative_B: Array, weight_B: Array) -> tuple[Array, Array]:
+def bpr_loss(positive_B: Array, negative_B: Array, weight_B: Array) -> Term:
     """Returns Σ w·softplus(s⁻ - s⁺) and Σ w over a batch of scores. Source: Rendle et al. 2009, equation 4."""
     return jnp.sum(weight_B * jax.nn.softplus(negative_B - positive_B)), jnp.sum(weight_B)
 
 
-def catalogue_loss(
-    state_NM: Array, rows_IM: Array, bias_I: Array, target_N: Array, *, chunk_entries: int = 3_000_000
-) -> tuple[Array, Array]:
+def catalogue_loss(state_NM: Array, rows_IM: Array, bias_I: Array, target_N: Array, *, chunk_entries=3_000_000) -> Term:
     """Σ -log softmax(state·rowsᵀ + bias)[target] over all item rows, `chunk_entries` logits held at a time.
 
     On a CPU that is more than twice as fast too, because a chunk stays in the cache. A very negative bias takes an item
@@ -41,9 +40,7 @@ def catalogue_loss(
     return _sum_in_chunks(nll, state_NM, target_N, size=-(-n // n_chunks))
 
 
-def text_loss(
-    params: Params, config: LMConfig, state_NM: Array, target_N: Array, *, chunk: int | None = None
-) -> tuple[Array, Array]:
+def text_loss(params: Params, config: LMConfig, state_NM: Array, target_N: Array, *, chunk: int | None = None) -> Term:
     """Σ -log p(target | state) over text tokens, with the logits of `chunk` targets at a time; target -1 is none."""
 
     def nll(state_SM, target_S):
@@ -52,7 +49,7 @@ def text_loss(
     return _sum_in_chunks(nll, state_NM, target_N, size=chunk if chunk and chunk < len(target_N) else None)
 
 
-def _sum_in_chunks(nll, state_NM: Array, target_N: Array, *, size: int | None) -> tuple[Array, Array]:
+def _sum_in_chunks(nll, state_NM: Array, target_N: Array, *, size: int | None) -> Term:
     """Sums nll over the rows with a target, `size` at a time and again in the backward pass; None: all, and kept."""
 
     def total(state_SM, target_S):
@@ -100,7 +97,7 @@ WHOLE_BATCH = frozenset({"infonce"})  # those that compare a row with the other 
 
 def align_loss(
     student_ND: Array, teacher_ND: Array, weight_N: Array, *, kind: str, table: Array, axis_name: str | None = None
-) -> tuple[Array, Array]:
+) -> Term:
     """Pulls one arm's representations towards the other's, in units of the deviation of the domain arm's `table`.
 
     So a weight means the same for every table. METHOD `align`; the paper's exact form is unknown: ours. A row of weight
@@ -111,7 +108,7 @@ def align_loss(
     return jnp.sum(weight_N * rows_N), jnp.sum(weight_N)
 
 
-def kl_loss(student_NC: Array, teacher_NC: Array, weight_N: Array, *, temperature: float) -> tuple[Array, Array]:
+def kl_loss(student_NC: Array, teacher_NC: Array, weight_N: Array, *, temperature: float) -> Term:
     """Deep mutual learning on scores: T²·KL(softmax(teacher/T) ‖ softmax(student/T)) over the same candidates.
 
     The factor T² keeps the gradient's size independent of T (Hinton et al. 2015, section 2.1). Source: Zhang et al.

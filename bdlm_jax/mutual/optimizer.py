@@ -37,9 +37,7 @@ def label_params(params: Params, rules: Rules) -> Params:
 def split_trained(params: Params, rules: Rules | None) -> tuple[Any, Callable[[Any, Params], Params]]:
     """Parts what trains from what does not, so that a gradient is only taken, summed and kept where it is used.
 
-    Returns:
-      (trained, put): the trained leaves, and put(leaves, tree) -> the tree with those leaves in their places. Without
-      rules everything trains.
+    The second of what it returns puts trained leaves back into a tree. Without rules everything trains.
     """
     if rules is None:
         return params, lambda leaves, tree: leaves

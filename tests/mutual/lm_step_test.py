@@ -26,45 +26,41 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     rows_IM = np.asarray(sharing.id_rows(params, bridge=BRIDGE, arm=ARM)[1], np.float64)
     embedding_VM, out = params["lm"]["embedding"], params["lm"]["bridge"]
 
-    def to_width(h):
-        return h @ out["out"] + out["out_bias"]
+    wanted = {name: np.zeros(2) for name in ("item", "text", "align_user", "align_item", "kl")}
+
+    def add(name, value):
+        wanted[name] += value, 1
+
+    def read(prompt):
+        """Adds what the prompt says of text; returns its states, and the last of them through the bridge out."""
+        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
+        for at in np.flatnonzero(prompt.text_targets >= 0):
+            add("text", -log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]])
+        return hidden, hidden[-1] @ out["out"] + out["out_bias"]
 
     vocabulary, options = small_bdlm.make_vocabulary(), prompts.PromptOptions(max_tokens=16)
-    wanted = dict.fromkeys(("item", "text", "align_user", "align_item", "kl"), 0.0)
-    counts = dict.fromkeys(wanted, 0)
     for user, history in enumerate(HISTORIES):
         prompt = prompts.history_prompt(vocabulary, history, options, titles=TITLES, user=user, read_user=True)
-        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
+        hidden, z_user = read(prompt)
         for at in np.flatnonzero(prompt.item_targets >= 0):
             logits = np.where(WARM_I, hidden[at] @ rows_IM.T, -np.inf)
-            wanted["item"] -= log_softmax(logits)[prompt.item_targets[at]]
-            counts["item"] += 1
-        for at in np.flatnonzero(prompt.text_targets >= 0):
-            wanted["text"] -= log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]]
-            counts["text"] += 1
-        wanted["align_user"] += small_bdlm.align_mse(to_width(hidden[-1]), user_UD[user], user_UD)
+            add("item", -log_softmax(logits)[prompt.item_targets[at]])
+        add("align_user", small_bdlm.align_mse(z_user, user_UD[user], user_UD))
         open_I = WARM_I & ~np.isin(np.arange(N_ITEMS), history)
         teacher, student = user_UD[user] @ item_ID.T, hidden[-1] @ rows_IM.T
-        wanted["kl"] += small_bdlm.softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature)
-        counts["align_user"] += 1
-        counts["kl"] += 1
+        add("kl", small_bdlm.softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature))
     for item, title in enumerate(TITLES):
-        prompt = prompts.card_prompt(vocabulary, item, title)
-        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
-        for at in np.flatnonzero(prompt.text_targets >= 0):
-            wanted["text"] -= log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]]
-            counts["text"] += 1
+        _, z_item = read(prompts.card_prompt(vocabulary, item, title))
         if item != COLD:
-            wanted["align_item"] += small_bdlm.align_mse(to_width(hidden[-1]), item_ID[item], item_ID)
-            counts["align_item"] += 1
+            add("align_item", small_bdlm.align_mse(z_item, item_ID[item], item_ID))
 
     terms_of = functools.partial(lm_step.lm_losses, arm=ARM, bridge=BRIDGE)
     inputs = params, small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
     terms = jax.jit(functools.partial(terms_of, weights=LM_ALL))(*inputs)
     assert set(terms) == set(wanted)
     for name, (total, count) in terms.items():
-        np.testing.assert_allclose(total, wanted[name], rtol=2e-4, err_msg=name)
-        assert count == counts[name], name
+        np.testing.assert_allclose(total, wanted[name][0], rtol=2e-4, err_msg=name)
+        assert count == wanted[name][1], name
     assert list(jax.eval_shape(functools.partial(terms_of, weights=LMWeights(text=0.0)), *inputs)) == ["item"]
 
 

@@ -14,15 +14,18 @@ from bdlm_jax.mutual.options import LMWeights
 ARM, LEAN_LM = small_bdlm.make_arm(), LMWeights(item=1.0, text=0.0)
 
 
-def lm_gradient(bridge, params, weights=small_bdlm.LM_ALL):
-    view, _ = small_bdlm.make_views(ARM, bridge, params)
-
+def gradient_of(losses, params, batch, view, constants, **options):
     def objective(params):
-        constants, batch = small_bdlm.lm_constants(), small_bdlm.whole_batch()
-        terms = lm_step.lm_losses(params, batch, view, constants, arm=ARM, bridge=bridge, weights=weights)
+        terms = losses(params, batch, view, constants, arm=ARM, **options)
         return sum(total for total, _ in terms.values())
 
     return jax.jit(jax.grad(objective))(params)
+
+
+def lm_gradient(bridge, params, weights=small_bdlm.LM_ALL):
+    view, _ = small_bdlm.make_views(ARM, bridge, params)
+    inputs = small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
+    return gradient_of(lm_step.lm_losses, params, *inputs, bridge=bridge, weights=weights)
 
 
 def domain_gradient(bridge, params):
@@ -32,13 +35,8 @@ def domain_gradient(bridge, params):
         "user": user_E, "positive": item_E, "negative": (item_E + 1) % COLD, "weight": np.ones(len(user_E), np.float32),
         "align_item": np.arange(N_ITEMS), "kl_user": np.arange(N_USERS),
     }  # fmt: skip
-
-    def objective(params):
-        constants, weights = small_bdlm.domain_constants(), small_bdlm.DOMAIN_ALL
-        terms = domain_epoch.domain_losses(params, batch, view, constants, arm=ARM, bridge=bridge, weights=weights)
-        return sum(total for total, _ in terms.values())
-
-    return jax.jit(jax.grad(objective))(params)
+    inputs, weights = (batch, view, small_bdlm.domain_constants()), small_bdlm.DOMAIN_ALL
+    return gradient_of(domain_epoch.domain_losses, params, *inputs, bridge=bridge, weights=weights)
 
 
 @pytest.mark.parametrize("reads", sharing.READS)
