@@ -22,10 +22,7 @@ def count_better(scores_BC: Array, target_B1: Array, counts_BC: Array) -> tuple[
     worse_BC = scores_BC < target_B1
     equal_BC = scores_BC == target_B1
     better_BC = ~(worse_BC | equal_BC)
-    return (
-        jnp.sum(better_BC & counts_BC, axis=-1, dtype=jnp.int32),
-        jnp.sum(equal_BC & counts_BC, axis=-1, dtype=jnp.int32),
-    )
+    return tuple(jnp.sum(who_BC & counts_BC, axis=-1, dtype=jnp.int32) for who_BC in (better_BC, equal_BC))
 
 
 def case_metric(name: str, better_N: np.ndarray, equal_N: np.ndarray, others_N: np.ndarray) -> np.ndarray:
