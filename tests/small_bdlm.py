@@ -31,20 +31,18 @@ def make_vocabulary() -> Vocabulary:
     return made
 
 
-def make_bridge(*, reads="propagated", align="mse", dropout=0.0, temperature=1.5) -> Bridge:
-    lm = causal_lm.LMConfig(
-        vocab_size=N_TEXT, width=M, n_layers=1, n_heads=2, n_kv_heads=1, mlp_width=12, dropout=dropout
-    )
-    return Bridge(lm, reads=reads, align=align, temperature=temperature)
+def make_bridge(*, reads="propagated", align="mse", dropout=0.0) -> Bridge:
+    sizes = {"vocab_size": N_TEXT, "width": M, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "mlp_width": 12}
+    return Bridge(causal_lm.LMConfig(**sizes, dropout=dropout), reads=reads, align=align, temperature=1.5)
 
 
 def make_edges():
     return np.repeat(np.arange(N_USERS), [len(h) for h in HISTORIES]), np.concatenate(HISTORIES)
 
 
-def make_arm(layer_weights="learned"):
+def make_arm():
     inputs = Inputs(D, N_USERS, N_ITEMS, *make_edges())
-    return lightgcn.lightgcn_arm(inputs, n_layers=2, layer_weights=layer_weights, backend="dense")
+    return lightgcn.lightgcn_arm(inputs, n_layers=2, layer_weights="learned", backend="dense")
 
 
 def make_params(arm, bridge, lm=None):
@@ -59,16 +57,15 @@ def make_params(arm, bridge, lm=None):
     }
 
 
+def history_prompt(user):
+    options, titles = prompts.PromptOptions(max_tokens=16), TITLES
+    return prompts.history_prompt(make_vocabulary(), HISTORIES[user], options, titles=titles, user=user, read_user=True)
+
+
 def make_rows():
     """Every history with its titles and every item's card, several to a row of 16 tokens."""
-    vocabulary = make_vocabulary()
-    options = prompts.PromptOptions(max_tokens=16)
-    histories = [
-        prompts.history_prompt(vocabulary, h, options, titles=TITLES, user=u, read_user=True)
-        for u, h in enumerate(HISTORIES)
-    ]
-    cards = [prompts.card_prompt(vocabulary, i, title) for i, title in enumerate(TITLES)]
-    return packing.pack([*histories, *cards], 16)
+    cards = [prompts.card_prompt(make_vocabulary(), item, title) for item, title in enumerate(TITLES)]
+    return packing.pack([*map(history_prompt, range(N_USERS)), *cards], 16)
 
 
 def hidden_alone(params, prompt, arm, bridge):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_bdlm
-from small_bdlm import HISTORIES, N_ITEMS, N_USERS, TITLES
+from small_bdlm import N_ITEMS, N_USERS, TITLES
 
 from bdlm_jax.domain.arm import dot_score
 from bdlm_jax.evaluation import scorers
@@ -27,9 +27,7 @@ def states(params):
 
 def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     user = 4
-    vocabulary, options = small_bdlm.make_vocabulary(), prompts.PromptOptions(max_tokens=16)
-    prompt = prompts.history_prompt(vocabulary, HISTORIES[user], options, titles=TITLES, user=user)
-    h = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)[-1]
+    h = small_bdlm.hidden_alone(params, small_bdlm.history_prompt(user), ARM, BRIDGE)[-1]
     _, item_ID = ARM.encode(params["shared"], params["domain"])
     wanted = [h @ (np.asarray(item_ID[i]) @ np.asarray(params["lm"]["bridge"]["into"])) for i in range(N_ITEMS)]
     scores = scorers.state_scorer(states["user"], states["rows_item"]).score(np.array([0, user]))

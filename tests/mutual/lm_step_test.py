@@ -38,9 +38,8 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
             add("text", -log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]])
         return hidden, hidden[-1] @ out["out"] + out["out_bias"]
 
-    vocabulary, options = small_bdlm.make_vocabulary(), prompts.PromptOptions(max_tokens=16)
     for user, history in enumerate(HISTORIES):
-        prompt = prompts.history_prompt(vocabulary, history, options, titles=TITLES, user=user, read_user=True)
+        prompt = small_bdlm.history_prompt(user)
         hidden, z_user = read(prompt)
         for at in np.flatnonzero(prompt.item_targets >= 0):
             logits = np.where(WARM_I, hidden[at] @ rows_IM.T, -np.inf)
@@ -50,7 +49,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
         teacher, student = user_UD[user] @ item_ID.T, hidden[-1] @ rows_IM.T
         add("kl", small_bdlm.softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature))
     for item, title in enumerate(TITLES):
-        _, z_item = read(prompts.card_prompt(vocabulary, item, title))
+        _, z_item = read(prompts.card_prompt(small_bdlm.make_vocabulary(), item, title))
         if item != COLD:
             add("align_item", small_bdlm.align_mse(z_item, item_ID[item], item_ID))
 
