@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import LISTS
 from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
@@ -80,12 +79,11 @@ class Leaf(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A config's LM step as shapes: nothing in it is an array; `kept` is the optimiser's state."""
+    """A config's LM step as shapes: no leaf of it is an array; `kept` is the optimiser's state."""
 
-    config: ml_collections.ConfigDict
+    run: Run
     sizes: dict[str, int]
     device: Device
-    lm: LMConfig
     state: TrainState
     batch: dict[str, Any]
     constants: tuple[Any, ...]
@@ -120,35 +118,36 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     config = ml_collections.ConfigDict(config.to_dict())
     config.parallel, config.mesh = "jit", sizes  # the arm is only asked for its optimiser here
     run = _pretended_run(config)
-    arm, params = _lm_arm(run), _abstract_params(run)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(params, jax.eval_shape(arm.optimizer.init, params), step, key)
+    arm = _lm_arm(run)
+
+    def make_state():
+        tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
+        params = build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
+        return TrainState(params, arm.optimizer.init(params), jnp.int32(0), run.key)
+
+    state = jax.eval_shape(make_state)
     named = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(sharding.state_layout(state, sizes)))
     leaves = [Leaf(leaf_name(path), leaf.dtype, layout) for (path, leaf), layout in named]
     kept = [leaf for leaf in leaves if leaf.name.startswith("opt_state/")]
     leaves = [
-        leaf._replace(trained=any(other.name.endswith("/" + leaf.name.removeprefix("params/")) for other in kept))
+        leaf._replace(trained=any(other.name.endswith(leaf.name.removeprefix("params")) for other in kept))
         for leaf in leaves
         if leaf.name.startswith("params/")
     ]
-    view = {name: jax.ShapeDtypeStruct(table.shape, jnp.float32) for name, table in params["shared"].items()}
-    constants = view, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arm.constants)
+    constants = state.params["shared"], jax.eval_shape(lambda: arm.constants)
     config.parallel = "mesh"
-    return Plan(config, sizes, DEVICES[given.device], run.lm, state, _abstract_batch(config), constants, leaves, kept)
+    return Plan(run, sizes, DEVICES[given.device], state, _abstract_batch(config), constants, leaves, kept)
 
 
 def compile_plan(plan: Plan) -> dict[str, float]:
-    """Lets XLA compile the plan's step on pretended CPU devices, and returns what it tells, per device.
+    """Lets XLA compile the plan's step on pretended CPU devices, and returns what it tells, bytes and FLOPs per device.
 
-    Returns:
-      {"arguments", "temporaries": bytes, "flops": of the program with a loop's body counted once, "moved": bytes of all
-      collectives, loops counted fully, "seconds": of compiling}.
+    "flops" counts a loop's body once, "moved" (of all collectives) as often as it runs.
     """
     n = math.prod(plan.sizes.values())
     if parallel.device_count() != n:
         raise InputError(f"the dry run needs {n} pretended devices, but there are {parallel.device_count()}.")
-    arm, began = _lm_arm(_pretended_run(plan.config)), time.monotonic()
+    arm, began = _lm_arm(plan.run), time.monotonic()
     compiled = arm.compiled.lower(plan.state, plan.batch, *plan.constants).compile()
     memory = compiled.memory_analysis()
     return {
@@ -168,13 +167,13 @@ def bytes_per_device(plan: Plan) -> dict[str, float]:
 
     found = {
         "parameters": sum(map(size, plan.leaves)),
-        "optimiser state": sum(size(leaf) for leaf in plan.kept if leaf.dtype != jax.dtypes.prng_key),
+        "optimiser state": sum(map(size, plan.kept)),
         "gradients": sum(size(leaf) for leaf in plan.leaves if leaf.trained),
         "activations": _activation_bytes(plan),
     }
     if plan.sizes["fsdp"] > 1:  # a layer's weights come together where they are used, the next layer's as it computes
         layers = sum(leaf.bytes for leaf in plan.leaves if leaf.name.startswith("params/lm/layers/"))
-        found["gathered weights of two layers"] = 2 * (layers / plan.lm.n_layers) / plan.sizes["tensor"]
+        found["gathered weights of two layers"] = 2 * (layers / plan.run.lm.n_layers) / plan.sizes["tensor"]
     return found
 
 
@@ -185,7 +184,7 @@ def flops_per_step(plan: Plan) -> dict[str, float]:
     attention is counted over the whole square, as it is computed. "model" is forward and backward, "hardware" also what
     rematerialisation computes again.
     """
-    c, lm, batch = plan.config, plan.lm, plan.batch
+    c, lm, batch = plan.run.config, plan.run.lm, plan.batch
     rows, length = batch["tokens"].shape
     projections = (lm.n_heads + lm.n_kv_heads) * 2 * lm.head_dim  # query and output; key and value
     layer = lm.width * (projections + (3 if lm.gated else 2) * lm.mlp_width)
@@ -209,7 +208,7 @@ def bytes_moved(plan: Plan) -> dict[str, float]:
     fsdp gathers weights in the forward and in the backward pass (with rematerialisation: for the recomputation), and
     scatters gradients; data sums the gradients' shards; tensor sums each block's output, forward and backward.
     """
-    n, lm = plan.sizes, plan.lm
+    n, lm = plan.sizes, plan.run.lm
     share = {axis: (size - 1) / size for axis, size in n.items()}
     sharded = [leaf for leaf in plan.leaves if "fsdp" in str(leaf.layout.spec)]
     gathered = sum(leaf.bytes for leaf in sharded) / n["tensor"]
@@ -227,23 +226,21 @@ def bytes_moved(plan: Plan) -> dict[str, float]:
 
 def describe(plan: Plan, compiled: dict[str, float] | None) -> str:
     """Writes the tables, as Markdown."""
-    device, c, n = plan.device, plan.config.lm, math.prod(plan.sizes.values())
+    device, c, n = plan.device, plan.run.config.lm, math.prod(plan.sizes.values())
     rows, length = plan.batch["tokens"].shape
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for leaf in plan.leaves:
-        size = math.prod(leaf.layout.shape)
-        for group in (next(words for prefix, words in _GROUPS if leaf.name.startswith(prefix)), "together"):
-            count = counts.setdefault(group, [0, 0])
-            count[0] += size
-            count[1] += size * leaf.trained
-    counts["together"] = counts.pop("together")  # last
+        group = next(words for prefix, words in _GROUPS if leaf.name.startswith(prefix))
+        size, (everything, trained) = math.prod(leaf.layout.shape), counts.get(group, (0, 0))
+        counts[group] = everything + size, trained + size * leaf.trained
+    counts["together"] = tuple(map(sum, zip(*counts.values())))
     found, flops, moved = bytes_per_device(plan), flops_per_step(plan), bytes_moved(plan)
     total, least = sum(found.values()), sum(moved.values()) / device.link * 2
     verdict = f"{total / device.memory:.0%} of a device" + ("" if total <= device.memory else ": it does not fit")
     lines = [
         f"{n} x {device.name} ({device.memory / 1e9:.0f} GB), mesh {mesh}; lm.trains {c.trains}, "
-        f"optimiser {c.optimizer}, weights {c.param_dtype}, compute {plan.lm.dtype}; "
+        f"optimiser {c.optimizer}, weights {c.param_dtype}, compute {plan.run.lm.dtype}; "
         f"batch of {rows} rows of {length} tokens",
         "",
         "| parameters | all | trained |",
@@ -337,14 +334,6 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
     return Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
 
 
-def _abstract_params(run: Run) -> Any:
-    def make():
-        tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
-        return build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
-
-    return jax.eval_shape(make)
-
-
 def _abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The shapes of `Packed.batch` for rows that are as full as they can be."""
     rows, length = config.lm.batch_rows, config.prompts.length
@@ -363,10 +352,10 @@ def _abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _activation_bytes(plan: Plan) -> float:
     """What the backward pass keeps, and the largest set alive beside it: one layer, or the logits of a chunk."""
-    lm, n = plan.lm, plan.sizes
+    lm, n = plan.run.lm, plan.sizes
     size, t = jnp.dtype(lm.dtype).itemsize, n["tensor"]
     rows, length = plan.batch["tokens"].shape
-    rows = math.ceil(rows / (n["data"] * n["fsdp"] * plan.config.lm.accumulate))
+    rows = math.ceil(rows / (n["data"] * n["fsdp"] * plan.run.config.lm.accumulate))
     stream = rows * length * lm.width * size
     heads = rows * length * (lm.n_heads + 2 * lm.n_kv_heads) * lm.head_dim * size / t
     scores = rows * lm.n_heads * length**2 * (4 + size) / t  # float32 scores and their weights

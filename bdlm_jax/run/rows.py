@@ -77,9 +77,9 @@ def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_
     n_rows = -(-len(flat) // length)
 
     place = np.arange(len(flat))
-    starts = np.flatnonzero((np.diff(document, prepend=-1) != 0) | (place % length == 0))
-    segment = np.cumsum(np.isin(place, starts)) - 1
-    position = place - starts[segment]
+    begins = (np.diff(document, prepend=-1) != 0) | (place % length == 0)
+    segment = np.cumsum(begins) - 1
+    position = place - np.flatnonzero(begins)[segment]
     segment_in_row = segment - segment[::length][place // length] + 1
     continues = np.append(segment[1:] == segment[:-1], False)
 
@@ -109,9 +109,7 @@ def mix(parts: list[tuple[Packed | None, float]], *, seed: int) -> Packed:
         chosen += [packed] * int(whole)
         if n := round(rest * len(packed)):
             drawn_R = np.sort(np.random.default_rng((seed, number)).permutation(len(packed))[:n])
-            taken = packed.rows(drawn_R)
-            del taken["row"]
-            chosen.append(Packed(**taken))
+            chosen.append(Packed(*[getattr(packed, name)[drawn_R] for name in packing.FIELDS]))
     return packing.concatenate(chosen)
 
 

@@ -15,14 +15,9 @@ from experiments import tiny
 N_USERS, N_ITEMS, LENGTH = 12, 40, 16
 GENERATOR = np.random.default_rng(4)
 
-
-def make_split():
-    pairs = [(u, i) for u in range(N_USERS) for i in GENERATOR.permutation(N_ITEMS)[: 4 + 2 * u]]
-    rows = [*pairs, *((N_USERS - 1, i) for i in range(N_ITEMS))]  # the last user has everything: all items exist
-    return leave_one_out(make_interactions([u for u, _ in rows], [i for _, i in rows], time=range(len(rows))))
-
-
-SPLIT = make_split()
+PAIRS = [(u, i) for u in range(N_USERS) for i in GENERATOR.permutation(N_ITEMS)[: 4 + 2 * u]]
+PAIRS += [(N_USERS - 1, i) for i in range(N_ITEMS)]  # the last user has everything, so that all items exist
+SPLIT = leave_one_out(make_interactions(*zip(*PAIRS), time=range(len(PAIRS))))
 DATA = SimpleNamespace(split=SPLIT, n_users=N_USERS, n_items=N_ITEMS)
 VOCABULARY = Vocabulary(None, N_USERS, N_ITEMS)
 VOCABULARY.__dict__.update(n_text=64, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
@@ -92,8 +87,7 @@ def test_windows_are_as_long_as_a_row_allows(run, packed_prompts):
 
 
 def test_every_user_is_read_once_behind_the_whole_training_history(run):
-    packed = lm_rows.training_rows(run, kind="ids")
-    check_reads(packed, TRAIN)
+    check_reads(lm_rows.training_rows(run, kind="ids"), TRAIN)
 
 
 def check_reads(packed, *parts, named=True):
@@ -152,14 +146,14 @@ def test_cards_read_every_item_once_without_naming_it(run):
 def test_mix_takes_whole_copies_and_a_drawn_part(run):
     cards = lm_rows.card_rows(run)
     histories = lm_rows.training_rows(run, kind="ids")
-    mixed = lm_rows.mix([(cards, 2.5), (None, 3), (histories, 1), (histories, 0)], seed=0)
+    parts = [(cards, 2.5), (None, 3), (histories, 1), (histories, 0)]
+    mixed = lm_rows.mix(parts, seed=0)
     part = round(0.5 * len(cards))
     assert len(mixed) == 2 * len(cards) + part + len(histories)
     np.testing.assert_array_equal(mixed.tokens[: 2 * len(cards)], np.tile(cards.tokens, (2, 1)))
     drawn = {row.tobytes() for row in mixed.tokens[2 * len(cards) :][:part]}
     assert len(drawn) == part and drawn < {row.tobytes() for row in cards.tokens}
-    again = lm_rows.mix([(cards, 2.5), (None, 3), (histories, 1), (histories, 0)], seed=0)
-    np.testing.assert_array_equal(again.tokens, mixed.tokens)
+    np.testing.assert_array_equal(lm_rows.mix(parts, seed=0).tokens, mixed.tokens)
 
 
 def test_text_prefixes_hold_the_last_titles(run):
