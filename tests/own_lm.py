@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from bdlm_jax.lm import causal_lm, hf_config, hf_weights, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
-from bdlm_jax.mutual import domain_epoch, lm_step, optimizer, sharing
+from bdlm_jax.mutual import domain_epoch, lm_step, optimizer
 from bdlm_jax.mutual.options import LMWeights
 from bdlm_jax.run import build
 from bdlm_jax.runtime.parallel import compile_step
@@ -34,13 +34,13 @@ PARALLEL = {
 }
 
 
-def write_model(folder, shape: LMConfig, *, seed: int = 0, tokenizer=True):
+def write_model(folder, shape: LMConfig, *, tokenizer=True):
     """Writes config.json, model.safetensors and a tokenizer with a chat template; returns the decoder's params.
 
     `tokenizer` may be one, True for a small one of our own, False for none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    params = causal_lm.init_lm(jax.random.key(seed), shape)
+    params = causal_lm.init_lm(jax.random.key(0), shape)
     (folder / "config.json").write_text(json.dumps(hf_config.hf_config(shape)))
     save_file(dict(hf_weights.export_tensors(params, shape)), folder / "model.safetensors")
     if tokenizer is False:
@@ -71,13 +71,10 @@ def make_bdlm(folder, shape: LMConfig, trains: str):
     shape = dataclasses.replace(hf_config.lm_config_from_hf(folder), vocab_size=small_bdlm.N_TEXT)
     arm = small_bdlm.make_arm()
     bridge = dataclasses.replace(small_bdlm.make_bridge(), lm=shape)
-    keys = jax.random.split(jax.random.key(3), 3)
-    shared = sharing.init_shared(keys[0], n_users=small_bdlm.N_USERS, n_items=small_bdlm.N_ITEMS, width=small_bdlm.D)
-    maps = sharing.init_bridge(keys[1], width=small_bdlm.D, lm_width=shape.width)
     lm = hf_weights.load_lm(folder, shape)
     if trains == "lora":
         lm[lora.LORA] = lora.init_lora(jax.random.key(2), lm, rank=2, targets=".*_proj/kernel", alpha=4.0)
-    return arm, bridge, {"shared": shared, "domain": arm.init(keys[2]), "lm": {**lm, "bridge": maps}}
+    return arm, bridge, small_bdlm.make_params(arm, bridge, lm)
 
 
 def train_round(arm, bridge, params, trains, *, parallel="jit", accumulate=1, domain=False, weights=FEW):
