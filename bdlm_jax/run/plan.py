@@ -109,10 +109,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     if given.device not in DEVICES:
         raise InputError(f"config.dry_run.device is {given.device!r}; it must be one of {', '.join(DEVICES)}.")
     if config.parallel == "jit" and given.devices > 1:
-        raise InputError(
-            f"config.parallel is 'jit', which uses one device, and config.dry_run.devices is {given.devices}; "
-            "set config.parallel to mesh or pmap."
-        )
+        told = f"config.parallel is 'jit', which uses one device, and config.dry_run.devices is {given.devices}"
+        raise InputError(f"{told}; set config.parallel to mesh or pmap.")
     wanted = config.mesh.to_dict() if config.parallel == "mesh" else {"data": given.devices}
     sizes = sharding.mesh_sizes(wanted, given.devices)
     config = ml_collections.ConfigDict(config.to_dict())

@@ -98,14 +98,17 @@ def test_qwen_has_its_published_size():
     assert "| decoder | 494,032,768 | 494,032,768 |" in dry_run.describe(found, None)
 
 
-def test_a_device_that_is_unknown_is_refused():
-    with pytest.raises(InputError, match=r"config.dry_run.device is 'b200'; it must be one of a100, "):
-        plan(devices=8, device="b200")
-
-
-def test_a_leaf_that_does_not_divide_is_refused_before_any_work():
-    with pytest.raises(InputError, match=r"kernel of shape .* by fsdp"):
-        plan(devices=12)
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"devices": 8, "device": "b200"}, r"config.dry_run.device is 'b200'; it must be one of a100, "),
+        ({"devices": 8, "parallel": "jit"}, r"config.parallel is 'jit', which uses one device, .*devices is 8; set "),
+        ({"devices": 12}, r"kernel of shape .* by fsdp"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(asked, message):
+    with pytest.raises(InputError, match=message):
+        plan(**asked)
 
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}

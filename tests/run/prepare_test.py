@@ -120,9 +120,8 @@ def test_a_corpus_that_is_no_whole_text_is_refused(table, tmp_path, name, conten
     if content is not None:
         (tmp_path / name).write_bytes(content)
     table.pretrain.corpus = str(tmp_path / name)
-    with pytest.raises(
-        InputError, match=rf"config.pretrain.corpus: .*{name} cannot be read \(.+\); give a whole UTF-8"
-    ):
+    message = rf"config.pretrain.corpus: .*{name} cannot be read \(.+\); give a whole UTF-8"
+    with pytest.raises(InputError, match=message):
         prepare_data(table, tmp_path / "data")
 
 
