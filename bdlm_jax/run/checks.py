@@ -197,6 +197,11 @@ def _check_evaluation(config) -> None:
     if metric not in SELECTABLE or protocol not in protocols:
         words = f"{' or '.join(SELECTABLE)}, a slash, and one of {', '.join(protocols)}"
         raise InputError(f"config.select is {config.select!r}; it must be {words}.")
+    if config.data.options.get("duplicates") == "keep" and "full" in (*config.evaluate.protocols, protocol):
+        raise InputError(
+            "config.data.options.duplicates keep leaves among the targets what a user had before, and the protocol full "
+            "ranks only what is new; take full out of evaluate.protocols and select."
+        )
 
 
 def _check_paths(config) -> None:

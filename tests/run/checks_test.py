@@ -88,6 +88,10 @@ def test_a_config_without_a_setting_is_refused():
         ({"data__path": "x.csv"}, "the data kind twins is generated"),
         ({"data__kind": "table", "data__path": "no_such_file.csv"}, "no_such_file.csv is not there"),
         ({"data__kind": "adjacency", "data__path": "."}, "no validation part"),
+        (
+            {"data__kind": "table", "data__path": ".", "data__options__duplicates": "keep"},
+            "full ranks only what is new",
+        ),
         ({"data__split": "ratio", "data__test": 0.95}, "below 1 together"),
         ({"data__split": "global_time", "data__validation": 0.0}, "above 0"),
         ({"tokenizer__path": "no_such_tokenizer"}, "config.tokenizer.path: no_such_tokenizer is not there"),
