@@ -199,8 +199,8 @@ def _check_evaluation(config) -> None:
         raise InputError(f"config.select is {config.select!r}; it must be {words}.")
     if config.data.options.get("duplicates") == "keep" and "full" in (*config.evaluate.protocols, protocol):
         raise InputError(
-            "config.data.options.duplicates keep leaves among the targets what a user had before, and the protocol full "
-            "ranks only what is new; take full out of evaluate.protocols and select."
+            "config.data.options.duplicates keep leaves among the targets what a user had before, and the protocol "
+            "full ranks only what is new; take full out of evaluate.protocols and select."
         )
 
 
