@@ -127,7 +127,7 @@ class OurLightGCN:
         optimizer = optax.adam(LEARNING_RATE)
         pick = np.random.default_rng(0).permutation(self.user_E.size)[:n]
         weights = options.DomainWeights(regularisation=REGULARISATION)
-        step = domain_epoch.make_domain_step(arm=self.arm, bridge=None, weights=weights, optimizer=optimizer)
+        step = domain_epoch.make_domain_step(arm=self.arm, meeting=None, weights=weights, optimizer=optimizer)
         epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=batch_size), donate_argnums=0)
         # Every interaction is seen, but only n of them are gone through.
         constants = self.constants | {

@@ -66,18 +66,18 @@ def init_params(run, stage="ids_lm", loaded=None):
 
 
 def make_bdlm(folder, shape: LMConfig, trains: str):
-    """Writes a model, reads it back as a user's, puts it into `small_bdlm`, and returns (arm, bridge, params)."""
+    """Writes a model, reads it back as a user's, puts it into `small_bdlm`, and returns (arm, meeting, params)."""
     write_model(folder, dataclasses.replace(shape, vocab_size=small_bdlm.N_TEXT - 3), tokenizer=False)
     shape = dataclasses.replace(hf_config.lm_config_from_hf(folder), vocab_size=small_bdlm.N_TEXT)
     arm = small_bdlm.make_arm()
-    bridge = dataclasses.replace(small_bdlm.make_bridge(), lm=shape)
+    meeting = dataclasses.replace(small_bdlm.make_meeting(), lm=shape)
     lm = hf_weights.load_lm(folder, shape)
     if trains == "lora":
         lm[lora.LORA] = lora.init_lora(jax.random.key(2), lm, rank=2, targets=".*_proj/kernel", alpha=4.0)
-    return arm, bridge, small_bdlm.make_params(arm, bridge, lm)
+    return arm, meeting, small_bdlm.make_params(arm, meeting, lm)
 
 
-def train_round(arm, bridge, params, trains, *, parallel="jit", accumulate=1, domain=False, weights=FEW):
+def train_round(arm, meeting, params, trains, *, parallel="jit", accumulate=1, domain=False, weights=FEW):
     """Two steps of the LM arm, and where asked a domain epoch against it and LM steps against that.
 
     Returns (params, metrics of every unit).
@@ -86,7 +86,7 @@ def train_round(arm, bridge, params, trains, *, parallel="jit", accumulate=1, do
     groups = {name: {"learning_rate": 0.01} for name in ("lm", "bridge", "shared")}
     mover = optimizer.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
     step = lm_step.make_lm_step(
-        arm=arm, bridge=bridge, weights=weights, optimizer=mover,
+        arm=arm, meeting=meeting, weights=weights, optimizer=mover,
         rules=None if trains == "full" else rules, accumulate=accumulate,
     )  # fmt: skip
     compiled, packed = compile_step(step, parallel=parallel, **PARALLEL[parallel]), small_bdlm.make_rows()
@@ -101,15 +101,15 @@ def train_round(arm, bridge, params, trains, *, parallel="jit", accumulate=1, do
 
     def train_lm(state, start):
         batches = [packed.batch(start + n, batch_size=8, seed=0) for n in range(2)]
-        view = small_bdlm.make_views(arm, bridge, state.params)[0]
+        view = small_bdlm.make_views(arm, meeting, state.params)[0]
         return run(compiled, state, batches, view, small_bdlm.lm_constants())
 
     state = train_lm(small_bdlm.make_state(params, mover), 0)
     if domain:
         other = small_bdlm.make_optimizer(lm=optimizer.FROZEN)
-        epoch = small_bdlm.make_domain_epoch(arm, bridge, optimizer=other)
+        epoch = small_bdlm.make_domain_epoch(arm, meeting, optimizer=other)
         epoch = compile_step(epoch, parallel=parallel, **PARALLEL[parallel])
-        view = small_bdlm.make_views(arm, bridge, state.params)[1]
+        view = small_bdlm.make_views(arm, meeting, state.params)[1]
         slots = [domain_epoch.make_slots(batch_size=16, kl_users=8)]
         mine = run(epoch, small_bdlm.make_state(state.params, other), slots, view, small_bdlm.domain_constants())
         state = train_lm(state._replace(params=mine.params), 2)

@@ -12,7 +12,7 @@ from bdlm_jax.lm import causal_lm, packing, prompts
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual import optimizer as optimizers
-from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
+from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.types import TrainState
 
 N_USERS, N_ITEMS, N_TEXT, D, M = 9, 10, 16, 4, 8
@@ -31,9 +31,9 @@ def make_vocabulary() -> Vocabulary:
     return made
 
 
-def make_bridge(*, reads="propagated", align="mse", dropout=0.0) -> Bridge:
+def make_meeting(*, reads="propagated", align="mse", dropout=0.0) -> Meeting:
     sizes = {"vocab_size": N_TEXT, "width": M, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "mlp_width": 12}
-    return Bridge(causal_lm.LMConfig(**sizes, dropout=dropout), reads=reads, align=align, temperature=1.5)
+    return Meeting(causal_lm.LMConfig(**sizes, dropout=dropout), reads=reads, align=align, temperature=1.5)
 
 
 def make_edges():
@@ -45,14 +45,14 @@ def make_arm():
     return lightgcn.lightgcn_arm(inputs, n_layers=2, layer_weights="learned", backend="dense")
 
 
-def make_params(arm, bridge, lm=None):
+def make_params(arm, meeting, lm=None):
     keys = jax.random.split(jax.random.key(3), 4)
     return {
         "shared": sharing.init_shared(keys[0], n_users=N_USERS, n_items=N_ITEMS, width=D, std=0.5),
         "domain": arm.init(keys[1]),
         "lm": {
-            **(lm or causal_lm.init_lm(keys[2], bridge.lm)),
-            "bridge": sharing.init_bridge(keys[3], width=D, lm_width=bridge.lm.width),
+            **(lm or causal_lm.init_lm(keys[2], meeting.lm)),
+            "bridge": sharing.init_bridge(keys[3], width=D, lm_width=meeting.lm.width),
         },
     }
 
@@ -68,11 +68,11 @@ def make_rows():
     return packing.pack([*map(history_prompt, range(N_USERS)), *cards], 16)
 
 
-def hidden_alone(params, prompt, arm, bridge):
+def hidden_alone(params, prompt, arm, meeting):
     """(tokens, M): the states of one prompt in a row of its own."""
-    rows_XM, _ = sharing.id_rows(params, bridge=bridge, arm=arm)
+    rows_XM, _ = sharing.id_rows(params, meeting=meeting, arm=arm)
     packed = packing.pack([prompt], 16)
-    hidden = HIDDEN(params["lm"], bridge.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
+    hidden = HIDDEN(params["lm"], meeting.lm, packed.tokens, packed.positions, packed.segments, rows_XM)
     return np.asarray(hidden[0, : len(prompt)], np.float64)
 
 
@@ -90,9 +90,9 @@ def domain_constants():
     return lm_constants() | domain_epoch.make_epoch_constants(*make_edges(), n_users=N_USERS, n_items=N_ITEMS)
 
 
-def make_views(arm, bridge, params):
+def make_views(arm, meeting, params):
     """What each arm sees of the other: (for the LM, for the domain arm)."""
-    sizes = {"arm": arm, "bridge": bridge, "n_users": N_USERS, "n_items": N_ITEMS}
+    sizes = {"arm": arm, "meeting": meeting, "n_users": N_USERS, "n_items": N_ITEMS}
     states = models.read_states(params, make_rows(), **sizes)
     return models.domain_view(arm, params), models.lm_view(params, states, states)
 
@@ -108,12 +108,12 @@ def make_state(params, optimizer):
     return TrainState(params, optimizer.init(params), jnp.int32(0), jax.random.key(11))
 
 
-def make_lm_step(arm, bridge, *, optimizer, weights=LM_ALL):
-    return lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+def make_lm_step(arm, meeting, *, optimizer, weights=LM_ALL):
+    return lm_step.make_lm_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer)
 
 
-def make_domain_epoch(arm, bridge, *, optimizer, weights=DOMAIN_ALL, kl_users=8, kl_items=0):
-    step = domain_epoch.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer)
+def make_domain_epoch(arm, meeting, *, optimizer, weights=DOMAIN_ALL, kl_users=8, kl_items=0):
+    step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer)
     return domain_epoch.make_domain_epoch(step, batch_size=16, kl_users=kl_users, kl_items=kl_items)
 
 

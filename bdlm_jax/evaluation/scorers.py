@@ -16,7 +16,7 @@ from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm import causal_lm
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import sharing
-from bdlm_jax.mutual.options import Bridge
+from bdlm_jax.mutual.options import Meeting
 from bdlm_jax.runtime import sharding
 from bdlm_jax.runtime.log import progress
 from bdlm_jax.types import Array, Params
@@ -68,18 +68,25 @@ def text_scorer(
 
 
 def read_states(
-    params: Params, packed: Packed, *, arm: DomainArm, bridge: Bridge, n_users: int, n_items: int, batch_rows: int = 64
+    params: Params,
+    packed: Packed,
+    *,
+    arm: DomainArm,
+    meeting: Meeting,
+    n_users: int,
+    n_items: int,
+    batch_rows: int = 64,
 ) -> dict[str, np.ndarray]:
     """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero."""
     params = _near(params)
-    rows_XM, rows_IM = _id_rows(params, bridge=bridge, arm=arm)
-    state_UM = np.zeros((n_users, bridge.lm.width), np.float32)
-    state_IM = np.zeros((n_items, bridge.lm.width), np.float32)
+    rows_XM, rows_IM = _id_rows(params, meeting=meeting, arm=arm)
+    state_UM = np.zeros((n_users, meeting.lm.width), np.float32)
+    state_IM = np.zeros((n_items, meeting.lm.width), np.float32)
     batch_rows = min(batch_rows, max(len(packed), 1))
     for start in progress(range(0, len(packed), batch_rows), description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
         placed = sharding.spread_rows(batch, params["lm"]["embedding"])
-        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=bridge.lm)
+        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=meeting.lm)
         for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
             out[batch[target][where]] = np.asarray(states, np.float32)[where]
@@ -126,7 +133,7 @@ def _encode(shared, domain, *, arm: DomainArm):
     return arm.encode(shared, domain)
 
 
-_id_rows = partial(jax.jit, static_argnames=("bridge", "arm"))(_exact(sharing.id_rows))
+_id_rows = partial(jax.jit, static_argnames=("meeting", "arm"))(_exact(sharing.id_rows))
 _title_likelihood = partial(jax.jit, static_argnums=1)(causal_lm.continuation_log_likelihood)
 
 

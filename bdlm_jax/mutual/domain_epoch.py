@@ -16,11 +16,11 @@ from bdlm_jax.domain import negatives
 from bdlm_jax.domain.arm import inner_products
 from bdlm_jax.mutual.losses import NEVER, align_loss, bpr_loss, kl_loss
 from bdlm_jax.mutual.optimizer import update_state
-from bdlm_jax.mutual.options import Bridge, DomainWeights
+from bdlm_jax.mutual.options import DomainWeights, Meeting
 from bdlm_jax.types import Array, InputError, TrainState
 
 
-def domain_losses(params, batch, view, constants, *, arm, bridge, weights: DomainWeights, axis_name=None):
+def domain_losses(params, batch, view, constants, *, arm, meeting, weights: DomainWeights, axis_name=None):
     """Computes every weighted term of L_D as {name: (sum, count)}.
 
     The term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote; KL runs over the
@@ -40,7 +40,7 @@ def domain_losses(params, batch, view, constants, *, arm, bridge, weights: Domai
     if arm.auxiliary and weights.auxiliary:
         terms["auxiliary"] = arm.auxiliary(shared, domain, **batch["auxiliary"])
     if weights.align_item or weights.align_user:
-        align = functools.partial(align_loss, kind=bridge.align, axis_name=axis_name)
+        align = functools.partial(align_loss, kind=meeting.align, axis_name=axis_name)
     if weights.align_item:
         n = batch["align_item"]
         terms["align_item"] = align(item_ID[n], view["z_item"][n], constants["text_weight_I"][n], table=item_ID)
@@ -55,20 +55,20 @@ def domain_losses(params, batch, view, constants, *, arm, bridge, weights: Domai
             allowed_NC, rows_CM, item_CD = allowed_NC[:, pick_C], rows_CM[pick_C], item_CD[pick_C]
         teacher_NC = jnp.where(allowed_NC, inner_products(view["state_user"][n], rows_CM), NEVER)
         student_NC = jnp.where(allowed_NC, arm.score(domain, user_UD[n], item_CD), NEVER)
-        terms["kl"] = kl_loss(student_NC, teacher_NC, jnp.ones(n.shape), temperature=bridge.temperature)
+        terms["kl"] = kl_loss(student_NC, teacher_NC, jnp.ones(n.shape), temperature=meeting.temperature)
     return terms
 
 
-def make_domain_step(*, arm, bridge: Bridge | None, weights: DomainWeights, optimizer, rules=None):
+def make_domain_step(*, arm, meeting: Meeting | None, weights: DomainWeights, optimizer, rules=None):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) of the domain arm on a drawn batch.
 
     `view` is the LM arm at the start of the phase: state_user (U, M), rows_item (I, M), z_user (U, D), z_item (I, D);
-    empty, with no bridge, for an arm that trains alone. `rules` as in `make_lm_step`.
+    empty, with no meeting, for an arm that trains alone. `rules` as in `make_lm_step`.
     """
 
     def domain_step(state: TrainState, batch, view, constants, *, axis_name=None):
         def losses(params, batch):
-            options = {"arm": arm, "bridge": bridge, "weights": weights, "axis_name": axis_name}
+            options = {"arm": arm, "meeting": meeting, "weights": weights, "axis_name": axis_name}
             return domain_losses(params, batch, view, constants, **options)
 
         return update_state(state, losses, batch, weights, optimizer, axis_name, rules=rules)

@@ -17,7 +17,7 @@ from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.losses import NEVER, align_loss, catalogue_loss, kl_loss, text_loss
 from bdlm_jax.mutual.optimizer import update_state
-from bdlm_jax.mutual.options import Bridge, LMWeights
+from bdlm_jax.mutual.options import LMWeights, Meeting
 from bdlm_jax.types import Array, TrainState
 
 TEXT_CHUNK = 1024  # text targets whose logits are held at a time
@@ -28,18 +28,20 @@ def states_at(hidden_BLM: Array, index_BT: Array) -> Array:
     return causal_lm.gather_positions(hidden_BLM, index_BT).reshape(-1, hidden_BLM.shape[-1])
 
 
-def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: LMWeights, keys_B=None, axis_name=None):
+def lm_losses(
+    params, batch, view, constants, *, arm, meeting: Meeting, weights: LMWeights, keys_B=None, axis_name=None
+):
     """Computes every weighted term of L_M as {name: (sum, count)}.
 
     Cold items take no part in the softmax of the next item: nothing is known of who wants them, so they must not be
     everybody's negatives (ours).
     """
     lm = lora.merge_tables(params["lm"])
-    rows_XM, rows_IM = sharing.id_rows(params, bridge=bridge, arm=arm)
+    rows_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=arm)
     hidden_BLM = causal_lm.lm_hidden(
-        lm, bridge.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
+        lm, meeting.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
     )
-    align = functools.partial(align_loss, kind=bridge.align, axis_name=axis_name)
+    align = functools.partial(align_loss, kind=meeting.align, axis_name=axis_name)
     terms = {}
     if weights.item:
         bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
@@ -47,7 +49,7 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
         terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, batch["item_target"].reshape(-1))
     if weights.text:
         state_NM = states_at(hidden_BLM, batch["text_index"])
-        terms["text"] = text_loss(lm, bridge.lm, state_NM, batch["text_target"].reshape(-1), chunk=TEXT_CHUNK)
+        terms["text"] = text_loss(lm, meeting.lm, state_NM, batch["text_target"].reshape(-1), chunk=TEXT_CHUNK)
     if weights.align_item:
         z_ND = sharing.bridge_out(lm["bridge"], states_at(hidden_BLM, batch["card_index"]))
         item_N = batch["card_item"].reshape(-1)
@@ -66,11 +68,11 @@ def lm_losses(params, batch, view, constants, *, arm, bridge: Bridge, weights: L
             allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
             teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
             student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
-            terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=bridge.temperature)
+            terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
     return terms
 
 
-def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer, rules=None, accumulate: int = 1):
+def make_lm_step(*, arm, meeting: Meeting, weights: LMWeights, optimizer, rules=None, accumulate: int = 1):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
     `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
@@ -85,8 +87,8 @@ def make_lm_step(*, arm, bridge: Bridge, weights: LMWeights, optimizer, rules=No
         def losses(params, batch):
             # A key a row: no number depends on how a batch is split over devices or parts.
             fold = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))
-            keys_B = fold(batch["row"]) if bridge.lm.dropout else None
-            options = {"arm": arm, "bridge": bridge, "weights": weights, "keys_B": keys_B, "axis_name": axis_name}
+            keys_B = fold(batch["row"]) if meeting.lm.dropout else None
+            options = {"arm": arm, "meeting": meeting, "weights": weights, "keys_B": keys_B, "axis_name": axis_name}
             return lm_losses(params, batch, view, constants, **options)
 
         return update_state(

@@ -33,7 +33,7 @@ class DomainWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bridge:
+class Meeting:
     """How the two arms meet: static facts of the model that every step needs.
 
     `reads` is one of `sharing.READS`, `align` one of `losses.ALIGN`, `temperature` the T of the score-level term.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bdlm_jax.domain.arm import DomainArm
-from bdlm_jax.mutual.options import Bridge
+from bdlm_jax.mutual.options import Meeting
 from bdlm_jax.types import Array, Params
 
 READS = ("layer0", "propagated")
@@ -47,13 +47,13 @@ def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[
     return shared["user"], shared["item"]
 
 
-def id_rows(params: Params, *, bridge: Bridge, arm: DomainArm) -> tuple[Array, Array]:
+def id_rows(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, Array]:
     """Returns the rows (X, M) of `<uid>` and `<iid>` that the LM reads, users first, and its output rows (I, M)."""
-    tables = read_tables(params["shared"], params["domain"], encode=arm.encode, reads=bridge.reads)
+    tables = read_tables(params["shared"], params["domain"], encode=arm.encode, reads=meeting.reads)
     user_UM, item_IM = (table @ params["lm"]["bridge"]["into"] for table in tables)
     rows_XM = jnp.concatenate([user_UM, item_IM])
     # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.
-    return rows_XM, item_IM * bridge.lm.width**-0.5 if bridge.lm.scale_embedding else item_IM
+    return rows_XM, item_IM * meeting.lm.width**-0.5 if meeting.lm.scale_embedding else item_IM
 
 
 def bridge_out(bridge: Params, state: Array) -> Array:

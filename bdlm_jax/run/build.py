@@ -21,7 +21,7 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer
-from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
+from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import prepare
 from bdlm_jax.run.prepare import KNOWN, Data, Texts
 from bdlm_jax.runtime import parallel
@@ -100,10 +100,10 @@ def start_run(config: ml_collections.ConfigDict, folder: Path, stop=None) -> Run
     return Run(config, folder, data, prepare.encode_texts(config, data, vocabulary), stop, jax.random.key(config.seed))
 
 
-def make_bridge(run: Run, *, reads: str) -> Bridge:
+def make_meeting(run: Run, *, reads: str) -> Meeting:
     """The static facts of how the arms meet."""
     m = run.config.mutual
-    return Bridge(run.lm, reads=reads, align=m.align, temperature=m.temperature)
+    return Meeting(run.lm, reads=reads, align=m.align, temperature=m.temperature)
 
 
 def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation"]) -> DomainArm:
@@ -231,7 +231,7 @@ def shared_rate(run: Run, decoder: Decoder, *, read_std: float, reads: str) -> f
 def make_lm_arm(
     run: Run,
     rows: Packed | None,
-    bridge: Bridge,
+    meeting: Meeting,
     weights: LMWeights,
     rates: dict,
     *,
@@ -258,7 +258,7 @@ def make_lm_arm(
         groups["lm"]["master"] = c.master_weights
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = lm_step.make_lm_step(
-        arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
+        arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
         rules=None if trains == "full" else rules,
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"seen_UI": _seen(run, (TRAIN,))} if weights.kl else {})
@@ -280,7 +280,7 @@ def make_lm_arm(
 def make_domain_arm(
     run: Run,
     arm: DomainArm,
-    bridge: Bridge | None,
+    meeting: Meeting | None,
     weights: DomainWeights,
     *,
     rate: float,
@@ -289,7 +289,7 @@ def make_domain_arm(
 ) -> Arm:
     """Builds the domain arm: its compiled epoch over the training interactions, and which parameters move.
 
-    `bridge` is None for an arm that trains alone; the items of `parts` are left out of the score-level term as seen.
+    `meeting` is None for an arm that trains alone; the items of `parts` are left out of the score-level term as seen.
     """
     data, c, m = run.data, run.config.domain, run.config.mutual
     user_E, item_E = data.split.edges(TRAIN)
@@ -299,7 +299,7 @@ def make_domain_arm(
         constants["seen_UI"] = _seen(run, parts)
     rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
     optimizer = make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
-    step = domain_epoch.make_domain_step(arm=arm, bridge=bridge, weights=weights, optimizer=optimizer, rules=rules)
+    step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
     n = 1 if run.config.parallel == "jit" else jax.device_count()  # small data must still divide over the devices
     batch_size = min(c.batch_size, -(-len(user_E) // n) * n)
     kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0

@@ -312,7 +312,7 @@ def _lm_arm(run: Run) -> Arm:
     weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
     shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
     rates = build.lm_rates(lambda step: rate, shared=shared)
-    return build.make_lm_arm(run, None, build.make_bridge(run, reads="layer0"), weights, rates)
+    return build.make_lm_arm(run, None, build.make_meeting(run, reads="layer0"), weights, rates)
 
 
 def _pretended_run(config: ml_collections.ConfigDict) -> Run:

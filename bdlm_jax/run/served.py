@@ -7,7 +7,7 @@ from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import lora
 from bdlm_jax.mutual import sharing
-from bdlm_jax.run.build import Run, make_arm, make_bridge, parts_at_test
+from bdlm_jax.run.build import Run, make_arm, make_meeting, parts_at_test
 from bdlm_jax.run.prepare import domain_settings
 from bdlm_jax.run.rows import prompt_options
 from bdlm_jax.types import Params
@@ -41,9 +41,9 @@ def domain_fields(run: Run, params: Params) -> dict:
 def lm_fields(run: Run, params: Params) -> dict:
     """The decoder with its adapters merged, the rows of the id tokens, and what makes prompts."""
     c = run.config
-    id_rows = jax.jit(sharing.id_rows, static_argnames=("bridge", "arm"))
-    bridge = make_bridge(run, reads=c.mutual.reads)
-    rows_XM, _ = id_rows(params, bridge=bridge, arm=make_arm(run, c.domain.model))
+    id_rows = jax.jit(sharing.id_rows, static_argnames=("meeting", "arm"))
+    meeting = make_meeting(run, reads=c.mutual.reads)
+    rows_XM, _ = id_rows(params, meeting=meeting, arm=make_arm(run, c.domain.model))
     return {
         "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
         "config": run.lm,

@@ -14,7 +14,7 @@ from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Count
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.optimizer import make_schedule
-from bdlm_jax.mutual.options import Bridge, DomainWeights, LMWeights
+from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.prepare import KNOWN, PARTS
@@ -28,13 +28,13 @@ class Reader(NamedTuple):
     """How the LM's states are read: how the arms meet, everyone's prompt, and every item's card (or None)."""
 
     arm: DomainArm
-    bridge: Bridge
+    meeting: Meeting
     users: Packed
     cards: Packed | None = None
 
     def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
         sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
-        return scorers.read_states(params, packed, arm=self.arm, bridge=self.bridge, **sizes)
+        return scorers.read_states(params, packed, arm=self.arm, meeting=self.meeting, **sizes)
 
     def scorer(self, run: Run, params: Params) -> CatalogueScorer:
         """The LM arm as a scorer: one forward pass a user."""
@@ -111,7 +111,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     """Runs the mutual rounds: the LM's first phase, then domain and LM phases in turn."""
     config, m, trained_by = run.config, run.config.mutual, run.config.shared.trained_by
     reader, packed = bdlm_reader(run, "validation"), _bdlm_rows(run)
-    arm, bridge = reader.arm, reader.bridge
+    arm, meeting = reader.arm, reader.meeting
     lm_phases = _lm_phases(run, packed, _lm_epochs(config), "LM")
     phases = lm_phases[:1]
     for number, phase in enumerate(lm_phases[1:], 1):
@@ -133,11 +133,11 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = build.make_lm_arm(run, packed, bridge, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
+    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
     if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)
-    domain_arm = _taught_arm(run, arm, bridge, rate=m.domain_learning_rate)
+    domain_arm = _taught_arm(run, arm, meeting, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
         phases=[phase for phase in phases if phase.units],
@@ -169,15 +169,15 @@ def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
 def ids_reader(run: Run, part: str) -> Reader:
     """Reads the ids-only LM."""
     users = rows.reading_rows(run, kind="ids", parts=KNOWN[part])
-    return Reader(DOT_ARM, build.make_bridge(run, reads="layer0"), users)
+    return Reader(DOT_ARM, build.make_meeting(run, reads="layer0"), users)
 
 
 def bdlm_reader(run: Run, part: str) -> Reader:
     """Reads BDLM's LM, whose id rows are always those of the training interactions."""
     c = run.config
     users = rows.reading_rows(run, kind=c.prompts.kind, parts=KNOWN[part])
-    bridge = build.make_bridge(run, reads=c.mutual.reads)
-    return Reader(build.make_arm(run, c.domain.model), bridge, users, rows.card_rows(run))
+    meeting = build.make_meeting(run, reads=c.mutual.reads)
+    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run))
 
 
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
@@ -205,7 +205,7 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
 
 def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, select, trains=None) -> Fitted:
     """An LM without a domain model: its own tables, if it reads any."""
-    arm = build.make_lm_arm(run, packed, build.make_bridge(run, reads="layer0"), weights, rates, trains=trains)
+    arm = build.make_lm_arm(run, packed, build.make_meeting(run, reads="layer0"), weights, rates, trains=trains)
 
     def params():
         tables = build.measure_tables(run, DOT_ARM, build.init_tables(run, stage, DOT_ARM), reads="layer0")
@@ -222,18 +222,18 @@ def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, 
     )
 
 
-def _taught_arm(run: Run, arm: DomainArm, bridge: Bridge, *, rate: float, part: str = "validation"):
+def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part: str = "validation"):
     """BDLM's domain arm: it learns from interactions and from the LM, without a view yet."""
     c = run.config
     regularisation = _section(run, c.domain.model).regularisation
     weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
     trains = c.shared.trained_by in ("both", "domain")
-    return build.make_domain_arm(run, arm, bridge, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
+    return build.make_domain_arm(run, arm, meeting, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
 
 
 def _distill(run: Run, bdlm: Fitted, stage: str, part: str, arm: DomainArm, phases, *, select: bool = True) -> Fitted:
     reader, lm_params = bdlm_reader(run, part), bdlm.params["lm"]
-    taught = _taught_arm(run, arm, reader.bridge, rate=run.config.mutual.distill_learning_rate, part=part)
+    taught = _taught_arm(run, arm, reader.meeting, rate=run.config.mutual.distill_learning_rate, part=part)
     taught = taught._replace(view=lambda _: reader.view(run, lm_params))
     return _fit_domain(run, stage, arm, taught, phases=phases, params=lambda: bdlm.params["domain"], select=select)
 

@@ -10,14 +10,14 @@ from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import causal_lm, packing, prompts
 
 ARM = small_bdlm.make_arm()
-BRIDGE = small_bdlm.make_bridge()
-SIZES = {"arm": ARM, "bridge": BRIDGE, "n_users": N_USERS, "n_items": N_ITEMS}
+MEETING = small_bdlm.make_meeting()
+SIZES = {"arm": ARM, "meeting": MEETING, "n_users": N_USERS, "n_items": N_ITEMS}
 USERS = np.arange(N_USERS)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return small_bdlm.make_params(ARM, BRIDGE)
+    return small_bdlm.make_params(ARM, MEETING)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def states(params):
 
 def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     user = 4
-    h = small_bdlm.hidden_alone(params, small_bdlm.history_prompt(user), ARM, BRIDGE)[-1]
+    h = small_bdlm.hidden_alone(params, small_bdlm.history_prompt(user), ARM, MEETING)[-1]
     _, item_ID = ARM.encode(params["shared"], params["domain"])
     wanted = [h @ (np.asarray(item_ID[i]) @ np.asarray(params["lm"]["bridge"]["into"])) for i in range(N_ITEMS)]
     scores = scorers.state_scorer(states["user"], states["rows_item"]).score(np.array([0, user]))
@@ -58,7 +58,7 @@ def test_domain_scores_are_inner_products(params):
 
 
 def test_views_hold_what_the_other_arm_needs(params, states):
-    for_lm, for_domain = small_bdlm.make_views(ARM, BRIDGE, params)
+    for_lm, for_domain = small_bdlm.make_views(ARM, MEETING, params)
     assert set(for_lm) == {"user", "item", "domain"}
     bridge = params["lm"]["bridge"]
     np.testing.assert_allclose(for_domain["z_item"], states["item"] @ bridge["out"] + bridge["out_bias"], rtol=1e-5)
@@ -80,7 +80,7 @@ def texts():
 
 
 def test_equal_titles_tie_to_the_bit_and_others_do_not(params, texts):
-    scorer = scorers.text_scorer(params["lm"], BRIDGE.lm, *texts, users_at_once=4)
+    scorer = scorers.text_scorer(params["lm"], MEETING.lm, *texts, users_at_once=4)
     items = np.tile(np.array([[8, 2, 1, 0, 4, -1]], np.int32), (N_USERS, 1))
     scores = np.asarray(scorer.score(USERS, items))
     assert scores.shape == (N_USERS, 6)
@@ -97,10 +97,10 @@ def test_a_title_scores_the_sum_of_its_tokens_log_likelihoods(params, texts):
     head, tail = prefix[user][prefix_mask[user]], titles[item][title_mask[item]]
     tokens = np.concatenate([head, tail])[None]
     ones = np.ones_like(tokens)
-    hidden = causal_lm.lm_hidden(params["lm"], BRIDGE.lm, tokens, np.cumsum(ones, 1) - 1, ones, None)
-    log_probabilities = jax.nn.log_softmax(causal_lm.text_logits(params["lm"], BRIDGE.lm, hidden))[0]
+    hidden = causal_lm.lm_hidden(params["lm"], MEETING.lm, tokens, np.cumsum(ones, 1) - 1, ones, None)
+    log_probabilities = jax.nn.log_softmax(causal_lm.text_logits(params["lm"], MEETING.lm, hidden))[0]
     wanted = sum(float(log_probabilities[len(head) + n - 1, t]) for n, t in enumerate(tail))
-    score = scorers.text_scorer(params["lm"], BRIDGE.lm, *texts).score(np.array([user]), np.array([[item, 0]]))
+    score = scorers.text_scorer(params["lm"], MEETING.lm, *texts).score(np.array([user]), np.array([[item, 0]]))
     np.testing.assert_allclose(score[0, 0], wanted, rtol=1e-4)
     assert jnp.shape(score) == (1, 2)
 
@@ -112,7 +112,7 @@ def test_a_later_validation_compiles_nothing(params, texts, caplog):
             states = scorers.read_states(params, small_bdlm.make_rows(), **SIZES)
             scorers.state_scorer(states["user"], states["rows_item"]).score(USERS)
             scorers.domain_scorer(ARM, params).score(USERS)
-            scorers.text_scorer(params["lm"], BRIDGE.lm, *texts).score(USERS, np.tile(np.arange(7), (N_USERS, 1)))
+            scorers.text_scorer(params["lm"], MEETING.lm, *texts).score(USERS, np.tile(np.arange(7), (N_USERS, 1)))
         return [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]
 
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
@@ -125,7 +125,7 @@ def test_ranks_do_not_come_from_rounded_products(params):
     programs = [
         scorers._pair_scores.lower(view, USERS, score=dot_score),
         scorers._encode.lower(params["shared"], params["domain"], arm=ARM),
-        scorers._id_rows.lower(params, bridge=BRIDGE, arm=ARM),
+        scorers._id_rows.lower(params, meeting=MEETING, arm=ARM),
     ]
     for text in (program.as_text() for program in programs):
         assert text.count("stablehlo.dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0

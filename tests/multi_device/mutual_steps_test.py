@@ -25,17 +25,17 @@ def contrast(shared, domain, user_B, item_B, weight_B, key):
 ARM = small_bdlm.make_arm()._replace(auxiliary=contrast)
 
 
-def train_lm(parallel, bridge, params, view, **options):
-    step = small_bdlm.make_lm_step(ARM, bridge, optimizer=LM_OPTIMIZER)
+def train_lm(parallel, meeting, params, view, **options):
+    step = small_bdlm.make_lm_step(ARM, meeting, optimizer=LM_OPTIMIZER)
     compiled = compile_step(step, parallel=parallel, **options)
     rows = small_bdlm.make_rows()
     batches = [rows.batch(number, batch_size=8, seed=0) for number in range(4)]
     return run(compiled, params, LM_OPTIMIZER, batches, view, small_bdlm.lm_constants())
 
 
-def train_domain(parallel, bridge, params, view):
+def train_domain(parallel, meeting, params, view):
     epoch = small_bdlm.make_domain_epoch(
-        ARM, bridge, optimizer=DOMAIN_OPTIMIZER, kl_items=6 if bridge.align == "cosine" else 0
+        ARM, meeting, optimizer=DOMAIN_OPTIMIZER, kl_items=6 if meeting.align == "cosine" else 0
     )
     compiled = compile_step(epoch, parallel=parallel)
     batches = [domain_epoch.make_slots(batch_size=16, kl_users=8)] * 2
@@ -59,10 +59,10 @@ SLOW = [(train, align) for align in ALIGN for train in (train_lm, train_domain) 
 
 @pytest.mark.parametrize(("train", "align"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 def test_three_ways_train_to_the_same_numbers(train, align):
-    bridge = small_bdlm.make_bridge(align=align, dropout=0.2)
-    params = small_bdlm.make_params(ARM, bridge)
-    view = small_bdlm.make_views(ARM, bridge, params)[0 if train is train_lm else 1]
-    wanted, wanted_metrics = train("jit", bridge, params, view)
+    meeting = small_bdlm.make_meeting(align=align, dropout=0.2)
+    params = small_bdlm.make_params(ARM, meeting)
+    view = small_bdlm.make_views(ARM, meeting, params)[0 if train is train_lm else 1]
+    wanted, wanted_metrics = train("jit", meeting, params, view)
     assert {"align_user", "align_item", "kl"} < set(wanted_metrics[0])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), wanted.params["shared"], params["shared"])
     assert min(jax.tree.leaves(moved)) > 1e-3
@@ -70,7 +70,7 @@ def test_three_ways_train_to_the_same_numbers(train, align):
     if train is train_lm:
         ways[1] = ("mesh", {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
     for parallel, options in ways:
-        state, metrics = train(parallel, bridge, params, view, **options)
+        state, metrics = train(parallel, meeting, params, view, **options)
         for mine, theirs in zip(metrics, wanted_metrics):
             for name, value in theirs.items():
                 np.testing.assert_allclose(mine[name], value, rtol=1e-4, err_msg=f"{parallel} {name}")

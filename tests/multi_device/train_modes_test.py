@@ -21,9 +21,9 @@ CASES = [("lora", "llama", False)] + [
 @pytest.mark.slow
 @pytest.mark.parametrize(("trains", "shape", "domain"), CASES)
 def test_three_ways_train_a_users_model_to_the_same_losses(tmp_path, trains, shape, domain):
-    arm, bridge, params = own_lm.make_bdlm(tmp_path / "model", own_lm.SHAPES[shape], trains)
+    arm, meeting, params = own_lm.make_bdlm(tmp_path / "model", own_lm.SHAPES[shape], trains)
     options = {"domain": domain, "weights": small_bdlm.LM_ALL if domain else own_lm.FEW}
-    wanted, losses = own_lm.train_round(arm, bridge, params, trains, **options)
+    wanted, losses = own_lm.train_round(arm, meeting, params, trains, **options)
     others = {"lm/bridge", "shared/user", "shared/item"} | ({"domain/layer_weights"} if domain else set())
     assert moved(params, wanted) == others | MOVES[trains, shape]
     assert len({metrics["loss"] for metrics in losses}) == len(losses)
@@ -31,7 +31,7 @@ def test_three_ways_train_a_users_model_to_the_same_losses(tmp_path, trains, sha
     batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
     assert len({(np.asarray(batch["item_target"])[part::2] >= 0).sum() for part in range(2)}) == 2
     for parallel in ("pmap", "mesh"):
-        trained, seen = own_lm.train_round(arm, bridge, params, trains, parallel=parallel, accumulate=2, **options)
+        trained, seen = own_lm.train_round(arm, meeting, params, trains, parallel=parallel, accumulate=2, **options)
         assert len(seen) == len(losses)
         for mine, theirs in zip(seen, losses):
             assert set(mine) == set(theirs)

@@ -16,7 +16,7 @@ from bdlm_jax.mutual import domain_epoch
 from bdlm_jax.mutual.options import DomainWeights
 from bdlm_jax.types import InputError, TrainState
 
-ARM, BRIDGE = small_bdlm.make_arm(), small_bdlm.make_bridge()
+ARM, MEETING = small_bdlm.make_arm(), small_bdlm.make_meeting()
 N_USERS, N_ITEMS, WIDTH = 20, 16, 8  # of the world of two blocks
 
 
@@ -27,8 +27,8 @@ def own_loss(shared, domain, user_B, item_B, weight_B, key):
 
 
 def test_every_term_equals_its_formula():
-    params, arm = small_bdlm.make_params(ARM, BRIDGE), ARM._replace(auxiliary=own_loss)
-    _, view = small_bdlm.make_views(ARM, BRIDGE, params)
+    params, arm = small_bdlm.make_params(ARM, MEETING), ARM._replace(auxiliary=own_loss)
+    _, view = small_bdlm.make_views(ARM, MEETING, params)
     user_UD, item_ID = (np.asarray(t, np.float64) for t in ARM.encode(params["shared"], params["domain"]))
     user, positive, negative = np.array([0, 1, 8, 0]), np.array([1, 4, 7, 2]), np.array([3, 0, 1, 6])
     weight, key = np.array([1.0, 1.0, 1.0, 0.0], np.float32), jax.random.key(5)
@@ -48,7 +48,7 @@ def test_every_term_equals_its_formula():
     for u in (4, 2):
         open_C = np.array([i for i in (1, 7, 0, COLD, 4) if i not in HISTORIES[u]])
         teacher = np.asarray(view["state_user"])[u] @ np.asarray(view["rows_item"])[open_C].T
-        kl += small_bdlm.softened_kl(teacher, user_UD[u] @ item_ID[open_C].T, BRIDGE.temperature)
+        kl += small_bdlm.softened_kl(teacher, user_UD[u] @ item_ID[open_C].T, MEETING.temperature)
     wanted = {
         "bpr": (np.log1p(np.exp(-margin)) @ weight, 3),
         "regularisation": (0.5 * norms @ weight, 3),
@@ -57,7 +57,7 @@ def test_every_term_equals_its_formula():
         "align_user": (small_bdlm.align_mse(user_UD, np.asarray(view["z_user"]), user_UD)[[4, 2]].sum(), 2),
         "kl": (kl, 2),
     }
-    terms_of = functools.partial(domain_epoch.domain_losses, arm=arm, bridge=BRIDGE)
+    terms_of = functools.partial(domain_epoch.domain_losses, arm=arm, meeting=MEETING)
     inputs = params, batch, view, small_bdlm.domain_constants()
     terms = jax.jit(functools.partial(terms_of, weights=small_bdlm.DOMAIN_ALL))(*inputs)
     assert set(terms) == set(wanted)
@@ -125,10 +125,10 @@ def blocks():
 
 @functools.cache
 def learner(model, popularity=0.0, auxiliary=None):
-    """(arm, epoch, start(seed) -> state) of a model that trains alone, without a bridge."""
+    """(arm, epoch, start(seed) -> state) of a model that trains alone, without a meeting."""
     arm = make_arm(model, Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()), {"n_layers": 2, "length": 8})
     arm, optimizer = arm._replace(auxiliary=auxiliary), optax.adam(0.02)
-    step = domain_epoch.make_domain_step(arm=arm, bridge=None, weights=DomainWeights(), optimizer=optimizer)
+    step = domain_epoch.make_domain_step(arm=arm, meeting=None, weights=DomainWeights(), optimizer=optimizer)
     epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=32))
     constants = domain_epoch.make_epoch_constants(*blocks(), n_users=N_USERS, n_items=N_ITEMS, popularity=popularity)
     slots = domain_epoch.make_slots(batch_size=32)

@@ -11,19 +11,19 @@ from bdlm_jax.lm import prompts
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.options import LMWeights
 
-ARM, BRIDGE = small_bdlm.make_arm(), small_bdlm.make_bridge()
+ARM, MEETING = small_bdlm.make_arm(), small_bdlm.make_meeting()
 WARM_I = np.arange(N_ITEMS) != COLD
 
 
 @pytest.fixture(scope="module")
 def params():
-    return small_bdlm.make_params(ARM, BRIDGE)
+    return small_bdlm.make_params(ARM, MEETING)
 
 
 def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
-    view, _ = small_bdlm.make_views(ARM, BRIDGE, params)
+    view, _ = small_bdlm.make_views(ARM, MEETING, params)
     user_UD, item_ID = (np.asarray(view[name], np.float64) for name in ("user", "item"))
-    rows_IM = np.asarray(sharing.id_rows(params, bridge=BRIDGE, arm=ARM)[1], np.float64)
+    rows_IM = np.asarray(sharing.id_rows(params, meeting=MEETING, arm=ARM)[1], np.float64)
     embedding_VM, out = params["lm"]["embedding"], params["lm"]["bridge"]
 
     wanted = {name: np.zeros(2) for name in ("item", "text", "align_user", "align_item", "kl")}
@@ -33,7 +33,7 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
 
     def read(prompt):
         """Adds what the prompt says of text; returns its states, and the last of them through the bridge out."""
-        hidden = small_bdlm.hidden_alone(params, prompt, ARM, BRIDGE)
+        hidden = small_bdlm.hidden_alone(params, prompt, ARM, MEETING)
         for at in np.flatnonzero(prompt.text_targets >= 0):
             add("text", -log_softmax(hidden[at] @ embedding_VM.T)[prompt.text_targets[at]])
         return hidden, hidden[-1] @ out["out"] + out["out_bias"]
@@ -47,13 +47,13 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
         add("align_user", small_bdlm.align_mse(z_user, user_UD[user], user_UD))
         open_I = WARM_I & ~np.isin(np.arange(N_ITEMS), history)
         teacher, student = user_UD[user] @ item_ID.T, hidden[-1] @ rows_IM.T
-        add("kl", small_bdlm.softened_kl(teacher[open_I], student[open_I], BRIDGE.temperature))
+        add("kl", small_bdlm.softened_kl(teacher[open_I], student[open_I], MEETING.temperature))
     for item, title in enumerate(TITLES):
         _, z_item = read(prompts.card_prompt(small_bdlm.make_vocabulary(), item, title))
         if item != COLD:
             add("align_item", small_bdlm.align_mse(z_item, item_ID[item], item_ID))
 
-    terms_of = functools.partial(lm_step.lm_losses, arm=ARM, bridge=BRIDGE)
+    terms_of = functools.partial(lm_step.lm_losses, arm=ARM, meeting=MEETING)
     inputs = params, small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
     terms = jax.jit(functools.partial(terms_of, weights=LM_ALL))(*inputs)
     assert set(terms) == set(wanted)
@@ -64,9 +64,9 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
 
 
 def test_the_step_reports_the_weighted_sum_and_draws_new_dropout(params):
-    bridge = small_bdlm.make_bridge(reads="layer0", dropout=0.5)
+    meeting = small_bdlm.make_meeting(reads="layer0", dropout=0.5)
     weights, optimizer = LMWeights(item=2.0, text=0.5), small_bdlm.make_optimizer(rate=0.0)
-    step = jax.jit(small_bdlm.make_lm_step(ARM, bridge, weights=weights, optimizer=optimizer))
+    step = jax.jit(small_bdlm.make_lm_step(ARM, meeting, weights=weights, optimizer=optimizer))
     batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
     state = small_bdlm.make_state(params, optimizer)
     losses = []

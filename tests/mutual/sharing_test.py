@@ -22,30 +22,30 @@ def gradient_of(losses, params, batch, view, constants, **options):
     return jax.jit(jax.grad(objective))(params)
 
 
-def lm_gradient(bridge, params, weights=small_bdlm.LM_ALL):
-    view, _ = small_bdlm.make_views(ARM, bridge, params)
+def lm_gradient(meeting, params, weights=small_bdlm.LM_ALL):
+    view, _ = small_bdlm.make_views(ARM, meeting, params)
     inputs = small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
-    return gradient_of(lm_step.lm_losses, params, *inputs, bridge=bridge, weights=weights)
+    return gradient_of(lm_step.lm_losses, params, *inputs, meeting=meeting, weights=weights)
 
 
-def domain_gradient(bridge, params):
-    _, view = small_bdlm.make_views(ARM, bridge, params)
+def domain_gradient(meeting, params):
+    _, view = small_bdlm.make_views(ARM, meeting, params)
     user_E, item_E = small_bdlm.make_edges()
     batch = {
         "user": user_E, "positive": item_E, "negative": (item_E + 1) % COLD, "weight": np.ones(len(user_E), np.float32),
         "align_item": np.arange(N_ITEMS), "kl_user": np.arange(N_USERS),
     }  # fmt: skip
     inputs, weights = (batch, view, small_bdlm.domain_constants()), small_bdlm.DOMAIN_ALL
-    return gradient_of(domain_epoch.domain_losses, params, *inputs, bridge=bridge, weights=weights)
+    return gradient_of(domain_epoch.domain_losses, params, *inputs, meeting=meeting, weights=weights)
 
 
 @pytest.mark.parametrize("reads", sharing.READS)
 def test_both_arms_send_their_gradient_into_the_same_leaves(reads):
-    bridge = small_bdlm.make_bridge(reads=reads)
-    params = small_bdlm.make_params(ARM, bridge)
+    meeting = small_bdlm.make_meeting(reads=reads)
+    params = small_bdlm.make_params(ARM, meeting)
     shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
     assert shapes.count((N_USERS, D)) == shapes.count((N_ITEMS, D)) == 1  # a leaf a table
-    of_lm, of_domain = lm_gradient(bridge, params), domain_gradient(bridge, params)
+    of_lm, of_domain = lm_gradient(meeting, params), domain_gradient(meeting, params)
     for gradient in (of_lm, of_domain):
         for table in ("user", "item"):
             rows = np.abs(gradient["shared"][table]).max(axis=1)
@@ -59,9 +59,9 @@ def test_both_arms_send_their_gradient_into_the_same_leaves(reads):
 
 
 def test_a_cold_item_gets_no_gradient_from_the_next_item_loss():
-    bridge = small_bdlm.make_bridge(reads="propagated")
-    params = small_bdlm.make_params(ARM, bridge)
-    gradient = lm_gradient(bridge, params, LEAN_LM)
+    meeting = small_bdlm.make_meeting(reads="propagated")
+    params = small_bdlm.make_params(ARM, meeting)
+    gradient = lm_gradient(meeting, params, LEAN_LM)
     assert not np.any(gradient["shared"]["item"][COLD])
     assert np.all(np.any(np.delete(gradient["shared"]["item"], COLD, axis=0), axis=1))
 
@@ -71,16 +71,16 @@ def test_a_cold_item_gets_no_gradient_from_the_next_item_loss():
     [("lm", ("domain",), {"shared", "lm"}), ("domain", ("lm", "shared"), {"domain"})],
 )
 def test_a_step_moves_its_own_groups_and_nothing_else(which, frozen, moving):
-    bridge = small_bdlm.make_bridge(reads="propagated")
-    params = small_bdlm.make_params(ARM, bridge)
+    meeting = small_bdlm.make_meeting(reads="propagated")
+    params = small_bdlm.make_params(ARM, meeting)
     optimizer = small_bdlm.make_optimizer(**dict.fromkeys(frozen, FROZEN))
     state = small_bdlm.make_state(params, optimizer)
     if which == "lm":
-        step = small_bdlm.make_lm_step(ARM, bridge, weights=LEAN_LM, optimizer=optimizer)
+        step = small_bdlm.make_lm_step(ARM, meeting, weights=LEAN_LM, optimizer=optimizer)
         batch, constants = small_bdlm.whole_batch(), small_bdlm.lm_constants()
     else:
         weights = options.DomainWeights()
-        step = small_bdlm.make_domain_epoch(ARM, bridge, weights=weights, optimizer=optimizer, kl_users=0)
+        step = small_bdlm.make_domain_epoch(ARM, meeting, weights=weights, optimizer=optimizer, kl_users=0)
         batch, constants = domain_epoch.make_slots(batch_size=16), small_bdlm.domain_constants()
     after, _ = jax.jit(step)(state, batch, {}, constants)
     for name, tree in params.items():
@@ -108,10 +108,10 @@ def test_the_bridge_keeps_the_size_of_rows_and_states_in_either_direction(width,
 
 @pytest.mark.parametrize("scales", [False, True])
 def test_id_rows_are_both_tables_through_the_bridge_users_first(scales):
-    bridge = small_bdlm.make_bridge(reads="layer0")
-    bridge = dataclasses.replace(bridge, lm=dataclasses.replace(bridge.lm, scale_embedding=scales))
-    params = small_bdlm.make_params(ARM, bridge)
-    rows_XM, rows_IM = sharing.id_rows(params, bridge=bridge, arm=ARM)
+    meeting = small_bdlm.make_meeting(reads="layer0")
+    meeting = dataclasses.replace(meeting, lm=dataclasses.replace(meeting.lm, scale_embedding=scales))
+    params = small_bdlm.make_params(ARM, meeting)
+    rows_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=ARM)
     tables = np.concatenate([params["shared"]["user"], params["shared"]["item"]])
     np.testing.assert_allclose(rows_XM, tables @ params["lm"]["bridge"]["into"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rows_IM, rows_XM[N_USERS:] * (M**-0.5 if scales else 1.0), rtol=1e-6)

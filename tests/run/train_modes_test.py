@@ -37,12 +37,12 @@ def test_one_word_says_what_trains(trains, own):
 
 
 def test_rows_without_items_go_through_in_parts_too():
-    arm, bridge = small_bdlm.make_arm(), small_bdlm.make_bridge()
+    arm, meeting = small_bdlm.make_arm(), small_bdlm.make_meeting()
     mover = small_bdlm.make_optimizer(shared=optimizer.FROZEN, domain=optimizer.FROZEN)
     weights = options.LMWeights(item=0.0, text=1.0)
-    step = lm_step.make_lm_step(arm=arm, bridge=bridge, weights=weights, optimizer=mover, accumulate=2)
+    step = lm_step.make_lm_step(arm=arm, meeting=meeting, weights=weights, optimizer=mover, accumulate=2)
     batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
     batch |= {name: np.zeros((8, 0), np.int32) for name in ("item_index", "item_target", "card_index", "card_item")}
-    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, bridge), mover))
+    state = jax.eval_shape(lambda: small_bdlm.make_state(small_bdlm.make_params(arm, meeting), mover))
     _, metrics = jax.eval_shape(step, state, batch, {}, small_bdlm.lm_constants())
     assert set(metrics) == {"text", "loss", "gradient_norm"}
