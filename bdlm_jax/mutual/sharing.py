@@ -50,10 +50,10 @@ def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[
 def id_rows(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, Array]:
     """Returns the rows (X, M) of `<uid>` and `<iid>` that the LM reads, users first, and its output rows (I, M)."""
     tables = read_tables(params["shared"], params["domain"], encode=arm.encode, reads=meeting.reads)
-    user_UM, item_IM = (table @ params["lm"]["bridge"]["into"] for table in tables)
-    rows_XM = jnp.concatenate([user_UM, item_IM])
+    rows_XM = jnp.concatenate([table @ params["lm"]["bridge"]["into"] for table in tables])
+    rows_IM = rows_XM[len(tables[0]) :]
     # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.
-    return rows_XM, item_IM * meeting.lm.width**-0.5 if meeting.lm.scale_embedding else item_IM
+    return rows_XM, rows_IM * meeting.lm.width**-0.5 if meeting.lm.scale_embedding else rows_IM
 
 
 def bridge_out(bridge: Params, state: Array) -> Array:
