@@ -300,7 +300,7 @@ def make_domain_arm(
     rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
     optimizer = make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
-    n = 1 if run.config.parallel == "jit" else jax.device_count()  # small data must still divide over the devices
+    n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
     batch_size = min(c.batch_size, -(-len(user_E) // n) * n)
     kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
     kl_items = m.kl_items if weights.kl else 0

@@ -39,3 +39,17 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path):
         partial.write_text("half")
         raise KeyError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_written_takes_the_place_of_what_was_there_by_a_rename(tmp_path, kind):
+    for text in ("before", "after"):
+        with files.replacing(tmp_path / "a") as partial:
+            if kind == "folder":
+                partial.mkdir()
+            (partial / "b" if kind == "folder" else partial).write_text(text)
+            written = partial.stat().st_ino
+            assert text == "before" or (tmp_path / "a").exists(), "the old one stands until the new one is whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").stat().st_ino == written
+    assert (tmp_path / "a" / "b" if kind == "folder" else tmp_path / "a").read_text() == "after"
