@@ -33,6 +33,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pandas>=2.2",
         "safetensors>=0.6",
+        "scipy>=1.14",
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.0",
@@ -53,7 +54,6 @@ setup(
             "rax>=0.4",
             # Its formatter changes with its minor version; .pre-commit-config.yaml names the same.
             "ruff~=0.17.0",
-            "scipy>=1.14",
             "tensorboardX>=2.6",
         ],
     },

@@ -18,7 +18,8 @@ import ml_collections
 
 from bdlm_jax import __version__
 from bdlm_jax.data import twins
-from bdlm_jax.data.splits import TEST
+from bdlm_jax.data.splits import TEST, TRAIN
+from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.report import __main__ as report
@@ -54,9 +55,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         test = functools.partial(_test, run, rows)
         _tell(run)
 
-        # The yardstick that needs no training.
+        # The yardsticks that need no training.
         if "item_pop" in wanted:
             test("item_pop", lambda: scorers.popularity_scorer(data.split.degree(*KNOWN["test"])))
+        for model in [name for name in CLOSED_FORM if name in wanted]:
+            test(model, functools.partial(_closed_form_scorer, run, model))
 
         # Pretrain: the "general LLM" of a small world.
         decoder = stages.pretrain_lm(run) if {"text_lm", "ids_lm", "bdlm"} & set(wanted) else None
@@ -113,6 +116,13 @@ def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
     distributed.join(**given)
     with distributed.run_folder(workdir) as folder:
         return train_and_evaluate(config, folder)
+
+
+def _closed_form_scorer(run: Run, model: str) -> evaluate.CatalogueScorer:
+    """Fitted on training, as what is trained by steps is; a user's history at test time has the validation item."""
+    split, sizes = run.data.split, {"n_users": run.data.n_users, "n_items": run.data.n_items}
+    train_UI, known_UI = (interaction_matrix(*split.edges(*parts), **sizes) for parts in ((TRAIN,), KNOWN["test"]))
+    return scorers.closed_form_scorer(known_UI, CLOSED_FORM[model](train_UI, **run.config[model].to_dict()))
 
 
 def _domain_scorer(run: Run, model: str, params) -> evaluate.CatalogueScorer:

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.seed = 0
     c.parallel = "jit"  # jit | pmap | mesh
     c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of parallel "mesh"; -1: what is left
-    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # and all of domain/models.py MODELS
+    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # and run/checks.py MODEL_WORDS
 
     c.data = data = ml_collections.ConfigDict()
     data.kind = "twins"  # twins, or a name of data/readers.py READERS
@@ -125,6 +125,9 @@ def get_config() -> ml_collections.ConfigDict:
     mf.learning_rate = 5e-3
     mf.regularisation = 1e-4
     mf.epochs = 40
+
+    c.item_knn = ml_collections.ConfigDict({"neighbours": 100, "shrink": 10.0})
+    c.ease = ml_collections.ConfigDict({"l2": 250.0})
 
     c.lm_alone = alone = ml_collections.ConfigDict()  # text_lm and ids_lm
     alone.text_epochs = 12.0

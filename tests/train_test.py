@@ -1,5 +1,10 @@
+import numpy as np
 import pytest
 
+from bdlm_jax.data import twins
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
+from bdlm_jax.domain.closed_form import ease, interaction_matrix
+from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.train import train_and_evaluate
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -15,3 +20,18 @@ def test_a_run_of_another_config_is_not_continued(tmp_path):
     told = r"written with another config.lm.learning_rate: 0.003, and now it is 0.5; choose a new --workdir"
     with pytest.raises(InputError, match=told):
         train_and_evaluate(config, str(tmp_path))
+
+
+def test_closed_forms_learn_from_training_and_score_what_is_known_at_test(tmp_path):
+    config = tiny.get_config()
+    config.models, config.ease.l2 = ("item_knn", "ease"), 20.0
+    results = train_and_evaluate(config, str(tmp_path))
+    assert {row["model"] for row in results["rows"]} == {"item_knn", "ease"}
+    split = twins.make_world(seed=config.seed, **config.data.options.to_dict()).split
+    sizes = {"n_users": split.interactions.n_users, "n_items": split.interactions.n_items}
+    train_UI, known_UI = (interaction_matrix(*split.edges(*p), **sizes) for p in ((TRAIN,), (TRAIN, VALIDATION)))
+    scores_UI = known_UI @ ease(train_UI, l2=20.0)
+    scores_UI[known_UI.toarray() > 0] = -np.inf
+    user, item = split.cases(TEST)
+    better = np.sum(scores_UI[user] > scores_UI[user, item][:, None], axis=1)
+    np.testing.assert_array_equal(load_counts(tmp_path / "per_user" / "ease.npz")["full"].better, better)

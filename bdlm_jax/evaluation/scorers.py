@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse import csr_matrix, issparse
 
 from bdlm_jax.domain.arm import DomainArm, dot_score
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
@@ -29,6 +30,16 @@ def popularity_scorer(degree_I: np.ndarray) -> CatalogueScorer:
     """Scores every item by its number of interactions, the same for all users."""
     scores_I = jnp.asarray(degree_I, jnp.float32)
     return CatalogueScorer(lambda user_B: jnp.broadcast_to(scores_I, (len(user_B), len(scores_I))))
+
+
+def closed_form_scorer(matrix_UI: csr_matrix, weights_II: np.ndarray | csr_matrix) -> CatalogueScorer:
+    """Scores items by x_u·W, the rows in W of what a user is known to have had, summed; W of `domain.closed_form`."""
+
+    def score(user_B: np.ndarray) -> Array:
+        scores_BI = matrix_UI[user_B] @ weights_II
+        return jnp.asarray(scores_BI.toarray() if issparse(scores_BI) else scores_BI, jnp.float32)
+
+    return CatalogueScorer(score)
 
 
 def domain_scorer(arm: DomainArm, params: Params) -> CatalogueScorer:

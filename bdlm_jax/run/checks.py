@@ -17,6 +17,7 @@ import ml_collections
 from bdlm_jax.data import twins
 from bdlm_jax.data.readers import READERS
 from bdlm_jax.domain.arm import Inputs
+from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
 from bdlm_jax.domain.models import MODELS, make_arm
@@ -68,8 +69,10 @@ def _is_pattern(text: str) -> bool:
 
 _ABOVE_0 = Rule(lambda v: 0 < v < math.inf, "a number above 0")
 _TYPES = _word(("float32", "bfloat16"))
+UNTRAINED = ("item_pop", *CLOSED_FORM)
+MODEL_WORDS = (*UNTRAINED, *MODELS, "text_lm", "ids_lm", "bdlm")
 RULES = {
-    "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, ("item_pop", *MODELS, "text_lm", "ids_lm", "bdlm")),
+    "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, MODEL_WORDS),
     "data.kind": _word(_DATA), "data.split": _word(("leave_one_out", "global_time", "ratio")),
     "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
@@ -87,19 +90,19 @@ RULES = {
 }  # fmt: skip
 _MANY = {
     _ABOVE_0: """lm.learning_rate lm.lora_alpha pretrain.learning_rate shared.std domain.learning_rate mf.learning_rate
-        lm_alone.ids_times lm_alone.text_epochs mutual.learning_rate_bridge mutual.temperature
+        lm_alone.ids_times lm_alone.text_epochs ease.l2 mutual.learning_rate_bridge mutual.temperature
         mutual.domain_learning_rate mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width domain.batch_size
-        domain.epochs domain.evaluate_every mf.epochs mutual.kl_users mutual.distill_epochs evaluate.chunk
-        evaluate.text_history distributed.processes dry_run.devices""",
+        domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours mutual.kl_users mutual.distill_epochs
+        evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
     _from(0): """seed data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        runtime.checkpoint_seconds""",
+        item_knn.shrink runtime.checkpoint_seconds""",
 }
 RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
 
@@ -143,8 +146,8 @@ def _check_data(data, models) -> None:
             raise InputError(f"config.data.candidates.{name} is a reserved or unusable name; call it cand{n + 1}, say.")
     if data.kind == "twins" and data.path:
         raise InputError("config.data.path is set, but the data kind twins is generated; leave the path empty.")
-    if data.kind == "adjacency" and tuple(models) != ("item_pop",):
-        raise InputError("config.data.kind adjacency has no validation part; only models=('item_pop',) does without.")
+    if data.kind == "adjacency" and not {*models} <= {*UNTRAINED}:
+        raise InputError(f"config.data.kind adjacency has no validation part; only {', '.join(UNTRAINED)} do without.")
     if data.split != "leave_one_out" and not (data.validation > 0 < data.test and data.validation + data.test < 1):
         raise InputError(f"config.data.validation and test must be above 0, below 1 together with split {data.split}.")
 

@@ -16,6 +16,7 @@ from bdlm_jax.data import candidates as candidate_files
 from bdlm_jax.data import interactions, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
+from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.lm import hf_config, hf_weights, vocabulary
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     table = split.interactions
     empty = [part for part in PARTS if not split.counts()[part]]
     # Only what needs no training needs no validation either.
-    if "test" in empty or (empty and tuple(config.models) != ("item_pop",)):
+    if "test" in empty or (empty and not {*config.models} <= {"item_pop", *CLOSED_FORM}):
         raise InputError(f"the {empty[-1]} part of the data has no interaction to predict; choose another data.split.")
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates

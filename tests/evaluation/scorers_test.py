@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_bdlm
+from scipy.sparse import csr_matrix
 from small_bdlm import N_ITEMS, N_USERS, TITLES
 
 from bdlm_jax.domain.arm import dot_score
@@ -55,6 +56,14 @@ def test_domain_scores_are_inner_products(params):
     user_UD, item_ID = ARM.encode(params["shared"], params["domain"])
     scores = scorers.domain_scorer(ARM, params).score(np.array([2, 0, 2]))
     np.testing.assert_allclose(scores, np.asarray(user_UD)[[2, 0, 2]] @ np.asarray(item_ID).T, rtol=1e-5, atol=1e-6)
+
+
+def test_closed_form_scores_sum_the_rows_of_what_was_had():
+    had_UI = csr_matrix(np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32))
+    weights = np.array([[0, 2, 3], [5, 0, 0], [7, 0, 0]], np.float32)
+    for given in (weights, csr_matrix(weights)):
+        scores = scorers.closed_form_scorer(had_UI, given).score(np.array([2, 0, 1]))
+        np.testing.assert_array_equal(scores, [[5, 0, 0], [7, 2, 3], [0, 0, 0]])
 
 
 def test_views_hold_what_the_other_arm_needs(params, states):
