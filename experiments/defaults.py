@@ -46,6 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.item_fields = ("title",)
     data.user_fields = ()
     data.candidates = ml_collections.ConfigDict({"cand20": 19, "cand100": 99})
+    data.candidates_seed = 0  # of their draw alone: runs that differ in `seed` rank the same candidates
 
     c.tokenizer = tokenizer = ml_collections.ConfigDict()
     tokenizer.path = ""  # a transformers tokenizer folder, or vocab.json + merges.txt; empty trains one

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split, within
+from bdlm_jax.data.splits import PART_NAMES, TEST, TRAIN, VALIDATION, Split, within
 from bdlm_jax.runtime.files import replacing
 from bdlm_jax.types import InputError, LeakError
 
@@ -37,8 +37,9 @@ def make_candidates(
     """Draws, for every case of `part`, negatives uniformly without replacement among the items unseen by its user.
 
     An item is seen if the user has it in any part, so that neither the target nor another positive is a negative.
-    `pool` holds the items to draw from (None: all); targets need not be in it. Raw PCG64 bits make the draw the same
-    on every platform. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
+    `pool` holds the items to draw from (None: all); targets need not be in it. Each (seed, part, name) has a stream of
+    its own: what is chosen on validation meets other negatives at test. Raw PCG64 bits make the draw the same on every
+    platform. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
     """
     if n_negatives < 1:
         raise InputError(f"n_negatives is {n_negatives}; give 1 or more.")
@@ -49,7 +50,7 @@ def make_candidates(
     user_N, target_N = split.cases(part)
     indptr, seen = _seen_in_pool(split, pool_P)
     n_unseen_N = len(pool_P) - np.diff(indptr)[user_N]
-    rank_NC = _draw_subsets(np.random.PCG64(seed), n_unseen_N, n_negatives)
+    rank_NC = _draw_subsets(np.random.PCG64(stream_seed(seed, part, name)), n_unseen_N, n_negatives)
 
     # the r-th unseen position is r + (number of seen positions s_k with s_k - k ≤ r): one sorted search for all users
     shifted = seen - (np.arange(len(seen)) - np.repeat(indptr[:-1], np.diff(indptr)))
@@ -63,6 +64,11 @@ def make_candidates(
     candidates = freeze_candidates(name, user_N, items_NC)
     check_candidates(split, candidates)
     return candidates
+
+
+def stream_seed(seed: int, part: int, name: str) -> int:
+    """The PCG64 seed of one draw: sha256 of what it is for."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1d{PART_NAMES[part]}\x1d{name}".encode()).digest(), "little")
 
 
 def freeze_candidates(name: str, user_N: np.ndarray, items_NC: np.ndarray) -> Candidates:
@@ -91,6 +97,35 @@ def check_candidates(split: Split, candidates: Candidates) -> None:
     held = split.pairs(VALIDATION, TEST)
     if not within(user_N * n_items + target_N, held).all() or (target_N < 0).any():
         raise InputError(f"{label} have targets that this split does not hold out; make them again for it.")
+
+
+def check_independent(split: Split, validation: Candidates, test: Candidates) -> None:
+    """Raises if users meet at test the negatives on which a model was chosen, more often than chance has it.
+
+    With k of n unseen items drawn for each part, k²/n are shared in the mean (hypergeometric); the bound lies six
+    deviations and six items above. A user with several cases is compared by the first of each part.
+    """
+    (user_V, row_V), (user_T, row_T) = (np.unique(c.user_N, return_index=True) for c in (validation, test))
+    user_S, at_V, at_T = np.intersect1d(user_V, user_T, assume_unique=True, return_indices=True)
+    first_SC, second_SC = validation.items_NC[row_V[at_V], 1:], test.items_NC[row_T[at_T], 1:]
+    stride = split.interactions.n_items
+    key_SC = np.arange(len(user_S))[:, None] * stride
+    shared = np.intersect1d((first_SC + key_SC)[first_SC >= 0], (second_SC + key_SC)[second_SC >= 0])
+    n_S = np.maximum(stride - np.bincount(split.pairs(TRAIN, VALIDATION, TEST) // stride)[user_S], 2)
+    a_S, b_S = ((items_SC >= 0).sum(axis=1) for items_SC in (first_SC, second_SC))
+    mean = (a_S * b_S / n_S).sum()
+    variance = (a_S * b_S / n_S * (1 - a_S / n_S) * (n_S - b_S) / (n_S - 1)).sum()
+    if len(shared) > mean + 6 * variance**0.5 + 6:
+        raise LeakError(
+            f"candidates {test.name}: test shares {len(shared)} negatives with validation over {len(user_S)} users, "
+            f"where chance gives {mean:.0f}; a model would be chosen on what it is tested on."
+        )
+
+
+def check_unchanged(candidates: Candidates, sha256: str) -> None:
+    """Raises unless these are, to the bit, the candidates that the run's fingerprint names."""
+    if _sha256(candidates.name, candidates.user_N, candidates.items_NC) != sha256:
+        raise LeakError(f"candidates {candidates.name} are not those that this run began with, for all its models.")
 
 
 def save_candidates(path: str | os.PathLike, candidates: Candidates) -> None:

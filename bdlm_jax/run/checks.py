@@ -96,7 +96,8 @@ _MANY = {
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width domain.batch_size
         domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours mutual.kl_users mutual.distill_epochs
         evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
-    _from(0): """seed data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
+    _from(0): """seed data.candidates_seed
+        data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text

@@ -83,11 +83,13 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
     made = {part: _candidates(config, folder, split, part) for part in PARTS}
+    for name in c.candidates:
+        candidate_files.check_independent(split, made["validation"][name], made["test"][name])
     slices = {"all": np.ones(table.n_items, bool)}
     if world is not None:
         slices |= world.item_slices
         for part, number in PARTS.items():
-            made[part] |= twins.slice_candidates(world, number, config.seed)
+            made[part] |= twins.slice_candidates(world, number, c.candidates_seed)
     else:
         slices["cold"] = split.degree(TRAIN, VALIDATION) == 0
     fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
@@ -188,7 +190,8 @@ def _candidates(config, folder: Path, split: Split, part: str) -> dict[str, Cand
     for name, n in config.data.candidates.items():
         path = folder / f"{part}_{name}.npz"
         if not path.exists():
-            made = candidate_files.make_candidates(split, PARTS[part], n_negatives=n, seed=config.seed, name=name)
+            seed = config.data.candidates_seed
+            made = candidate_files.make_candidates(split, PARTS[part], n_negatives=n, seed=seed, name=name)
             candidate_files.save_candidates(path, made)
         found[name] = candidate_files.load_candidates(path)
         candidate_files.check_candidates(split, found[name])

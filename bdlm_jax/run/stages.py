@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bdlm_jax.data.candidates import check_unchanged
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
@@ -190,7 +191,9 @@ def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callabl
     """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full")."""
     options = {"chunk": run.config.evaluate.chunk, "progress": progress}
     if protocol != "full":
-        return evaluate.evaluate_candidates(scorer, run.data.candidates[part][protocol], **options)
+        candidates = run.data.candidates[part][protocol]
+        check_unchanged(candidates, run.data.fingerprint["candidates"][f"{part}/{protocol}"])
+        return evaluate.evaluate_candidates(scorer, candidates, **options)
     user_N, item_N = run.data.split.cases(PARTS[part])
     return evaluate.evaluate_full(scorer, user_N, item_N, run.data.split.histories(*KNOWN[part]), **options)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import itertools
 from collections import Counter
 
@@ -7,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdlm_jax.data.candidates import check_candidates, load_candidates, make_candidates, save_candidates
+from bdlm_jax.data.candidates import (
+    check_candidates,
+    check_independent,
+    check_unchanged,
+    freeze_candidates,
+    load_candidates,
+    make_candidates,
+    save_candidates,
+)
 from bdlm_jax.data.interactions import make_interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
 from bdlm_jax.types import InputError, LeakError
@@ -65,7 +74,8 @@ def test_the_draw_is_frozen():
     everything = {i: {} for i in range(20)}
     table = make_interactions([0] * 3, [0, 1, 2], item_fields=everything, keep_items_without_interactions=True)
     drawn = make_candidates(leave_one_out(table), TEST, n_negatives=3, seed=0, name="cand4").items_NC
-    raw = np.random.PCG64(0).random_raw(6)
+    digest = hashlib.sha256(b"0\x1dtest\x1dcand4").digest()
+    raw = np.random.PCG64(int.from_bytes(digest, "little")).random_raw(6)
     uniform = [int(bits >> np.uint64(11)) * 2.0**-53 for bits in raw]
     picks = []
     for column, last in enumerate((14, 15, 16)):  # 17 unseen items, three draws: Floyd's last values
@@ -73,6 +83,57 @@ def test_the_draw_is_frozen():
         picks.append(last if pick in picks else pick)
     order = np.argsort(uniform[3:], kind="stable")
     assert drawn[0].tolist() == [2] + [picks[k] + 3 for k in order]
+
+
+def shared_negatives(one, other):
+    """Per case how many negatives two candidate sets of the same users share."""
+    assert np.array_equal(one.user_N, other.user_N)
+    return np.array([len(set(a[1:]) & set(b[1:])) for a, b in zip(one.items_NC, other.items_NC)])
+
+
+@pytest.mark.parametrize("other", [(VALIDATION, "cand20", 0), (TEST, "cand20b", 0), (TEST, "cand20", 1)])
+def test_parts_protocols_and_seeds_share_the_negatives_that_chance_gives(other):
+    n_items, length, n = 200, 5, 19
+    split = make_split(400, n_items, length)
+    drawn = make_candidates(split, TEST, n_negatives=n, seed=0, name="cand20")
+    part, name, seed = other
+    shared = shared_negatives(drawn, make_candidates(split, part, n_negatives=n, seed=seed, name=name))
+    unseen = n_items - length
+    mean, variance = n * n / unseen, n * n / unseen * (1 - n / unseen) * (unseen - n) / (unseen - 1)
+    assert abs(shared.mean() - mean) < 5 * (variance / 400) ** 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(6, 40), st.integers(3, 6), st.integers(1, 12), st.integers(0, 99))
+def test_independent_parts_pass_whatever_the_size(n_users, n_items, length, n_negatives, seed):
+    split = make_split(n_users, n_items, length, seed)
+    made = (make_candidates(split, p, n_negatives=n_negatives, seed=seed, name="c") for p in (VALIDATION, TEST))
+    check_independent(split, *made)
+
+
+@pytest.mark.parametrize("shared_columns", [9, 5])
+def test_validation_negatives_at_test_are_refused(shared_columns):
+    split = make_split(40, 80, 5)
+    validation, test = (make_candidates(split, p, n_negatives=9, seed=0, name="cand10") for p in (VALIDATION, TEST))
+    check_independent(split, validation, test)
+    items_NC = test.items_NC.copy()
+    for row, (target, *negatives) in enumerate(validation.items_NC[:, 1:].tolist()):
+        kept = [target, *negatives][:shared_columns]
+        items_NC[row, 1:] = (kept + [i for i in test.items_NC[row, 1:] if i not in kept])[:9]
+    planted = freeze_candidates("cand10", test.user_N, items_NC)
+    check_candidates(split, planted)  # nothing else is wrong with them
+    with pytest.raises(LeakError, match="candidates cand10: test shares"):
+        check_independent(split, validation, planted)
+
+
+def test_candidates_that_are_no_more_what_they_were_are_refused():
+    split = make_split(4, 20, 5)
+    candidates = make_candidates(split, TEST, n_negatives=4, seed=0, name="cand5")
+    check_unchanged(candidates, candidates.sha256)
+    other = make_candidates(split, TEST, n_negatives=4, seed=1, name="cand5")
+    for changed in (other, dataclasses.replace(other, sha256=candidates.sha256)):
+        with pytest.raises(LeakError, match="cand5 are not those that this run began with"):
+            check_unchanged(changed, candidates.sha256)
 
 
 @pytest.mark.parametrize(

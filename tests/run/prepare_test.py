@@ -7,11 +7,12 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax.data.candidates import load_candidates
-from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.data import candidates
+from bdlm_jax.data.candidates import load_candidates, make_candidates, save_candidates
+from bdlm_jax.data.splits import TEST, TRAIN
 from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
 from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
-from bdlm_jax.types import InputError
+from bdlm_jax.types import InputError, LeakError
 from experiments import tiny
 
 
@@ -49,6 +50,29 @@ def test_a_second_start_finds_the_same_data(config, tmp_path):
     assert first.slices["all"].all() and not first.slices["cold"].all()
     assert len(first.item_texts) == first.n_items and first.user_texts is None
     assert first.corpus == first.world.corpus
+
+
+def test_seeds_of_models_share_their_candidates_and_the_candidates_have_a_seed_of_their_own(table, tmp_path):
+    def hashes(seed, candidates_seed):
+        table.seed, table.data.candidates_seed = seed, candidates_seed
+        return prepare_data(table, tmp_path / f"{seed}_{candidates_seed}").fingerprint["candidates"]
+
+    assert hashes(0, 0) == hashes(1, 0)
+    assert not set(hashes(0, 0).values()) & set(hashes(0, 1).values())
+
+
+def test_candidates_redrawn_between_two_starts_are_refused(config, tmp_path):
+    data = prepare_data(config, tmp_path)
+    other = make_candidates(data.split, TEST, n_negatives=19, seed=9, name="cand20")
+    save_candidates(tmp_path / "test_cand20.npz", other)
+    with pytest.raises(InputError, match="was written for other data"):
+        prepare_data(config, tmp_path)
+
+
+def test_validation_negatives_at_test_stop_a_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "stream_seed", lambda seed, part, name: seed)  # as it was: one draw for both parts
+    with pytest.raises(LeakError, match="test shares"):
+        prepare_data(config, tmp_path)
 
 
 def test_other_data_in_a_begun_folder_are_refused(config, tmp_path):

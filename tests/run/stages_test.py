@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from bdlm_jax.data.splits import TRAIN, VALIDATION, Split
+from bdlm_jax.data.candidates import make_candidates
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.models import MODELS
+from bdlm_jax.evaluation import scorers
 from bdlm_jax.run import build, stages
 from bdlm_jax.types import LeakError
 from experiments import tiny
@@ -86,6 +88,16 @@ def test_stages_draw_from_keys_of_their_own(run):
     names = ("pretrain", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm", "distill", "refresh", "bdlm/init", "mf/init")
     keys = {tuple(np.asarray(jax.random.key_data(run.stage_key(name)))) for name in names}
     assert len(keys) == len(names)
+
+
+def test_candidates_redrawn_between_two_models_are_refused(run):
+    scorer = scorers.popularity_scorer(run.data.split.degree(TRAIN))
+    stages.count_cases(run, scorer, "test", "cand20")
+    other = make_candidates(run.data.split, TEST, n_negatives=19, seed=9, name="cand20")
+    sets = {**run.data.candidates, "test": {**run.data.candidates["test"], "cand20": other}}
+    run = dataclasses.replace(run, data=run.data._replace(candidates=sets))
+    with pytest.raises(LeakError, match="cand20 are not those that this run began with"):
+        stages.count_cases(run, scorer, "test", "cand20")
 
 
 def test_a_later_edge_in_the_training_graph_raises(run, monkeypatch):
