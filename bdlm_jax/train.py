@@ -98,6 +98,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
                 )
 
         # Report.
+        evaluate.save_arrays(folder / "data" / "slices.npz", data.slices)
         name = Path(config.data.path).name if config.data.path else config.data.kind
         results = {"data": {**data.fingerprint, "name": name}, "rows": rows}
         if data.world is not None:

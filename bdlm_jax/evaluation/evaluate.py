@@ -100,6 +100,11 @@ def mean_metric(counts: Counts, metric: str) -> float:
 def save_counts(path: str | os.PathLike, counts: Mapping[str, Counts]) -> None:
     """Writes the counts of every protocol to one npz."""
     arrays = {f"{name}/{field}": value for name, c in counts.items() for field, value in c._asdict().items()}
+    save_arrays(path, arrays)
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes one compressed npz, whole or not at all."""
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)
 
