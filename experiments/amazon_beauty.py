@@ -30,6 +30,7 @@ def get_config():
     c.lm.max_text_targets = 16
     c.prompts.titled_share = 0.01
     c.prompts.length = 104
+    c.prompts.user_dropout = 1.0
     c.prompts.max_items = 50
     c.prompts.card_copies = 0.5
     c.domain.batch_size = 16_384
@@ -41,7 +42,6 @@ def get_config():
     c.lm_alone.text_epochs = 0.15
     c.lm_alone.ids_times = 1.0
     c.mutual.reads = "propagated"
-    c.mutual.user_dropout = 1.0
     c.mutual.learning_rate_bridge = 1e-3
     c.mutual.rounds = 2
     c.mutual.lm_epochs = 10.0

@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
     lm.warmup_steps = 50
     lm.batch_rows = 16
     lm.max_text_targets = 128  # of a row, drawn anew for every step
-    lm.row_std = 0.1  # standard deviation of the <iid> rows when the LM first reads them; 0: as large as its text rows
+    lm.row_std = 0.1  # standard deviation of the <iid> rows as BDLM's LM first reads them; 0: as large as text rows
     lm.optimizer = "adamw"  # of the decoder (mutual/optimizer.py OPTIMIZERS); bridge and tables have adamw
     lm.schedule = "cosine"  # after the warm-up (mutual/optimizer.py SCHEDULES)
     lm.accumulate = 1  # parts in which a batch goes through the decoder, for the memory of one
@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.max_items = 100  # history items in a window
     prompts.max_title_tokens = 16
     prompts.user_token = "start"  # start | end | none
-    prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>
+    prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>, to every LM alike
     prompts.read_named = False  # show <uid> when states are read
     prompts.card_copies = 16.0  # text cards of every item in an epoch
 
@@ -131,12 +131,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.ease = ml_collections.ConfigDict({"l2": 250.0})
 
     c.lm_alone = alone = ml_collections.ConfigDict()  # text_lm and ids_lm
+    alone.row_std = 0.02  # as lm.row_std, of ids_lm's own random table
     alone.text_epochs = 12.0
     alone.ids_times = 2.0  # ids_lm's epochs, as a multiple of BDLM's: its rows are fewer, for it reads no titles
 
     c.mutual = mutual = ml_collections.ConfigDict()
     mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads
-    mutual.user_dropout = 0.75  # as prompts.user_dropout, for BDLM, whose <uid> rows know the training targets
     mutual.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what it moves
     mutual.align = "mse"  # mutual/losses.py ALIGN
     mutual.temperature = 1.0

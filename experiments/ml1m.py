@@ -41,6 +41,7 @@ def get_config():
     c.prompts.kind = "ids"
     c.prompts.titled_share = 0.01
     c.prompts.length = 104
+    c.prompts.user_dropout = 1.0
     c.prompts.max_items = 100
     c.prompts.card_copies = 2.0
     c.domain.batch_size = 131_072
@@ -52,7 +53,6 @@ def get_config():
     c.lm_alone.text_epochs = 0.3
     c.lm_alone.ids_times = 1.0
     c.mutual.reads = "layer0"
-    c.mutual.user_dropout = 1.0
     c.mutual.learning_rate_bridge = 2.5e-4
     c.mutual.rounds = 3
     c.mutual.lm_epochs = 7.0

@@ -16,7 +16,7 @@ def get_config():
     c.lm.trains = "lora"  # full: every weight; bridge: the language model stays as it is
     c.lm.lora_rank = 16
     c.lm.lora_alpha = 32.0
-    c.lm.row_std = 0.0  # <iid> rows as large as the text rows
+    c.lm.row_std = c.lm_alone.row_std = 0.0  # <iid> rows as large as the text rows
     c.lm.dropout = 0.0
     c.lm.learning_rate = 2e-4  # 2e-5 for full
     c.lm.learning_rate_shared = 2e-4

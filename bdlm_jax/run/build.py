@@ -158,14 +158,14 @@ def load_decoder(run: Run) -> Params | None:
     return hf_weights.load_lm(prepare.own_folder(c.path), run.lm, dtype=c.param_dtype, placement=placement)
 
 
-def make_decoder(run: Run, params: Params | None) -> Decoder:
-    """Notes how large <iid> rows shall be as the LM first reads them: `lm.row_std`, or with 0 as large as text rows.
+def make_decoder(run: Run, params: Params | None, *, row_std: float | None = None) -> Decoder:
+    """Notes how large <iid> rows shall be as the LM first reads them: `row_std`, or with 0 as large as text rows.
 
     The bridge keeps the norm of a row up to its gain, so the mean norm of the text rows is what is matched; a row of D
-    entries of this standard deviation has it (ours).
+    entries of this standard deviation has it (ours). Without `row_std` it is `lm.row_std`.
     """
-    if run.config.lm.row_std:
-        return Decoder(params, run.config.lm.row_std)
+    if row_std := run.config.lm.row_std if row_std is None else row_std:
+        return Decoder(params, row_std)
     norm = FRESH_STD * run.lm.width**0.5
     if params is not None:
         rows_VM = jnp.asarray(params["embedding"][: len(run.texts.vocabulary.tokenizer)], jnp.float32)
@@ -237,7 +237,6 @@ def make_lm_arm(
     *,
     arm: DomainArm = DOT_ARM,
     trains: str | None = None,
-    user_dropout: float | None = None,
 ) -> Arm:
     """Builds the LM arm: its compiled step, its batches, and which parameters move.
 
@@ -245,7 +244,6 @@ def make_lm_arm(
       rates: of `lm_rates`.
       arm: the domain arm, where the LM reads or hears it.
       trains: default `lm.trains`.
-      user_dropout: how often <user> stands in for <uid>; default `prompts.user_dropout`.
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
     trains = trains or c.trains
@@ -269,7 +267,7 @@ def make_lm_arm(
             batch_size=c.batch_rows,
             seed=config.seed,
             max_text_targets=c.max_text_targets,
-            uid_dropout=config.prompts.user_dropout if user_dropout is None else user_dropout,
+            uid_dropout=config.prompts.user_dropout,
             user_tokens=vocabulary.user_tokens,
             unnamed_user=vocabulary.unnamed_user,
         )

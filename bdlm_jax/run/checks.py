@@ -84,7 +84,7 @@ RULES = {
     "shared.trained_by": _word(("both", "lm", "domain", "none")), "shared.initial": _word(("domain", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
-    "mutual.align": _word(ALIGN), "mutual.user_dropout": _from(0, most=1), "evaluate.protocols": _words(1),
+    "mutual.align": _word(ALIGN), "evaluate.protocols": _words(1),
     "evaluate.text_protocols": _words(0),
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
@@ -96,7 +96,7 @@ _MANY = {
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width domain.batch_size
         domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours mutual.kl_users mutual.distill_epochs
         evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
-    _from(0): """seed data.candidates_seed
+    _from(0): """seed data.candidates_seed lm_alone.row_std
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs

@@ -85,8 +85,12 @@ def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
 
 
 def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
-    """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM."""
+    """Trains the ids-only LM: the same decoder, its own random table of ids, no titles, judged as often as BDLM.
+
+    Its rows have a scale of their own (`lm_alone.row_std`), so that what suits BDLM's is not forced on it.
+    """
     config = run.config
+    decoder = build.make_decoder(run, decoder.params, row_std=config.lm_alone.row_std)
     packed = rows.training_rows(run, kind="ids")
     phases = _lm_phases(run, packed, [config.lm_alone.ids_times * epochs for epochs in _lm_epochs(config)], "ids")
     shared = build.shared_rate(run, decoder, read_std=config.shared.std, reads="layer0")
@@ -134,7 +138,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm, user_dropout=m.user_dropout)
+    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
     if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)

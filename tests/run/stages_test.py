@@ -8,6 +8,7 @@ from bdlm_jax.data.candidates import make_candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
+from bdlm_jax.mutual import sharing
 from bdlm_jax.run import build, stages
 from bdlm_jax.types import LeakError
 from experiments import tiny
@@ -98,6 +99,31 @@ def test_candidates_redrawn_between_two_models_are_refused(run):
     run = dataclasses.replace(run, data=run.data._replace(candidates=sets))
     with pytest.raises(LeakError, match="cand20 are not those that this run began with"):
         stages.count_cases(run, scorer, "test", "cand20")
+
+
+def pretended_lm(run, stage):
+    """What the stage of an LM would have trained."""
+    return train_bdlm(run)[1] if stage == "bdlm" else stages.train_ids_lm(run, build.make_decoder(run, None))
+
+
+@pytest.mark.parametrize("stage", ["ids_lm", "bdlm"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_every_lm_drops_user_names_as_often(run, stage, share):
+    run.config.prompts.user_dropout = share
+    tokens = pretended_lm(run, stage)["arms"]["lm"].batch(0)["tokens"]
+    assert np.isin(tokens, run.texts.vocabulary.user_tokens).any() == (share == 0)
+    assert (tokens == run.texts.vocabulary.unnamed_user).any() == (share == 1)
+
+
+@pytest.mark.parametrize(("stage", "own", "other"), [("ids_lm", "lm_alone", "lm"), ("bdlm", "lm", "lm_alone")])
+def test_each_lm_has_the_scale_of_rows_that_its_own_setting_says(run, stage, own, other):
+    run.config[own].row_std, run.config[other].row_std = 0.3, 7.0
+    params = pretended_lm(run, stage)["params"]()
+    arm = build.make_arm(run, "lightgcn") if stage == "bdlm" else build.DOT_ARM
+    reads = run.config.mutual.reads if stage == "bdlm" else "layer0"
+    _, item_ID = sharing.read_tables(params["shared"], params["domain"], encode=arm.encode, reads=reads)
+    rows_IM = np.asarray(item_ID @ params["lm"]["bridge"]["into"])[run.warm_I]
+    np.testing.assert_allclose(np.sqrt(np.mean(rows_IM**2)), 0.3, rtol=0.1)
 
 
 def test_a_later_edge_in_the_training_graph_raises(run, monkeypatch):
