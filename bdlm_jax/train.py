@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: data → pretrain → domain → LM → mutual rounds → refresh → evaluate → report.
+"""The story of a run, top to bottom: data → pretrain → each contender trained, then tested → serving → report.
 
 Every stage keeps its checkpoints under workdir/<stage>; a finished stage is read back, an unfinished one goes on where
 it was, and the final numbers are the same to the bit however often the run was killed.
@@ -18,14 +18,12 @@ import ml_collections
 
 from bdlm_jax import __version__
 from bdlm_jax.data import twins
-from bdlm_jax.data.splits import TEST, TRAIN
-from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
-from bdlm_jax.domain.models import MODELS
-from bdlm_jax.evaluation import evaluate, scorers
+from bdlm_jax.data.splits import TEST
+from bdlm_jax.evaluation import evaluate
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.run import checks, served, stages
-from bdlm_jax.run.build import Run, make_arm, parts_at_test, start_run
-from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run import checks, contenders, served, stages
+from bdlm_jax.run.build import Run, start_run
+from bdlm_jax.run.contenders import Entry
 from bdlm_jax.runtime import distributed, parallel
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.log import StopSignal, progress
@@ -50,52 +48,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
     with StopSignal() as stop:
         # Data: the split, the frozen candidates, the words.
-        run = start_run(config, folder, stop)
-        data, wanted, rows = run.data, config.models, []
-        test = functools.partial(_test, run, rows)
+        run, rows = start_run(config, folder, stop), []
+        data = run.data
         _tell(run)
 
-        # The yardsticks that need no training.
-        if "item_pop" in wanted:
-            test("item_pop", lambda: scorers.popularity_scorer(data.split.degree(*KNOWN["test"])))
-        for model in [name for name in CLOSED_FORM if name in wanted]:
-            test(model, functools.partial(_closed_form_scorer, run, model))
+        # Pretrain: the "general LLM" of a small world, once and only if somebody needs it.
+        decoder = functools.cache(lambda: stages.pretrain_lm(run))
 
-        # Pretrain: the "general LLM" of a small world.
-        decoder = stages.pretrain_lm(run) if {"text_lm", "ids_lm", "bdlm"} & set(wanted) else None
-
-        # Domain: each collaborative model alone; BDLM starts from `domain.model`.
-        alone, starts = {}, [config.domain.model] if "bdlm" in wanted else []
-        for model in dict.fromkeys(name for name in (*wanted, *starts) if name in MODELS):
-            alone[model] = stages.train_domain(run, model).params["domain"]
-            if model in wanted:
-                test(model, functools.partial(_domain_scorer, run, model, alone[model]))
-
-        # LM: each language model alone.
-        if "text_lm" in wanted:
-            text = stages.train_text_lm(run, decoder).params["lm"]["lm"]
-            protocols = config.evaluate.text_protocols
-            test("text_lm", lambda: stages.text_lm_scorer(run, text, "test"), protocols=protocols)
-        if "ids_lm" in wanted:
-            ids = stages.train_ids_lm(run, decoder).params["lm"]
-            test("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, ids))
-
-        # Mutual rounds, then the domain arm once more against the LM states of test time.
-        if "bdlm" in wanted:
-            bdlm = stages.train_bdlm(run, decoder, alone[config.domain.model])
-            test("bdlm_lm", lambda: stages.bdlm_reader(run, "test").scorer(run, bdlm.params["lm"]))
-            distilled = stages.distill_domain(run, bdlm)
-            refreshed = stages.refresh_domain(run, bdlm, distilled).params["domain"]
-            test("bdlm_domain", lambda: _domain_scorer(run, config.domain.model, refreshed))
-            arm = make_arm(run, config.domain.model)
-            test("bdlm_domain_unrefreshed", lambda: scorers.domain_scorer(arm, distilled.params["domain"]))
-            if not artefact.is_served(folder):
-                artefact.write_serving(
-                    folder,
-                    Catalogue(**served.catalogue_fields(run)),
-                    ServedDomain(**served.domain_fields(run, refreshed)),
-                    ServedLM(**served.lm_fields(run, bdlm.params["lm"])),
-                )
+        # Every contender: trained, then tested once.
+        for word in config.models:
+            for entry in contenders.make_entries(run, word, decoder):
+                _test(run, rows, entry)
+        if "bdlm" in config.models and not artefact.is_served(folder):
+            _serve(run, contenders.train_bdlm(run, decoder))
 
         # Report.
         evaluate.save_arrays(folder / "data" / "slices.npz", data.slices)
@@ -119,28 +84,26 @@ def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
         return train_and_evaluate(config, folder)
 
 
-def _closed_form_scorer(run: Run, model: str) -> evaluate.CatalogueScorer:
-    """Fitted on training, as what is trained by steps is; a user's history at test time has the validation item."""
-    split, sizes = run.data.split, {"n_users": run.data.n_users, "n_items": run.data.n_items}
-    train_UI, known_UI = (interaction_matrix(*split.edges(*parts), **sizes) for parts in ((TRAIN,), KNOWN["test"]))
-    return scorers.closed_form_scorer(known_UI, CLOSED_FORM[model](train_UI, **run.config[model].to_dict()))
-
-
-def _domain_scorer(run: Run, model: str, params) -> evaluate.CatalogueScorer:
-    return scorers.domain_scorer(make_arm(run, model, parts=parts_at_test(run.config)), params)
-
-
-def _test(run: Run, rows: list, model: str, make_scorer, *, protocols=None) -> None:
+def _test(run: Run, rows: list, entry: Entry) -> None:
     """Evaluates a model on test, once: the counts of every case are kept, and read back by a later start."""
-    path = run.folder / "per_user" / f"{model}.npz"
+    path = run.folder / "per_user" / f"{entry.name}.npz"
     if not path.exists():
-        bar = functools.partial(progress, description=f"test {model}")
+        bar = functools.partial(progress, description=f"test {entry.name}")
         sliced = [name for name in run.data.candidates["test"] if name not in run.config.data.candidates]
-        scorer, names = make_scorer(), (*(protocols or run.config.evaluate.protocols), *sliced)
+        scorer, names = entry.scorer(), (*(entry.protocols or run.config.evaluate.protocols), *sliced)
         evaluate.save_counts(
             path, {name: stages.count_cases(run, scorer, "test", name, progress=bar) for name in names}
         )
-    rows += evaluate.result_rows(model, evaluate.load_counts(path), run.data.slices)
+    rows += evaluate.result_rows(entry.name, evaluate.load_counts(path), run.data.slices)
+
+
+def _serve(run: Run, bdlm: contenders.Bdlm) -> None:
+    artefact.write_serving(
+        run.folder,
+        Catalogue(**served.catalogue_fields(run)),
+        ServedDomain(**served.domain_fields(bdlm.run, bdlm.domain)),
+        ServedLM(**served.lm_fields(bdlm.run, bdlm.lm)),
+    )
 
 
 def _tell(run: Run) -> None:

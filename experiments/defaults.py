@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.seed = 0
     c.parallel = "jit"  # jit | pmap | mesh
     c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of parallel "mesh"; -1: what is left
-    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # and run/checks.py MODEL_WORDS
+    c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # domain/models.py MODELS, run/contenders.py
 
     c.data = data = ml_collections.ConfigDict()
     data.kind = "twins"  # twins, or a name of data/readers.py READERS
@@ -43,6 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
     data.split = "leave_one_out"  # leave_one_out | global_time | ratio
     data.validation = 0.1  # share, of the last two splits
     data.test = 0.1
+    data.refit = (
+        "none"  # none | validation: train once more with that part, as long as was chosen on it, before the test
+    )
     data.item_fields = ("title",)
     data.user_fields = ()
     data.candidates = ml_collections.ConfigDict({"cand20": 19, "cand100": 99})
@@ -106,7 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
     shared.width = 64
     shared.std = 0.1
     shared.trained_by = "both"  # both | lm | domain | none
-    shared.initial = "domain"  # domain | random: what the <iid> rows start from
+    shared.initial = "domain"  # domain | propagated (its representations) | random: what the tables start from
 
     c.domain = domain = ml_collections.ConfigDict()
     domain.model = "lightgcn"  # BDLM's domain arm and what it starts from (domain/models.py MODELS)

@@ -160,6 +160,11 @@ def from_parts(
     return Split(dataclasses.replace(interactions, **columns), part_E[~again_E])
 
 
+def merge_validation(split: Split) -> Split:
+    """The same interactions with the validation part in training; the test part stays held out."""
+    return dataclasses.replace(split, part_E=np.where(split.part_E == VALIDATION, TRAIN, split.part_E))
+
+
 def seen_mask(seen, user_B: np.ndarray, n_items: int) -> np.ndarray:
     """Returns the (B, I) bool mask of the items in the users' histories `seen` = (indptr, item)."""
     indptr, item = seen

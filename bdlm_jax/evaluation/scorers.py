@@ -52,6 +52,16 @@ def state_scorer(state_UM: Array, rows_IM: Array) -> CatalogueScorer:
     return _pair_scorer({"user": jnp.asarray(state_UM), "item": jnp.asarray(rows_IM)}, dot_score)
 
 
+def pool_scorer(first: CatalogueScorer, second: CatalogueScorer, weight: float) -> CatalogueScorer:
+    """Scores items by z(first) + weight·z(second), z a user's scores less their mean over their deviation (ours)."""
+
+    def standard(scores_BI):
+        spread_B1 = jnp.std(scores_BI, axis=1, keepdims=True)
+        return (scores_BI - jnp.mean(scores_BI, axis=1, keepdims=True)) / jnp.maximum(spread_B1, 1e-12)
+
+    return CatalogueScorer(lambda user_B: standard(first.score(user_B)) + weight * standard(second.score(user_B)))
+
+
 def text_scorer(
     params: Params, config: causal_lm.LMConfig, prefixes, continuations, *, users_at_once: int = 16
 ) -> CandidateScorer:
@@ -104,15 +114,12 @@ def read_states(
     return {"user": state_UM, "item": state_IM, "rows_item": np.asarray(rows_IM, np.float32)}
 
 
-def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.ndarray]) -> Params:
+def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.ndarray] | None) -> Params:
     """What the domain arm learns from: the LM's user states and item rows, and both read in the sharing width."""
     bridge = params["lm"]["bridge"]
-    return {
-        "state_user": states["user"],
-        "rows_item": states["rows_item"],
-        "z_user": sharing.bridge_out(bridge, states["user"]),
-        "z_item": sharing.bridge_out(bridge, cards["item"]),
-    }
+    view = {"state_user": states["user"], "rows_item": states["rows_item"]}
+    view["z_user"] = sharing.bridge_out(bridge, states["user"])
+    return view if cards is None else view | {"z_item": sharing.bridge_out(bridge, cards["item"])}
 
 
 def domain_view(arm: DomainArm, params: Params) -> Params:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bdlm_jax.data.splits import TRAIN, check_training_edges, seen_mask
+from bdlm_jax.data.splits import TRAIN, check_training_edges, merge_validation, seen_mask
 from bdlm_jax.domain import models
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, hf_weights, lora
@@ -25,7 +25,7 @@ from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import prepare
 from bdlm_jax.run.prepare import KNOWN, Data, Texts
 from bdlm_jax.runtime import parallel
-from bdlm_jax.runtime.fit import Arm, Fitted, fit
+from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
 from bdlm_jax.types import Params, leaf_name
 
 FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
@@ -42,6 +42,7 @@ class Run:
     texts: Texts
     stop: Any
     key: jax.Array
+    first: "Run | None" = None  # of a refit: the run that chose on validation
 
     @functools.cached_property
     def lm(self) -> LMConfig:
@@ -62,10 +63,33 @@ class Run:
         """A key of its own for each stage, whatever stages run before it."""
         return jax.random.fold_in(self.key, sum(ord(c) * 131**i for i, c in enumerate(name)) % (2**31))
 
-    def fit(self, stage: str, **arguments) -> Fitted:
+    def variant(self, word: str, overrides: dict[str, Any]) -> "Run":
+        """The same data and words under other settings; its stages lie in a folder of its own."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(overrides)
+        first = self.first and self.first.variant(word, overrides)
+        return dataclasses.replace(self, config=config, folder=self.folder / word, first=first)
+
+    @functools.cached_property
+    def final(self) -> "Run":
+        """What is tested: this run, or with `data.refit` "validation" one that trains on that part too.
+
+        There every stage lasts as long as was chosen on validation here, and nothing is chosen.
+        """
+        if self.config.data.refit == "none" or self.first:
+            return self
+        data = self.data._replace(split=merge_validation(self.data.split))
+        return dataclasses.replace(self, data=data, folder=self.folder / "refit", first=self)
+
+    def fit(self, stage: str, *, phases: list[Phase], **arguments) -> Fitted:
         runtime = self.config.runtime
+        if self.first and "keep" not in arguments:
+            chosen = {arm: best["phase"] for arm, best in best_phases(self.first.folder / stage).items()}
+            phases = phases[: max(chosen.values()) + 1]
+            arguments |= {"keep": chosen, "validate": None}
         return fit(
             self.folder / stage,
+            phases=phases,
             stage=stage,
             key=self.stage_key(stage),
             stop=self.stop,
@@ -123,15 +147,20 @@ def parts_at_test(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 
 
 def init_tables(run: Run, stage: str, arm: DomainArm, *, trained: Params | None = None) -> Params:
-    """Draws {"shared", "domain"}, or takes over a trained domain model's, as `shared.initial` says."""
+    """Draws {"shared", "domain"}, or takes over a trained domain model's, as `shared.initial` says.
+
+    "domain" takes its tables, "propagated" its representations in their place, "random" neither.
+    """
     shared_key, domain_key, *_ = _init_keys(run, stage)
     c, sizes = run.config.shared, {"n_users": run.data.n_users, "n_items": run.data.n_items}
-    made = {
-        "shared": sharing.init_shared(shared_key, **sizes, width=c.width, std=c.std),
-        "domain": arm.init(domain_key),
-    }
-    kept = {"domain": ("shared", "domain"), "random": ("domain",)}[c.initial]
-    return made | {name: trained[name] for name in kept if trained and name in trained}
+    shared, domain = sharing.init_shared(shared_key, **sizes, width=c.width, std=c.std), arm.init(domain_key)
+    if trained:
+        domain = trained.get("domain", domain)
+        if c.initial == "domain":
+            shared = trained["shared"]
+        elif c.initial == "propagated":
+            shared = dict(zip(("user", "item"), arm.encode(trained["shared"], domain)))
+    return {"shared": shared, "domain": domain}
 
 
 def measure_tables(run: Run, arm: DomainArm, params: Params, *, reads: str) -> Tables:

@@ -17,7 +17,6 @@ import ml_collections
 from bdlm_jax.data import twins
 from bdlm_jax.data.readers import READERS
 from bdlm_jax.domain.arm import Inputs
-from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
 from bdlm_jax.domain.models import MODELS, make_arm
@@ -26,7 +25,9 @@ from bdlm_jax.lm.prompts import USER_TOKENS
 from bdlm_jax.mutual.losses import ALIGN, WHOLE_BATCH
 from bdlm_jax.mutual.optimizer import OPTIMIZERS, SCHEDULES
 from bdlm_jax.mutual.sharing import READS
-from bdlm_jax.run.prepare import domain_settings, lm_shape
+from bdlm_jax.run.contenders import OTHERS
+from bdlm_jax.run.controls import CONTROLS
+from bdlm_jax.run.prepare import UNTRAINED, domain_settings, lm_shape
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.types import InputError
 
@@ -69,11 +70,10 @@ def _is_pattern(text: str) -> bool:
 
 _ABOVE_0 = Rule(lambda v: 0 < v < math.inf, "a number above 0")
 _TYPES = _word(("float32", "bfloat16"))
-UNTRAINED = ("item_pop", *CLOSED_FORM)
-MODEL_WORDS = (*UNTRAINED, *MODELS, "text_lm", "ids_lm", "bdlm")
 RULES = {
-    "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, MODEL_WORDS),
+    "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, (*MODELS, *OTHERS)),
     "data.kind": _word(_DATA), "data.split": _word(("leave_one_out", "global_time", "ratio")),
+    "data.refit": _word(("none", "validation")),
     "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
@@ -81,7 +81,8 @@ RULES = {
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS), "prompts.user_dropout": _from(0, most=1),
-    "shared.trained_by": _word(("both", "lm", "domain", "none")), "shared.initial": _word(("domain", "random")),
+    "shared.trained_by": _word(("both", "lm", "domain", "none")),
+    "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
     "mutual.align": _word(ALIGN), "evaluate.protocols": _words(1),
@@ -161,15 +162,17 @@ def _check_models(config) -> None:
             f"config.prompts.length {prompts.length} cannot hold one title of prompts.max_title_tokens "
             f"{prompts.max_title_tokens}; use a length of at least {needed}."
         )
-    for name in dict.fromkeys(name for name in (config.domain.model, *models) if name in MODELS):
+    switched = [CONTROLS[word].settings(config).get("domain.model", "") for word in models if word in CONTROLS]
+    for name in dict.fromkeys(name for name in (config.domain.model, *models, *switched) if name in MODELS):
         try:  # over no interactions: a model knows best what it cannot be
             make_arm(name, Inputs(config.shared.width), domain_settings(config, name))
         except InputError as error:
             raise InputError(f"config.domain or shared.width: {error}") from None
     if not (m.lm_epochs or (m.rounds and m.lm_epochs_a_round)):
-        for name in {"bdlm", "ids_lm"} & set(models):
-            raise InputError(f"config.models holds {name}, but no LM epoch; raise mutual.lm_epochs or mutual.rounds.")
-    if "bdlm" in models and not m.lm.item:
+        for name in models:
+            if re.match("bdlm|ids_lm|cached|pool", name):
+                raise InputError(f"config.models holds {name}, but no LM epoch; raise mutual.lm_epochs or rounds.")
+    if any(re.match("bdlm|cached|pool$", name) for name in models) and not m.lm.item:
         raise InputError("config.mutual.lm.item is 0, so BDLM's LM would never learn to recommend; raise it.")
 
 

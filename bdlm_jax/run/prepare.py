@@ -24,6 +24,7 @@ from bdlm_jax.runtime.files import write_json
 from bdlm_jax.types import InputError
 
 PARTS = {"validation": VALIDATION, "test": TEST}
+UNTRAINED = ("item_pop", *CLOSED_FORM)
 KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be known when a part is predicted
 
 
@@ -78,7 +79,7 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     table = split.interactions
     empty = [part for part in PARTS if not split.counts()[part]]
     # Only what needs no training needs no validation either.
-    if "test" in empty or (empty and not {*config.models} <= {"item_pop", *CLOSED_FORM}):
+    if "test" in empty or (empty and not {*config.models} <= {*UNTRAINED}):
         raise InputError(f"the {empty[-1]} part of the data has no interaction to predict; choose another data.split.")
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates

@@ -34,15 +34,16 @@ def training_rows(run: Run, *, kind: str) -> Packed:
     return _pack(run, made)
 
 
-def reading_rows(run: Run, *, kind: str, parts: tuple[int, ...]) -> Packed:
+def reading_rows(run: Run, *, kind: str, parts: tuple[int, ...], behind: int = 0) -> Packed:
     """Packs one prompt a user, the last window of what is known, at whose end the user's state is read.
 
+    A state that is some items `behind` has not read the last of them, but one item at least, as a cache would hold it.
     The prompt shows <user> in place of <uid> unless `prompts.read_named`: a row that was trained on the whole history
     has seen every target, so an LM that trusts it learns to look up and not to foresee (ours).
     """
     unnamed = not run.config.prompts.read_named
-    histories = enumerate(_histories(run, parts))
-    return _pack(run, [_history_prompt(run, user, history, kind, unnamed=unnamed) for user, history in histories])
+    histories = [history[: max(1, len(history) - behind)] for history in _histories(run, parts)]
+    return _pack(run, [_history_prompt(run, user, h, kind, unnamed=unnamed) for user, h in enumerate(histories)])
 
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:

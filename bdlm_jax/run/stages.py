@@ -44,7 +44,22 @@ class Reader(NamedTuple):
 
     def view(self, run: Run, params: Params) -> Params:
         """What the domain arm learns from."""
-        return scorers.lm_view(params, self.read(run, params, self.users), self.read(run, params, self.cards))
+        cards = self.read(run, params, self.cards) if self.cards else None
+        return scorers.lm_view(params, self.read(run, params, self.users), cards)
+
+
+def ids_reader(run: Run, part: str) -> Reader:
+    """Reads the ids-only LM."""
+    users = rows.reading_rows(run, kind="ids", parts=KNOWN[part])
+    return Reader(DOT_ARM, build.make_meeting(run, reads="layer0"), users)
+
+
+def bdlm_reader(run: Run, part: str, *, behind: int = 0) -> Reader:
+    """Reads BDLM's LM, whose id rows are always those of the training interactions; `behind` as in `reading_rows`."""
+    c = run.config
+    users = rows.reading_rows(run, kind=c.prompts.kind, parts=KNOWN[part], behind=behind)
+    meeting = build.make_meeting(run, reads=c.mutual.reads)
+    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run))
 
 
 def pretrain_lm(run: Run) -> Decoder:
@@ -64,8 +79,7 @@ def pretrain_lm(run: Run) -> Decoder:
     fitted = _train_lm(
         run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, build.lm_rates(rate),
         decoder=lambda: build.make_decoder(run, build.load_decoder(run)),
-        trains=config.lm.trains if config.lm.path else "full",
-        validate=lambda params: {"done": 1.0}, select="done",
+        trains=config.lm.trains if config.lm.path else "full", keep={"lm": 0},
     )  # fmt: skip
     return build.make_decoder(run, fitted.params["lm"]["lm"])
 
@@ -154,13 +168,18 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     )
 
 
-def distill_domain(run: Run, bdlm: Fitted) -> Fitted:
-    """Lets the chosen domain arm learn from the chosen LM at length: the LM no longer has to follow (ours)."""
+def distill_domain(
+    run: Run, lm: Params, start: Params, *, reader: Callable[[Run, str], Reader] = bdlm_reader
+) -> Fitted:
+    """Lets a domain arm learn from an LM, which `reader` reads, at length: the LM no longer has to follow (ours)."""
     phases = _domain_phases(run, run.config.mutual.distill_epochs, "distillation")
-    return _distill(run, bdlm, "distill", "validation", build.make_arm(run, run.config.domain.model), phases)
+    arm = build.make_arm(run, run.config.domain.model)
+    return _distill(run, "distill", reader(run, "validation"), lm, start, arm, phases)
 
 
-def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
+def refresh_domain(
+    run: Run, lm: Params, start: Params, distilled: Fitted, *, reader: Callable[[Run, str], Reader] = bdlm_reader
+) -> Fitted:
     """Repeats `distill_domain` from the same start against LM states that know the validation item, for test (ours).
 
     It has as many epochs as were chosen there; nothing is selected.
@@ -168,21 +187,8 @@ def refresh_domain(run: Run, bdlm: Fitted, distilled: Fitted) -> Fitted:
     c = run.config
     epochs = min((distilled.phase["domain"] + 1) * c.domain.evaluate_every, c.mutual.distill_epochs)
     arm = build.make_arm(run, c.domain.model, parts=build.parts_at_test(c))
-    return _distill(run, bdlm, "refresh", "test", arm, [Phase("domain", epochs, "refresh")], select=False)
-
-
-def ids_reader(run: Run, part: str) -> Reader:
-    """Reads the ids-only LM."""
-    users = rows.reading_rows(run, kind="ids", parts=KNOWN[part])
-    return Reader(DOT_ARM, build.make_meeting(run, reads="layer0"), users)
-
-
-def bdlm_reader(run: Run, part: str) -> Reader:
-    """Reads BDLM's LM, whose id rows are always those of the training interactions."""
-    c = run.config
-    users = rows.reading_rows(run, kind=c.prompts.kind, parts=KNOWN[part])
-    meeting = build.make_meeting(run, reads=c.mutual.reads)
-    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run))
+    phases = [Phase("domain", epochs, "refresh")]
+    return _distill(run, "refresh", reader(run, "test"), lm, start, arm, phases, part="test", keep={"domain": 0})
 
 
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
@@ -210,8 +216,8 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
     return {f"{name}/{protocol}": evaluate.mean_metric(counts, name) for name in {"hr@1", "ndcg@10", metric}}
 
 
-def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, select, trains=None) -> Fitted:
-    """An LM without a domain model: its own tables, if it reads any."""
+def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate=None, trains=None, **choice) -> Fitted:
+    """An LM without a domain model: its own tables, if it reads any; `choice` is `select` or `keep` of `fit`."""
     arm = build.make_lm_arm(run, packed, build.make_meeting(run, reads="layer0"), weights, rates, trains=trains)
 
     def params():
@@ -224,8 +230,8 @@ def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate, 
         arms={"lm": arm},
         params=params,
         validate=lambda _, params: validate(params),
-        select=select,
         judged=("lm",),
+        **choice,
     )
 
 
@@ -238,27 +244,34 @@ def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part
     return build.make_domain_arm(run, arm, meeting, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
 
 
-def _distill(run: Run, bdlm: Fitted, stage: str, part: str, arm: DomainArm, phases, *, select: bool = True) -> Fitted:
-    reader, lm_params = bdlm_reader(run, part), bdlm.params["lm"]
+def _distill(
+    run: Run,
+    stage: str,
+    reader: Reader,
+    lm: Params,
+    start: Params,
+    arm: DomainArm,
+    phases,
+    *,
+    part="validation",
+    **choice,
+) -> Fitted:
     taught = _taught_arm(run, arm, reader.meeting, rate=run.config.mutual.distill_learning_rate, part=part)
-    taught = taught._replace(view=lambda _: reader.view(run, lm_params))
-    return _fit_domain(run, stage, arm, taught, phases=phases, params=lambda: bdlm.params["domain"], select=select)
+    taught = taught._replace(view=lambda _: reader.view(run, lm))
+    return _fit_domain(run, stage, arm, taught, phases=phases, params=lambda: start, **choice)
 
 
-def _fit_domain(run: Run, stage: str, arm: DomainArm, trained: Arm, *, phases, params, select: bool = True) -> Fitted:
-    """Trains the domain arm by itself; without `select` the last phase is what it comes to."""
-
-    def judge(_, params):
-        return validate(run, scorers.domain_scorer(arm, params)) if select else {"done": 1.0}
-
+def _fit_domain(run: Run, stage: str, arm: DomainArm, trained: Arm, *, phases, params, **choice) -> Fitted:
+    """Trains the domain arm by itself; `choice` is `keep` of `fit`, or nothing."""
     return run.fit(
         stage,
         phases=phases,
         arms={"domain": trained},
         params=params,
-        validate=judge,
-        select=run.config.select if select else "done",
+        validate=lambda _, params: validate(run, scorers.domain_scorer(arm, params)),
+        select=run.config.select,
         judged=("domain",),
+        **choice,
     )
 
 

@@ -73,20 +73,24 @@ def fit(
     arms: dict[str, Arm],
     params: Callable[[], Params],
     key: jax.Array,
-    validate: Callable[[str, Params], dict[str, float]],
-    select: str,
     judged: Sequence[str],
+    validate: Callable[[str, Params], dict[str, float]] | None = None,
+    select: str = "",
+    keep: dict[str, int] | None = None,
     stop: StopSignal | None = None,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool | None = None,
 ) -> Fitted:
-    """Runs the phases in order, keeps each judged arm's best params on validation, and can be killed at any moment.
+    """Runs the phases in order, keeps each judged arm's best params, and can be killed at any moment.
+
+    The best are those that `validate` finds, or with `keep` those after the named phase, whatever they are.
 
     Args:
       folder: holds checkpoints, metrics and the best params; a finished one is read, not trained again.
       phases: each has a unit or more.
       validate: (arm, params) -> metrics; done for every judged arm after every phase.
       select: the metric, among those, that chooses the best phase (higher is better).
+      keep: {arm: number of the phase after which its params are kept}, without any validation.
       stop: a `runtime.log.StopSignal`; where it is requested the loop saves and raises `Stopped`.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
       tensorboard: see `MetricLog`.
@@ -101,7 +105,10 @@ def fit(
             for number in range(cursor["phase"], len(phases)):
                 loop.train(number)
                 for arm in judged:
-                    _judge(arm, number, loop, validate, select)
+                    if keep is None:
+                        _judge(arm, number, loop, validate, select)
+                    elif keep[arm] == number:
+                        loop.keep(arm, 0.0, number)
                 cursor["phase"], cursor["unit"] = number + 1, 0
                 loop.save()
                 if any(distributed.agree(loop.stopping())):
@@ -167,6 +174,11 @@ class _Loop:
         checkpoint.save(self.folder / "checkpoints", self.tree["cursor"]["units"], self.tree, keep=2)
         self.saved_at = time.monotonic()
 
+    def keep(self, arm: str, value: float, number: int) -> None:
+        """Notes and writes the params of an arm as its best, those after a phase."""
+        self.tree["best"][arm] = {"value": value, "phase": number}
+        save_safetensors(self.folder / f"best_{arm}.safetensors", self.tree["params"])
+
     def stopping(self) -> bool:
         return self.stop is not None and self.stop.requested
 
@@ -219,8 +231,7 @@ def _judge(arm: str, number: int, loop: _Loop, validate: Callable, select: str) 
     row = {f"validation/{arm}/{name}": value for name, value in values.items()} | {"phase": number}
     loop.log.write(loop.stage, tree["cursor"]["units"], row)
     if values[select] > tree["best"][arm]["value"]:
-        tree["best"][arm] = {"value": float(values[select]), "phase": number}
-        save_safetensors(loop.folder / f"best_{arm}.safetensors", tree["params"])
+        loop.keep(arm, float(values[select]), number)
 
 
 def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict[str, Any]:
@@ -245,8 +256,13 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
     return checkpoint.restore(last, like=tree) if last else tree
 
 
+def best_phases(folder: str | os.PathLike) -> dict[str, dict]:
+    """{arm: {"phase", "value"}} of a finished stage."""
+    return json.loads((Path(folder) / "done.json").read_text(encoding="utf-8"))["best"]
+
+
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:
-    best = json.loads((folder / "done.json").read_text(encoding="utf-8"))["best"]
+    best = best_phases(folder)
     # A flat file cannot hold the empty tree of an arm without params of its own.
     params = {name: {"domain": {}} | load_safetensors(folder / f"best_{name}.safetensors") for name in judged}
     value, phase = ({name: best[name][what] for name in judged} for what in ("value", "phase"))

@@ -1,0 +1,210 @@
+"""Who competes: every word of `config.models`, what it trains, and the rows of the table that it gives.
+
+With `data.refit` a contender is trained twice, and what is tested is the second: see `Run.final`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
+from bdlm_jax.domain.models import MODELS
+from bdlm_jax.evaluation import scorers
+from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
+from bdlm_jax.run import build, stages
+from bdlm_jax.run.build import Decoder, Run
+from bdlm_jax.run.controls import CONTROLS, UNALIGNED
+from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.runtime.files import write_json
+from bdlm_jax.runtime.fit import Fitted
+from bdlm_jax.types import Params
+
+BEHIND = (1, 2, 5)  # items that a cached state has not read
+POOL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+
+
+class Entry(NamedTuple):
+    """A row of the table: its scorer at test, made when it is asked for, and its protocols (None: the config's)."""
+
+    name: str
+    scorer: Callable[[], CandidateScorer | CatalogueScorer]
+    protocols: tuple[str, ...] | None = None
+
+
+class Bdlm(NamedTuple):
+    """A trained BDLM: the run that is tested, what was chosen, what is tested (of a refit, another), the domain arm."""
+
+    run: Run
+    chosen: Fitted
+    best: Fitted
+    distilled: Fitted
+    refreshed: Fitted
+
+    @property
+    def lm(self) -> Params:
+        return self.best.params["lm"]
+
+    @property
+    def domain(self) -> Params:
+        """The domain arm as it is tested and served."""
+        return self.refreshed.params["domain"]
+
+
+def make_entries(run: Run, word: str, decoder: Callable[[], Decoder]) -> Iterator[Entry]:
+    """Trains what a word of `config.models` needs and is not trained yet, and gives its rows."""
+    if word in MODELS:
+        yield from _domain_alone(run, word)
+    else:
+        yield from OTHERS[word](run, decoder)
+
+
+def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> Bdlm:
+    """Trains BDLM or one of its controls: mutual rounds, then the domain arm against the LM states of test time."""
+    own = run if word == "bdlm" else run.variant(word, CONTROLS[word].settings(run.config))
+
+    def rounds(run: Run, own: Run) -> Fitted:
+        alone = stages.train_domain(run, own.config.domain.model)
+        return stages.train_bdlm(own, decoder(), alone.params["domain"])
+
+    chosen = rounds(run, own)
+    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"])
+    best = chosen if own.final is own else rounds(run.final, own.final)
+    refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled)
+    return Bdlm(own.final, chosen, best, distilled, refreshed)
+
+
+def _bdlm(run: Run, decoder, word: str) -> Iterator[Entry]:
+    made = train_bdlm(run, decoder, word)
+    yield Entry(f"{word}_lm", lambda: stages.bdlm_reader(made.run, "test").scorer(made.run, made.lm))
+    model = made.run.config.domain.model
+    yield Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain))
+    if word == "bdlm":
+        unrefreshed = made.distilled.params["domain"]
+        yield Entry("bdlm_domain_unrefreshed", lambda: _domain_scorer(made.run, model, unrefreshed))
+
+
+def _item_pop(run: Run, decoder) -> Iterator[Entry]:
+    yield Entry("item_pop", lambda: scorers.popularity_scorer(run.data.split.degree(*KNOWN["test"])))
+
+
+def _closed_form(run: Run, decoder, model: str) -> Iterator[Entry]:
+    """Fitted on training, as what is trained by steps is; a user's history at test time has the validation item."""
+    sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items}
+
+    def scorer() -> CatalogueScorer:
+        edges = run.final.data.split.edges
+        train_UI, known_UI = (interaction_matrix(*edges(*parts), **sizes) for parts in ((TRAIN,), KNOWN["test"]))
+        return scorers.closed_form_scorer(known_UI, CLOSED_FORM[model](train_UI, **run.config[model].to_dict()))
+
+    yield Entry(model, scorer)
+
+
+def _domain_alone(run: Run, model: str) -> Iterator[Entry]:
+    fitted = _train(run, lambda run: stages.train_domain(run, model))
+    yield Entry(model, lambda: _domain_scorer(run.final, model, fitted.params["domain"]))
+
+
+def _text_lm(run: Run, decoder) -> Iterator[Entry]:
+    fitted = _train(run, lambda run: stages.train_text_lm(run, decoder()))
+    lm = fitted.params["lm"]["lm"]
+    yield Entry("text_lm", lambda: stages.text_lm_scorer(run, lm, "test"), run.config.evaluate.text_protocols)
+
+
+def _ids_lm(run: Run, decoder) -> Iterator[Entry]:
+    lm = _train(run, lambda run: stages.train_ids_lm(run, decoder())).params["lm"]
+    yield Entry("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, lm))
+
+
+def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:
+    """The domain model alone, taught by the ids-only LM as BDLM's domain arm is by its own at the end."""
+    own, model = run.variant("ids_lm_distilled", UNALIGNED), run.config.domain.model
+
+    def teacher_and_start(run: Run) -> tuple[Params, Params]:
+        return stages.train_ids_lm(run, decoder()).params["lm"], stages.train_domain(run, model).params["domain"]
+
+    distilled = stages.distill_domain(own, *teacher_and_start(run), reader=stages.ids_reader)
+    pair = teacher_and_start(run.final)
+    refreshed = stages.refresh_domain(own.final, *pair, distilled, reader=stages.ids_reader).params["domain"]
+    yield Entry("ids_lm_distilled", lambda: _domain_scorer(own.final, model, refreshed))
+
+
+def _cached(run: Run, decoder) -> Iterator[Entry]:
+    made = train_bdlm(run, decoder)
+    for behind in BEHIND:
+        reader = functools.partial(stages.bdlm_reader, made.run, "test", behind=behind)
+        yield Entry(f"cached_{behind}", lambda reader=reader: reader().scorer(made.run, made.lm))
+
+
+def _pool(run: Run, decoder) -> Iterator[Entry]:
+    """BDLM's two arms, summed."""
+    made, model = train_bdlm(run, decoder), run.config.domain.model
+
+    def at_validation():
+        yield stages.bdlm_reader(run, "validation").scorer(run, made.chosen.params["lm"])
+        yield scorers.domain_scorer(build.make_arm(run, model), made.distilled.params["domain"])
+
+    def at_test():
+        yield stages.bdlm_reader(made.run, "test").scorer(made.run, made.lm)
+        yield _domain_scorer(made.run, model, made.domain)
+
+    yield _weighted(run, "pool", at_validation, at_test)
+
+
+def _pool_alone(run: Run, decoder) -> Iterator[Entry]:
+    """The ids-only LM and the domain model, neither of which knows the other, summed."""
+    model = run.config.domain.model
+
+    def trained(run: Run) -> tuple[Params, Params]:
+        return stages.train_ids_lm(run, decoder()).params["lm"], stages.train_domain(run, model).params["domain"]
+
+    chosen, tested = trained(run), trained(run.final)
+
+    def at_validation():
+        yield stages.ids_reader(run, "validation").scorer(run, chosen[0])
+        yield scorers.domain_scorer(build.make_arm(run, model), chosen[1])
+
+    def at_test():
+        yield stages.ids_reader(run.final, "test").scorer(run.final, tested[0])
+        yield _domain_scorer(run.final, model, tested[1])
+
+    yield _weighted(run, "pool_alone", at_validation, at_test)
+
+
+def _weighted(run: Run, name: str, at_validation, at_test) -> Entry:
+    """Chooses the weight of the second of two scorers on validation, and notes it with what each weight reached."""
+
+    def scorer() -> CatalogueScorer:
+        pair = tuple(at_validation())
+        reached = {w: stages.validate(run, scorers.pool_scorer(*pair, w))[run.config.select] for w in POOL_WEIGHTS}
+        weight = max(POOL_WEIGHTS, key=reached.get)
+        write_json(
+            run.folder / f"{name}.json", {"weight": weight, "validation": {str(w): v for w, v in reached.items()}}
+        )
+        return scorers.pool_scorer(*at_test(), weight)
+
+    return Entry(name, scorer)
+
+
+def _train(run: Run, train: Callable[[Run], Fitted]) -> Fitted:
+    """Trains where the choice is made and, where another run is tested, there; returns what is tested."""
+    fitted = train(run)
+    return fitted if run.final is run else train(run.final)
+
+
+def _domain_scorer(run: Run, model: str, params: Params) -> CatalogueScorer:
+    return scorers.domain_scorer(build.make_arm(run, model, parts=build.parts_at_test(run.config)), params)
+
+
+# Each trains what it needs of (run, pretrained decoder), and gives its rows; a domain model's word is its name.
+OTHERS: dict[str, Callable[[Run, Callable[[], Decoder]], Iterator[Entry]]] = {
+    **{word: functools.partial(_closed_form, model=word) for word in CLOSED_FORM},
+    "item_pop": _item_pop,
+    "text_lm": _text_lm,
+    "ids_lm": _ids_lm,
+    "ids_lm_distilled": _ids_lm_distilled,
+    "cached": _cached,
+    "pool": _pool,
+    "pool_alone": _pool_alone,
+    **{word: functools.partial(_bdlm, word=word) for word in ("bdlm", *CONTROLS)},
+}
