@@ -40,12 +40,12 @@ def get_config() -> ml_collections.ConfigDict:
     data.min_rating = 0.0
     data.min_user = 0  # k-core
     data.min_item = 0
-    data.split = "leave_one_out"  # leave_one_out | global_time | ratio
-    data.validation = 0.1  # share, of the last two splits
+    data.split = "leave_one_out"  # leave_one_out | global_time | ratio | cold_items (data/splits.py)
+    data.validation = 0.1  # share of the interactions, of global_time and ratio
     data.test = 0.1
-    data.refit = (
-        "none"  # none | validation: train once more with that part, as long as was chosen on it, before the test
-    )
+    data.cold_share = 0.1  # of the items, of cold_items
+    data.split_seed = 0  # of ratio and cold_items: runs that differ in `seed` alone split alike
+    data.refit = "none"  # none | validation: train once more with that part, as long as was chosen, before the test
     data.item_fields = ("title",)
     data.user_fields = ()
     data.candidates = ml_collections.ConfigDict({"cand20": 19, "cand100": 99})
@@ -157,11 +157,12 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
 
-    c.select = "ndcg@10/cand100"  # the validation metric that chooses each arm's best round
+    c.select = "ndcg@10/full"  # the validation metric that chooses each arm's best round; of text_lm with cand20
 
     c.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.protocols = ("cand20", "cand100", "full")
     evaluate.text_protocols = ("cand20", "cand100")  # of text_lm, whose cost grows with the candidates
+    evaluate.validation_users = 10_000  # cases of validation's full ranking at most, a fixed draw; 0: all
     evaluate.chunk = 512
     evaluate.text_history = 8  # titles that text_lm reads
 

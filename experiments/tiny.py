@@ -13,7 +13,6 @@ def get_config():
         "n_cold": 8, "n_knowledge": 8, "history": 10, "min_history": 5, "n_sentences": 200,
     }  # fmt: skip
     c.data.candidates = {"cand20": 19}
-    c.select = "ndcg@10/cand20"
     c.evaluate.protocols = ("cand20", "full")
     c.evaluate.text_protocols = ("cand20",)
     c.evaluate.chunk = 64

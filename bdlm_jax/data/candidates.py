@@ -66,6 +66,21 @@ def make_candidates(
     return candidates
 
 
+def make_pool_candidates(
+    split: Split, part: int, *, pool: np.ndarray, n_negatives: int, seed: int, name: str
+) -> Candidates:
+    """As `make_candidates`, for the cases alone whose targets are in `pool` themselves."""
+    drawn = make_candidates(split, part, n_negatives=n_negatives, seed=seed, name=name, pool=pool)
+    inside_N = np.isin(drawn.items_NC[:, 0], pool)
+    return freeze_candidates(name, drawn.user_N[inside_N], drawn.items_NC[inside_N])
+
+
+def draw_cases(n_cases: int, most: int, *, seed: int) -> np.ndarray:
+    """Indices, in order, of `most` of `n_cases` cases (or of all) of validation, drawn alike on every platform."""
+    raw_N = np.random.PCG64(stream_seed(seed, VALIDATION, "full")).random_raw(n_cases)
+    return np.sort(np.argsort(raw_N, kind="stable")[:most])
+
+
 def stream_seed(seed: int, part: int, name: str) -> int:
     """The PCG64 seed of one draw: sha256 of what it is for."""
     return int.from_bytes(hashlib.sha256(f"{seed}\x1d{PART_NAMES[part]}\x1d{name}".encode()).digest(), "little")

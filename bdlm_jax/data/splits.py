@@ -75,14 +75,53 @@ def leave_one_out(interactions: Interactions, *, min_history: int = 1) -> Split:
     """
     if min_history < 0:
         raise InputError(f"min_history is {min_history}; give 0 or more.")
-    length_U = np.bincount(interactions.user_E, minlength=interactions.n_users)
-    end_U = np.cumsum(length_U)[length_U >= max(min_history + 2, 2)]
-    if not len(end_U):
-        raise InputError(f"no user has {min_history + 2} interactions; lower min_history or choose another split.")
     part_E = np.zeros(len(interactions), np.int8)
-    part_E[end_U - 1] = TEST
-    part_E[end_U - 2] = VALIDATION
+    _hold_out_last(interactions, part_E, np.arange(len(interactions)), min_history)
     return Split(interactions, part_E)
+
+
+def cold_items(interactions: Interactions, *, share: float, seed: int, min_history: int = 1) -> Split:
+    """Takes a drawn `share` of the items out of training altogether, and leaves one out of the others.
+
+    * Of the drawn items one half is cold at validation, the other (the larger by one, where odd) at test: every
+      interaction with one is a case of its own in that part, so nothing is chosen on an item that is tested cold.
+    * What a user had of the other items is split as by `leave_one_out`: the last tests, the one before it validates.
+      So one model is asked for both: a report has the cases of each, "cold" and "warm".
+    * At test a model may know what was asked at validation, of its cold items too. An item that is tested cold is in
+      no history, graph or training row at all; its title may be read.
+    * Time orders the warm cases alone: the history before a cold case holds what its user had later too.
+
+    Source: ours (items held out as a whole are the usual item cold start).
+    """
+    part_I = draw_cold_items(interactions, share=share, seed=seed)
+    part_E = part_I[interactions.item_E]
+    _hold_out_last(interactions, part_E, np.flatnonzero(part_E == TRAIN), min_history)
+    return Split(interactions, part_E)
+
+
+def draw_cold_items(interactions: Interactions, *, share: float, seed: int) -> np.ndarray:
+    """(I,) int8: the part in which an item is cold, VALIDATION or TEST, and TRAIN for all others.
+
+    `share` is of the items that have an interaction; the same seed draws the same items on every platform.
+    """
+    known = np.flatnonzero(np.bincount(interactions.item_E, minlength=interactions.n_items))
+    n_cold = int(_count(len(known), share))
+    if n_cold < 2:
+        raise InputError(f"a share of {share:g} of {len(known)} items makes no cold item for each part; raise it.")
+    drawn = known[np.argsort(np.random.PCG64(seed).random_raw(len(known)), kind="stable")[:n_cold]]
+    part_I = np.full(interactions.n_items, TRAIN, np.int8)
+    part_I[drawn] = TEST
+    part_I[drawn[: n_cold // 2]] = VALIDATION
+    return part_I
+
+
+def check_cold_items(split: Split, part_I: np.ndarray) -> None:
+    """Raises LeakError if an item of `draw_cold_items` has an interaction in an earlier part than its own."""
+    for part in (VALIDATION, TEST):
+        early_I = (split.degree(*range(part)) > 0) & (part_I == part)
+        if early_I.any():
+            label = f"{int(early_I.sum())} items that are cold in the {PART_NAMES[part]} part"
+            raise LeakError(f"{label} have interactions before it, the first is item {int(np.argmax(early_I))}.")
 
 
 def global_time(interactions: Interactions, *, validation: float, test: float) -> Split:
@@ -197,6 +236,16 @@ def within(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
     """Which of `values` (whole numbers ≥ 0, any shape) are in `sorted_values`."""
     # np.isin hashes large arrays, which is many times slower than one sorted search
     return np.append(sorted_values, -1)[np.searchsorted(sorted_values, values)] == values
+
+
+def _hold_out_last(interactions: Interactions, part_E: np.ndarray, row_R: np.ndarray, min_history: int) -> None:
+    """Marks in `part_E`, among the rows `row_R`, each user's last as TEST and the one before it as VALIDATION."""
+    length_U = np.bincount(interactions.user_E[row_R], minlength=interactions.n_users)
+    end_U = np.cumsum(length_U)[length_U >= max(min_history + 2, 2)]
+    if not len(end_U):
+        raise InputError(f"no user has {min_history + 2} interactions; lower min_history or choose another split.")
+    part_E[row_R[end_U - 1]] = TEST
+    part_E[row_R[end_U - 2]] = VALIDATION
 
 
 def _check_fractions(validation: float, test: float) -> None:

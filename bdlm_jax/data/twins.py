@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdlm_jax.data import twins_words
-from bdlm_jax.data.candidates import Candidates, check_candidates, freeze_candidates, make_candidates
+from bdlm_jax.data.candidates import Candidates, check_candidates, freeze_candidates, make_pool_candidates
 from bdlm_jax.data.interactions import make_interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split, leave_one_out, seen_mask, within
 from bdlm_jax.types import InputError
@@ -56,7 +56,7 @@ class World:
     """
 
     split: Split
-    item_slices: dict  # "twins", "cold", "knowledge" -> (I,) bool
+    item_slices: dict  # "warm", "twins", "cold", "knowledge" -> (I,) bool
     twin_of_I: np.ndarray  # int32, -1: none
     corpus: list
     truth: Truth
@@ -122,7 +122,8 @@ def make_world(
     trial = _draw_histories(np.random.default_rng([seed, 1]), truth, length_U)
     truth = truth._replace(offer_I=_balanced_offers(truth, trial, cold_share, knowledge_share))
     interactions = _name_rows(_draw_histories(rng, truth, length_U), length_U, titles)
-    slices = {"twins": twin_of_I >= 0, "cold": truth.kind_I == COLD, "knowledge": truth.kind_I == KNOWLEDGE}
+    slices = {"warm": truth.kind_I == WARM, "twins": twin_of_I >= 0}
+    slices |= {"cold": truth.kind_I == COLD, "knowledge": truth.kind_I == KNOWLEDGE}
     corpus = twins_words.make_corpus(rng, words, n_sentences=n_sentences)
     return World(leave_one_out(interactions), slices, twin_of_I, corpus, truth)
 
@@ -310,9 +311,7 @@ def slice_candidates(world: World, part: int, seed: int) -> dict[str, Candidates
     made = {"pair": freeze_candidates("pair", user_N[fresh_N], np.stack([item_N, sibling_N], axis=1)[fresh_N])}
     for name, kind in (("cold20", COLD), ("knowledge20", KNOWLEDGE)):
         pool = np.flatnonzero((truth.kind_I == kind) & (truth.part_I == part))
-        drawn = make_candidates(world.split, part, n_negatives=19, seed=seed, name=name, pool=pool)
-        chosen_N = truth.kind_I[item_N] == kind
-        made[name] = freeze_candidates(name, user_N[chosen_N], drawn.items_NC[chosen_N])
+        made[name] = make_pool_candidates(world.split, part, pool=pool, n_negatives=19, seed=seed, name=name)
     for candidates in made.values():
         check_candidates(world.split, candidates)
     return made
@@ -327,7 +326,7 @@ def ceilings(world: World, part: int, candidates: Iterable[Candidates]) -> list[
     row_of_U = np.full(world.split.interactions.n_users, -1)
     row_of_U[user_N] = np.arange(len(user_N))
     every = np.ones(len(world.twin_of_I), bool)
-    slices = {"all": every, "warm": world.truth.kind_I == WARM, **world.item_slices}
+    slices = {"all": every, **world.item_slices}
     rows = []
     for sees in ORACLES:
         scores_NI = oracle_scores(world, part, sees)

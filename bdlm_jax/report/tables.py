@@ -26,6 +26,7 @@ MAIN_METRICS = (
 )  # fmt: skip
 MARGIN_METRICS = ("hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "ndcg@10/full")
 SLICES = {
+    "warm": ("Targets that had interactions before: what no id model can learn is left out.", MAIN_METRICS),
     "twins": (
         "Items that share their text with another item. `pair`: the target against its twin.",
         ("hr@1/pair", "auc/pair", "hr@1/cand20", "hr@1/cand100"),

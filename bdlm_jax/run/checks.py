@@ -32,6 +32,7 @@ from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.types import InputError
 
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
+SPLITS = ("leave_one_out", "global_time", "ratio", "cold_items")  # of data/splits.py
 SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
 _DATA = {"twins": twins.make_world, **READERS}
 
@@ -72,9 +73,9 @@ _ABOVE_0 = Rule(lambda v: 0 < v < math.inf, "a number above 0")
 _TYPES = _word(("float32", "bfloat16"))
 RULES = {
     "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, (*MODELS, *OTHERS)),
-    "data.kind": _word(_DATA), "data.split": _word(("leave_one_out", "global_time", "ratio")),
-    "data.refit": _word(("none", "validation")),
-    "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.item_fields": _words(1),
+    "data.kind": _word(_DATA), "data.split": _word(SPLITS), "data.refit": _word(("none", "validation")),
+    "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.cold_share": _from(0, below=1),
+    "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
@@ -97,7 +98,7 @@ _MANY = {
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width domain.batch_size
         domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours mutual.kl_users mutual.distill_epochs
         evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
-    _from(0): """seed data.candidates_seed lm_alone.row_std
+    _from(0): """seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
@@ -150,8 +151,11 @@ def _check_data(data, models) -> None:
         raise InputError("config.data.path is set, but the data kind twins is generated; leave the path empty.")
     if data.kind == "adjacency" and not {*models} <= {*UNTRAINED}:
         raise InputError(f"config.data.kind adjacency has no validation part; only {', '.join(UNTRAINED)} do without.")
-    if data.split != "leave_one_out" and not (data.validation > 0 < data.test and data.validation + data.test < 1):
+    shares = data.validation > 0 < data.test and data.validation + data.test < 1
+    if data.split in ("global_time", "ratio") and not shares:
         raise InputError(f"config.data.validation and test must be above 0, below 1 together with split {data.split}.")
+    if data.kind in ("twins", "adjacency") and data.split != "leave_one_out":
+        raise InputError(f"config.data.split is {data.split}, but data of the kind {data.kind} are split already.")
 
 
 def _check_models(config) -> None:

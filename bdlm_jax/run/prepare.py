@@ -93,6 +93,13 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
             made[part] |= twins.slice_candidates(world, number, c.candidates_seed)
     else:
         slices["cold"] = split.degree(TRAIN, VALIDATION) == 0
+        if c.split == "cold_items":
+            slices["warm"] = ~slices["cold"]
+            for part, number in PARTS.items():
+                pool = np.setdiff1d(split.cases(number)[1], split.edges(*KNOWN[part])[1])
+                made[part]["cold20"] = candidate_files.make_pool_candidates(
+                    split, number, pool=pool, n_negatives=19, seed=c.candidates_seed, name="cold20"
+                )
     fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)
     write_json(folder / "fingerprint.json", fingerprint)
@@ -183,7 +190,12 @@ def _split(config, table) -> Split:
         return splits.leave_one_out(table)
     if c.split == "global_time":
         return splits.global_time(table, validation=c.validation, test=c.test)
-    return splits.ratio(table, validation=c.validation, test=c.test, seed=config.seed)
+    if c.split == "ratio":
+        return splits.ratio(table, validation=c.validation, test=c.test, seed=c.split_seed)
+    drawn = {"share": c.cold_share, "seed": c.split_seed}
+    split = splits.cold_items(table, **drawn)
+    splits.check_cold_items(split, splits.draw_cold_items(table, **drawn))
+    return split
 
 
 def _candidates(config, folder: Path, split: Split, part: str) -> dict[str, Candidates]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdlm_jax.data.candidates import check_unchanged
+from bdlm_jax.data.candidates import check_unchanged, draw_cases
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
@@ -198,13 +198,19 @@ def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
 
 
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
-    """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full")."""
+    """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full").
+
+    Of validation's under "full", `evaluate.validation_users` at most: the same ones for every model and seed.
+    """
     options = {"chunk": run.config.evaluate.chunk, "progress": progress}
     if protocol != "full":
         candidates = run.data.candidates[part][protocol]
         check_unchanged(candidates, run.data.fingerprint["candidates"][f"{part}/{protocol}"])
         return evaluate.evaluate_candidates(scorer, candidates, **options)
     user_N, item_N = run.data.split.cases(PARTS[part])
+    if part == "validation" and (most := run.config.evaluate.validation_users):
+        drawn_N = draw_cases(len(user_N), most, seed=run.config.data.candidates_seed)
+        user_N, item_N = user_N[drawn_N], item_N[drawn_N]
     return evaluate.evaluate_full(scorer, user_N, item_N, run.data.split.histories(*KNOWN[part]), **options)
 
 

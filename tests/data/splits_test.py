@@ -7,11 +7,15 @@ from hypothesis import strategies as st
 
 from bdlm_jax.data.interactions import make_interactions
 from bdlm_jax.data.splits import (
+    PART_NAMES,
     TEST,
     TRAIN,
     VALIDATION,
     Split,
+    check_cold_items,
     check_training_edges,
+    cold_items,
+    draw_cold_items,
     from_parts,
     global_time,
     leave_one_out,
@@ -101,12 +105,60 @@ def split_by(function, *fractions, **options):
     return lambda x: function(x, **dict(zip(("validation", "test"), fractions)), **options)
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.floats(0.2, 0.8), st.integers(0, 99))
+def test_cold_items_are_out_of_training_and_the_rest_is_left_one_out(lengths, share, seed):
+    x = table(lengths)
+    try:
+        split, part_I = cold_items(x, share=share, seed=seed), draw_cold_items(x, share=share, seed=seed)
+    except InputError as error:
+        assert "makes no cold item" in str(error) or "no user has 3 interactions" in str(error)
+        return
+    drawn = [np.flatnonzero(part_I == part) for part in (VALIDATION, TEST)]
+    assert len(drawn[0]) <= len(drawn[1]) <= len(drawn[0]) + 1
+    assert len(drawn[0]) + len(drawn[1]) == int(share * x.n_items + 1e-9)
+    check_cold_items(split, part_I)
+    for part, items in zip((VALIDATION, TEST), drawn):
+        assert (split.part_E[np.isin(x.item_E, items)] == part).all()
+        assert not split.degree(*range(part))[items].any()
+    for user in range(x.n_users):  # what is left of each is as if the others had never been
+        left = split.part_E[(x.user_E == user) & (part_I[x.item_E] == TRAIN)]
+        held = [VALIDATION, TEST] if len(left) > 2 else []
+        assert left.tolist() == [TRAIN] * (len(left) - len(held)) + held
+    assert np.array_equal(split.part_E, cold_items(x, share=share, seed=seed).part_E)
+
+
+def test_every_item_is_as_often_cold_and_another_seed_draws_others():
+    x = make_interactions([0] * 10 + [1] * 3, [*range(10), 0, 1, 2])
+    cold = np.mean([draw_cold_items(x, share=0.4, seed=seed) > TRAIN for seed in range(400)], axis=0)
+    assert np.all(np.abs(cold - 0.4) < 5 * np.sqrt(0.4 * 0.6 / 400))
+
+
+def test_items_without_interactions_are_not_drawn():
+    fields = {item: {"title": "t"} for item in range(100)}
+    x = make_interactions([0] * 6, range(6), item_fields=fields, keep_items_without_interactions=True)
+    assert set(np.flatnonzero(draw_cold_items(x, share=0.9, seed=3))) < set(range(6))
+
+
+@pytest.mark.parametrize(("part", "earlier"), [(VALIDATION, TRAIN), (TEST, TRAIN), (TEST, VALIDATION)])
+def test_one_early_interaction_of_a_cold_item_is_caught(part, earlier):
+    x = table([9] * 6)
+    split, part_I = cold_items(x, share=0.5, seed=1), draw_cold_items(x, share=0.5, seed=1)
+    part_E = split.part_E.copy()
+    row = np.flatnonzero(part_I[x.item_E] == part)[0]
+    part_E[row] = earlier
+    label = f"1 items that are cold in the {PART_NAMES[part]} part .* item {x.item_E[row]}"
+    with pytest.raises(LeakError, match=label):
+        check_cold_items(Split(x, part_E), part_I)
+
+
 FRACTIONS = [(0.5, 0.5), (-0.1, 0.3), (0.0, 0.0), (0.2, 1.0)]
 REFUSED = [
     *((split_by(ratio, *fractions, seed=0), "fractions whose sum") for fractions in FRACTIONS),
     *((split_by(global_time, *fractions), "fractions whose sum") for fractions in FRACTIONS),
     (split_by(global_time, 0.1, 0.1), "needs timestamps"),
     (split_by(leave_one_out, min_history=-1), "min_history is -1"),
+    (lambda x: cold_items(x, share=0.5, seed=0), "a share of 0.5 of 3 items makes no cold item for each part"),
     (lambda x: leave_one_out(x).edges(), "name at least one"),
     (lambda x: Split(x, np.zeros(2)), "one part"),
     (lambda x: from_parts(([1, 1], [4, 5]), ([1, 1], [6, 5])), "test part, row 1: .* is also in the train part"),

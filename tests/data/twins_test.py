@@ -256,9 +256,10 @@ def test_any_size(changes):
     size = SMALL | changes
     world = make_world(seed=1, **size)
     x, truth = world.split.interactions, world.truth
-    sizes = {"twins": 2 * size["n_twins"], "cold": size["n_cold"], "knowledge": size["n_knowledge"]}
+    sizes = {"warm": 2 * size["n_twins"] + size["n_singles"], "twins": 2 * size["n_twins"]}
+    sizes |= {"cold": size["n_cold"], "knowledge": size["n_knowledge"]}
     assert {name: int(mask_I.sum()) for name, mask_I in world.item_slices.items()} == sizes
-    assert (x.n_users, x.n_items) == (size["n_users"], sum(sizes.values()) + size["n_singles"])
+    assert (x.n_users, x.n_items) == (size["n_users"], sum(sizes.values()) - sizes["twins"])
     assert len(world.corpus) == size["n_sentences"]
     assert len(set(zip(x.user_E.tolist(), x.item_E.tolist()))) == len(x)
     for part in (VALIDATION, TEST):

@@ -48,7 +48,7 @@ def make_run(folder, *, seed=0, wins=30, twins=100, **settings):
     stages = {"lightgcn": (("domain",), 2), "bdlm": (("domain", "lm"), 3), "distill": (("domain",), 2)}
     for hour, (stage, (arms, phases)) in enumerate(stages.items()):
         best = {arm: {"phase": phases - 1, "value": 0.25} for arm in arms}
-        metrics = {f"validation/{arm}/ndcg@10/cand100": 0.2 for arm in arms}
+        metrics = {f"validation/{arm}/ndcg@10/full": 0.2 for arm in arms}
         log = [{"stage": stage, "step": n, "time": 3600 * hour + 10 * n, **metrics} for n in range(phases)]
         (folder / stage).mkdir()
         (folder / stage / "done.json").write_text(json.dumps({"best": best, "units": 1}))
@@ -85,7 +85,7 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
     assert "`5a5a5a5a5a5a`, cand100 `c1c1c1c1`." in text  # of test alone
     assert "1 x cpu (cpu), 2 CPU cores" in text
     assert "Ties count against the model" in text
-    assert "the LM arm after “round 1, LM” (3 of 3), ndcg@10/cand100 0.250" in text
+    assert "the LM arm after “round 1, LM” (3 of 3), ndcg@10/full 0.250" in text
     most = defaults.get_config().mutual.distill_epochs
     assert f"the domain arm after 10 of {most} epochs" in text  # two phases of 5 epochs
     assert row_of(text, "bdlm")[1] == "20 s"

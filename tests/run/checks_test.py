@@ -94,6 +94,8 @@ def test_a_config_without_a_setting_is_refused():
         ),
         ({"data__split": "ratio", "data__test": 0.95}, "below 1 together"),
         ({"data__split": "global_time", "data__validation": 0.0}, "above 0"),
+        ({"data__split": "cold_items"}, "data of the kind twins are split already"),
+        ({"data__cold_share": 1.0}, "below 1"),
         ({"tokenizer__path": "no_such_tokenizer"}, "config.tokenizer.path: no_such_tokenizer is not there"),
         ({"pretrain__corpus": "no_such_corpus"}, "config.pretrain.corpus: no_such_corpus is not there"),
         ({"pretrain__corpus": "."}, "config.pretrain.corpus: . is no file"),

@@ -7,9 +7,9 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax.data import candidates
+from bdlm_jax.data import candidates, splits
 from bdlm_jax.data.candidates import load_candidates, make_candidates, save_candidates
-from bdlm_jax.data.splits import TEST, TRAIN
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
 from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError, LeakError
@@ -46,8 +46,9 @@ def test_a_second_start_finds_the_same_data(config, tmp_path):
         frozen = load_candidates(tmp_path / "data" / f"{part}_cand20.npz")
         hashes = {frozen.sha256, first.fingerprint["candidates"][f"{part}/cand20"]}
         assert hashes == {again.candidates[part]["cand20"].sha256}
-    assert set(first.slices) == {"all", "twins", "cold", "knowledge"}
-    assert first.slices["all"].all() and not first.slices["cold"].all()
+    assert set(first.slices) == {"all", "warm", "twins", "cold", "knowledge"}
+    new_I = first.slices["cold"] | first.slices["knowledge"]
+    assert first.slices["all"].all() and new_I.any() and np.array_equal(first.slices["warm"], ~new_I)
     assert len(first.item_texts) == first.n_items and first.user_texts is None
     assert first.corpus == first.world.corpus
 
@@ -106,6 +107,43 @@ def test_the_split_of_the_config_is_taken(table, tmp_path, split):
     shares = np.bincount(data.split.part_E, minlength=3) / len(data.split.part_E)
     np.testing.assert_allclose(shares, [0.6, 0.2, 0.2], atol=0.1)
     assert data.split.degree(TRAIN).sum() == data.fingerprint["parts"]["train"]
+
+
+@pytest.mark.parametrize("split", ["ratio", "cold_items"])
+def test_a_random_split_has_a_seed_of_its_own(table, tmp_path, split):
+    table.data.split, table.data.validation, table.data.test, table.data.cold_share = split, 0.2, 0.2, 0.5
+
+    def parts(seed, split_seed):
+        table.seed, table.data.split_seed = seed, split_seed
+        return prepare_data(table, tmp_path / f"{seed}_{split_seed}").split.part_E.tolist()
+
+    assert parts(0, 0) == parts(1, 0) != parts(0, 1)
+
+
+def test_cold_items_are_asked_for_among_each_other_too(table, tmp_path):
+    table.data.split, table.data.cold_share = "cold_items", 0.5
+    data = prepare_data(table, tmp_path / "data")
+    assert np.array_equal(data.slices["warm"], ~data.slices["cold"]) and data.slices["warm"].any()
+    for part, known in (("validation", (TRAIN,)), ("test", (TRAIN, VALIDATION))):
+        cold_I = data.split.degree(*known) == 0
+        target_N = data.split.cases({"validation": VALIDATION, "test": TEST}[part])[1]
+        cold20 = data.candidates[part]["cold20"]
+        assert len(cold20) == cold_I[target_N].sum() > 0
+        items = cold20.items_NC[cold20.items_NC >= 0]
+        assert cold_I[items].all() and np.isin(items, target_N).all()
+        assert data.fingerprint["candidates"][f"{part}/cold20"] == cold20.sha256
+
+
+def test_a_cold_item_in_training_stops_a_run(table, tmp_path, monkeypatch):
+    table.data.split, table.data.cold_share = "cold_items", 0.5
+    right = splits.cold_items
+
+    def wrong(table, *, share, seed):  # other items than those that are called cold
+        return right(table, share=share, seed=seed + 1)
+
+    monkeypatch.setattr(splits, "cold_items", wrong)
+    with pytest.raises(LeakError, match="have interactions before it"):
+        prepare_data(table, tmp_path / "data")
 
 
 def test_a_part_without_cases_stops_what_needs_it(table, tmp_path):

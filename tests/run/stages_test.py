@@ -91,6 +91,21 @@ def test_stages_draw_from_keys_of_their_own(run):
     assert len(keys) == len(names)
 
 
+def test_validation_in_full_takes_the_same_few_cases_for_every_seed(run):
+    scorer = scorers.popularity_scorer(run.data.split.degree(TRAIN))
+
+    def users(part, most, seed=0, protocol="full"):
+        run.config.evaluate.validation_users, run.config.seed = most, seed
+        return stages.count_cases(run, scorer, part, protocol).user.tolist()
+
+    everyone = run.data.split.cases(VALIDATION)[0].tolist()
+    assert users("validation", 0) == users("validation", 1000) == everyone
+    some = users("validation", 40)
+    assert len(set(some)) == 40 and some == sorted(some) and set(some) < set(everyone)
+    assert some == users("validation", 40, seed=1) and some != everyone[:40]
+    assert len(users("test", 40)) == len(users("validation", 40, protocol="cand20")) == len(everyone)
+
+
 def test_candidates_redrawn_between_two_models_are_refused(run):
     scorer = scorers.popularity_scorer(run.data.split.degree(TRAIN))
     stages.count_cases(run, scorer, "test", "cand20")
