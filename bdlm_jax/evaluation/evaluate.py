@@ -14,7 +14,7 @@ import numpy as np
 
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import seen_mask
-from bdlm_jax.evaluation.metrics import METRICS, case_metric, count_better
+from bdlm_jax.evaluation.metrics import METRICS, case_metric, count_better, count_catalogue
 from bdlm_jax.runtime.files import replacing
 from bdlm_jax.types import Array, LeakError
 
@@ -49,15 +49,17 @@ def evaluate_candidates(
     Memory is about chunk × I floats; `progress` wraps the list of chunks.
     """
 
-    def compare(rows):
+    counted_3N = np.zeros((3, len(candidates)), np.int32)
+    for rows in progress(_chunks(np.arange(len(candidates)), chunk)):
         user_B, items_BC = candidates.user_N[rows], candidates.items_NC[rows]
         if isinstance(scorer, CatalogueScorer):
             scores_BC = jnp.take_along_axis(scorer.score(user_B), jnp.maximum(items_BC, 0), axis=1)
         else:
             scores_BC = scorer.score(user_B, items_BC)
-        return scores_BC[:, 1:], scores_BC[:, :1], items_BC[:, 1:] >= 0
-
-    return _count_cases(candidates.user_N, candidates.items_NC[:, 0], compare, chunk, progress)
+        counts_BC = items_BC[:, 1:] >= 0
+        counted_3N[:2, rows] = np.stack(count_better(scores_BC[:, 1:], scores_BC[:, :1], counts_BC))
+        counted_3N[2, rows] = counts_BC.sum(1)
+    return Counts(candidates.user_N, candidates.items_NC[:, 0], *counted_3N)
 
 
 def evaluate_full(
@@ -65,20 +67,27 @@ def evaluate_full(
 ) -> Counts:
     """Counts who beats the target among the whole catalogue less what the user has seen.
 
+    Each user is scored once, for all of their cases; memory is about chunk × I floats, whatever the number of users.
     `seen` is (indptr (U+1,), item) of the histories known at that time; a target among them raises LeakError.
     """
-
-    def compare(rows):
-        user_B, target_B, case_B = user_N[rows], target_N[rows], np.arange(len(rows))
-        scores_BI = scorer.score(user_B)
-        closed_BI = seen_mask(seen, user_B, scores_BI.shape[1])
-        if (leak_B := closed_BI[case_B, target_B]).any():
-            user, item = user_B[leak_B][0], target_B[leak_B][0]
-            raise LeakError(f"item {item} is to be found for user {user}, whose known history holds it already.")
-        closed_BI[case_B, target_B] = True
-        return scores_BI, jnp.take_along_axis(scores_BI, target_B[:, None], axis=1), ~closed_BI
-
-    return _count_cases(user_N, target_N, compare, chunk, progress)
+    user_N, target_N = np.asarray(user_N), np.asarray(target_N)
+    order_N = np.argsort(user_N, kind="stable")
+    user_S, n_S = np.unique(user_N, return_counts=True)
+    first_S = np.cumsum(n_S) - n_S
+    counted_3N = np.zeros((3, len(user_N)), np.int32)
+    by_cases_S = np.argsort(n_S, kind="stable")  # those of a chunk have about as many
+    for rows in progress(_chunks(by_cases_S, chunk)):
+        # A power of two, for few compilations; a user with fewer cases repeats the last.
+        width = 1 << int(n_S[rows].max() - 1).bit_length()
+        case_BT = order_N[first_S[rows, None] + np.minimum(np.arange(width), n_S[rows, None] - 1)]
+        scores_BI, item_BT = scorer.score(user_S[rows]), target_N[case_BT]
+        closed_BI = seen_mask(seen, user_S[rows], scores_BI.shape[1])
+        if (leak_BT := np.take_along_axis(closed_BI, item_BT, axis=1)).any():
+            case = case_BT[leak_BT].min()
+            known = "whose known history holds it already"
+            raise LeakError(f"item {target_N[case]} is to be found for user {user_N[case]}, {known}.")
+        counted_3N[:, case_BT] = np.stack(count_catalogue(scores_BI, closed_BI, item_BT))
+    return Counts(user_N, target_N, *counted_3N)
 
 
 def result_rows(model: str, counts: Mapping[str, Counts], slices: Mapping[str, np.ndarray]) -> list[dict]:
@@ -116,15 +125,8 @@ def load_counts(path: str | os.PathLike) -> dict[str, Counts]:
         return {name: Counts(**{field: arrays[f"{name}/{field}"] for field in Counts._fields}) for name in names}
 
 
-def _count_cases(user_N, target_N, compare, chunk: int, progress: Callable) -> Counts:
-    """Counts in chunks of cases; compare(rows) gives (scores_BC, target_B1, counts_BC)."""
-    n = len(user_N)
-    size = min(chunk, max(n, 1))
-    # All chunks have one size, for one compilation: the last repeats its final case, which is cut off afterwards.
-    chunks = [np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size)]
-    parts = [np.zeros((3, 0), np.int32)]
-    for rows in progress(chunks):
-        scores_BC, target_B1, counts_BC = compare(rows)
-        better_B, equal_B = count_better(scores_BC, target_B1, counts_BC)
-        parts.append(np.stack([better_B, equal_B, counts_BC.sum(1, dtype=np.int32)]))
-    return Counts(user_N, target_N, *np.concatenate(parts, axis=1)[:, :n])
+def _chunks(rows_N: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cuts rows into chunks of one size, for one compilation: the last repeats its final row."""
+    n = len(rows_N)
+    size = min(size, max(n, 1))
+    return [rows_N[np.minimum(np.arange(start, start + size), n - 1)] for start in range(0, n, size)]

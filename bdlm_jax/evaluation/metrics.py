@@ -25,6 +25,29 @@ def count_better(scores_BC: Array, target_B1: Array, counts_BC: Array) -> tuple[
     return tuple(jnp.sum(who_BC & counts_BC, axis=-1, dtype=jnp.int32) for who_BC in (better_BC, equal_BC))
 
 
+@jax.jit
+def count_catalogue(scores_BI: Array, closed_BI: Array, item_BT: Array) -> tuple[Array, Array, Array]:
+    """Counts, for each of the T targets of a row, the items above it, level with it, and all others that are open.
+
+    What `closed_BI` holds takes no part; the targets are open. A NaN anywhere counts as a loss for the model.
+    """
+    target_BT = jnp.take_along_axis(scores_BI, item_BT, axis=1)
+    open_BI = jnp.where(closed_BI, jnp.nan, scores_BI)  # which is neither below nor level
+
+    def count_row(row):
+        def count(target):
+            return tuple(jnp.sum(who_I, dtype=jnp.int32) for who_I in (scores_I < target, scores_I == target))
+
+        scores_I, target_T = row
+        return jax.lax.map(count, target_T)
+
+    # Row by row, because XLA would write all (B, T, I) comparisons out before it sums them.
+    worse_BT, equal_BT = jax.lax.map(count_row, (open_BI, target_BT))
+    equal_BT -= ~jnp.isnan(target_BT)  # the target itself
+    others_BT = jnp.broadcast_to(jnp.sum(~closed_BI, axis=1, keepdims=True, dtype=jnp.int32) - 1, item_BT.shape)
+    return others_BT - worse_BT - equal_BT, equal_BT, others_BT
+
+
 def case_metric(name: str, better_N: np.ndarray, equal_N: np.ndarray, others_N: np.ndarray) -> np.ndarray:
     """Computes one metric per case (one relevant item each): one of METRICS, or any "hr@k" and "ndcg@k".
 

@@ -1,6 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bdlm_jax.data.candidates import make_candidates
 from bdlm_jax.data.interactions import make_interactions
@@ -59,6 +61,53 @@ def test_catalogue_and_candidate_scorers_are_judged_alike(candidates):
     one, other = (evaluate_candidates(s, candidates, chunk=4) for s in (SCORER, CandidateScorer(score)))
     for a, b in zip(one, other):
         np.testing.assert_array_equal(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_full_counts_equal_a_loop_over_cases_with_ties_nans_and_infinities(data):
+    """Users with none to several cases in any order, histories with repeats, scores that are no numbers."""
+    values = st.sampled_from([-np.inf, -1.0, 0.0, 1.0, np.inf, np.nan])
+    scores_UI = np.array(data.draw(st.lists(st.lists(values, min_size=7, max_size=7), min_size=4, max_size=4)))
+    histories, cases = [], []
+    for user in range(4):
+        items = data.draw(st.permutations(range(7)))
+        n_seen, n_cases = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 4)))
+        histories.append(items[:n_seen] * data.draw(st.integers(1, 2)))
+        cases += [(user, item) for item in items[n_seen : n_seen + n_cases]]
+    user_N, target_N = np.array(data.draw(st.permutations(cases)), int).reshape(-1, 2).T
+    seen = np.cumsum([0, *map(len, histories)]), np.concatenate([[], *histories]).astype(int)
+    scored = []
+
+    def score(user_B):
+        scored.append(user_B)
+        return jnp.asarray(scores_UI, jnp.float32)[user_B]
+
+    counts = evaluate_full(CatalogueScorer(score), user_N, target_N, seen, chunk=data.draw(st.sampled_from([1, 2, 3])))
+    wanted = []
+    for user, target in zip(user_N, target_N):
+        own, row = scores_UI[user, target], np.delete(scores_UI[user], [target, *histories[user]])
+        equal, worse = np.sum(row == own), np.sum(row < own)
+        wanted.append([len(row) - equal - worse, equal, len(row)])
+    np.testing.assert_array_equal(np.array(counts[2:]).T.reshape(-1, 3), np.reshape(wanted, (-1, 3)))
+    np.testing.assert_array_equal(counts[:2], [user_N, target_N])
+    assert set(np.concatenate([[], *scored])) == set(user_N)
+
+
+def test_a_user_with_many_cases_is_scored_once():
+    """Memory and time follow the users, not their cases."""
+    scored = []
+
+    def score(user_B):
+        scored.append(len(user_B))
+        return jnp.asarray(SCORES_UI)[user_B]
+
+    none = np.zeros(N_USERS + 1, np.int64), np.zeros(0, np.int64)
+    user_N, target_N = np.repeat(np.arange(N_USERS), N_ITEMS), np.tile(np.arange(N_ITEMS), N_USERS)
+    counts = evaluate_full(CatalogueScorer(score), user_N, target_N, none, chunk=8)
+    assert scored == [8, 8, 8]
+    wanted = brute_force(user_N, lambda n: [target_N[n], *np.delete(np.arange(N_ITEMS), target_N[n])])
+    np.testing.assert_array_equal(counts[2:], wanted)
 
 
 @pytest.mark.parametrize("case", [0, len(USER_N) - 1])
