@@ -5,12 +5,12 @@ token in language. A state that stands for a user is read after the whole histor
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.types import InputError, LeakError
+from bdlm_jax.types import InputError
 
 KINDS = ("ids", "ids_titles", "text")
 USER_TOKENS = ("start", "end", "none")
@@ -67,7 +67,7 @@ def history_prompt(
     kind "text":       <bos> [context] title1 <eos> … titlen <eos>; text targets only, <eos> included.
 
     Args:
-        items: in time order; a training prompt gets training items only (`check_prompt_items`).
+        items: in time order.
         titles: the title tokens of all I items; not needed for "ids".
         user: None for a new user, whom <user> stands for.
         context: tokens of text about the user.
@@ -118,16 +118,6 @@ def card_named_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, m
     none, text_targets = np.full((2, len(tokens)), -1, np.int32)
     text_targets[1:] = [*shown, vocabulary.eos if len(shown) == len(title) else -1]
     return Prompt(tokens, none, text_targets)
-
-
-def check_prompt_items(vocabulary: Vocabulary, prompt: Prompt, allowed: Collection[int], *, user: int) -> None:
-    """Raises LeakError if a prompt shows or asks for an item outside `allowed`: the guard against the future."""
-    targets = prompt.item_targets[prompt.item_targets >= 0]
-    present = np.union1d(vocabulary.items_of(prompt.tokens), targets)
-    leaked = np.setdiff1d(present, np.fromiter(allowed, np.int64, len(allowed)))
-    if len(leaked):
-        outside = f"{len(leaked)} item(s) outside its allowed history, such as item {leaked[0]}"
-        raise LeakError(f"the prompt of user {user} holds {outside}.")
 
 
 def _newest(options, items, titles, head, context, *, n_tail):

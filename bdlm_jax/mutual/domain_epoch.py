@@ -26,6 +26,7 @@ def domain_losses(params, batch, view, constants, *, arm, meeting, weights: Doma
     The term on items weighs each by 1/(1 + degree): a prior from the text that interactions outvote; KL runs over the
     user's unseen items of the catalogue, or of a drawn part of it (ours).
     """
+    view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
     shared, domain = params["shared"], params["domain"]
     user_UD, item_ID = arm.encode(shared, domain)
     terms = {}

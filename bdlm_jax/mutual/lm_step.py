@@ -36,6 +36,7 @@ def lm_losses(
     Cold items take no part in the softmax of the next item: nothing is known of who wants them, so they must not be
     everybody's negatives (ours).
     """
+    view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
     lm = lora.merge_tables(params["lm"])
     rows_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=arm)
     hidden_BLM = causal_lm.lm_hidden(

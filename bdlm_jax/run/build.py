@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bdlm_jax.data.splits import TRAIN, check_training_edges, merge_validation, seen_mask
+from bdlm_jax.data.splits import TEST, TRAIN, check_training_edges, merge_validation, seen_mask
 from bdlm_jax.domain import models
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, hf_weights, lora
@@ -22,11 +22,11 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import prepare
-from bdlm_jax.run.prepare import KNOWN, Data, Texts
+from bdlm_jax.run import guards, prepare
+from bdlm_jax.run.prepare import KNOWN, PARTS, Data, Texts
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
-from bdlm_jax.types import Params, leaf_name
+from bdlm_jax.types import LeakError, Params, leaf_name
 
 FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
 DOT_ARM = models.make_arm("mf", Inputs(width=1), {})  # stands in where no domain model takes part
@@ -131,11 +131,11 @@ def make_meeting(run: Run, *, reads: str) -> Meeting:
 
 
 def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation"]) -> DomainArm:
-    """Builds a domain model over the interactions of some parts (training: TRAIN alone, which is checked)."""
+    """Builds a domain model over the interactions of some parts, never over the test's."""
     if (model, parts) not in run.arms:
         data = run.data
         user_E, item_E = data.split.edges(*parts)
-        check_training_edges(data.split, user_E, item_E, allowed=parts)
+        check_training_edges(data.split, user_E, item_E, allowed=[part for part in parts if part != TEST])
         inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E)
         run.arms[model, parts] = models.make_arm(model, inputs, prepare.domain_settings(run.config, model))
     return run.arms[model, parts]
@@ -312,18 +312,23 @@ def make_domain_arm(
     *,
     rate: float,
     train_shared: bool = True,
-    parts: tuple[int, ...] = (TRAIN,),
+    part: str = "validation",
 ) -> Arm:
     """Builds the domain arm: its compiled epoch over the training interactions, and which parameters move.
 
-    `meeting` is None for an arm that trains alone; the items of `parts` are left out of the score-level term as seen.
+    `meeting` is None for an arm that trains alone. What is known when `part` is predicted is left out of the
+    score-level term as seen, and is all that the domain model may have been built over.
     """
     data, c, m = run.data, run.config.domain, run.config.mutual
+    for (model, parts), made in run.arms.items():
+        if made is arm and not set(parts) <= set(range(PARTS[part])):
+            raise LeakError(f"{model} was built over {part} interactions or later ones, which it is to predict.")
     user_E, item_E = data.split.edges(TRAIN)
     sizes = {"n_users": data.n_users, "n_items": data.n_items}
     constants = domain_epoch.make_epoch_constants(user_E, item_E, **sizes, popularity=c.popularity)
+    guards.check_epoch(data.split, constants)
     if weights.kl:
-        constants["seen_UI"] = _seen(run, parts)
+        constants["seen_UI"] = _seen(run, KNOWN[part])
     rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
     optimizer = make_optimizer(rules=rules, groups={"domain": {"learning_rate": rate}})
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)

@@ -1,6 +1,6 @@
 """The LM arm's rows of tokens: training histories, item cards and corpus; prompts to read states from.
 
-Everything here is NumPy and made once a stage from the split; training rows hold training items only, which is checked.
+Everything here is NumPy and made once a stage from the split; that no row holds what is to be predicted is checked.
 """
 
 import itertools
@@ -8,11 +8,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from bdlm_jax.data.splits import TRAIN
 from bdlm_jax.lm import packing, prompts
 from bdlm_jax.lm.packing import LISTS, Packed
 from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.run import guards
 from bdlm_jax.run.build import Run
+from bdlm_jax.run.prepare import KNOWN
 from bdlm_jax.types import InputError
 
 _ENCODE_AT_ONCE = 4096
@@ -23,27 +24,25 @@ def training_rows(run: Run, *, kind: str) -> Packed:
 
     A history longer than a row becomes several windows, cut from its end; the user's state is read after the last one.
     """
-    made = []
-    for user, history in enumerate(_histories(run, (TRAIN,))):
+    made = {user: [] for user in range(run.data.n_users)}
+    for user, history in enumerate(_histories(run, "validation")):
         for window, start in _windows(run, history, kind):
             last = start + len(window) == len(history)
-            prompt = _history_prompt(run, user, window, kind, read_user=last, first=start == 0)
-            if kind != "text":
-                prompts.check_prompt_items(run.texts.vocabulary, prompt, history, user=user)
-            made.append(prompt)
-    return _pack(run, made)
+            made[user].append(_history_prompt(run, user, window, kind, read_user=last, first=start == 0))
+    return _pack_histories(run, made, "validation")
 
 
-def reading_rows(run: Run, *, kind: str, parts: tuple[int, ...], behind: int = 0) -> Packed:
-    """Packs one prompt a user, the last window of what is known, at whose end the user's state is read.
+def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
+    """Packs one prompt a user, the last window of what is known before `part`, at whose end the user's state is read.
 
     A state that is some items `behind` has not read the last of them, but one item at least, as a cache would hold it.
     The prompt shows <user> in place of <uid> unless `prompts.read_named`: a row that was trained on the whole history
     has seen every target, so an LM that trusts it learns to look up and not to foresee (ours).
     """
     unnamed = not run.config.prompts.read_named
-    histories = [history[: max(1, len(history) - behind)] for history in _histories(run, parts)]
-    return _pack(run, [_history_prompt(run, user, h, kind, unnamed=unnamed) for user, h in enumerate(histories)])
+    histories = [history[: max(1, len(history) - behind)] for history in _histories(run, part)]
+    made = {user: [_history_prompt(run, user, h, kind, unnamed=unnamed)] for user, h in enumerate(histories)}
+    return _pack_histories(run, made, part)
 
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:
@@ -114,9 +113,9 @@ def mix(parts: list[tuple[Packed | None, float]], *, seed: int) -> Packed:
     return packing.concatenate(chosen)
 
 
-def text_prefixes(run: Run, *, parts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the (U, P) tokens and mask of what the text-only LM reads of each user: the last titles."""
-    last = [history[-run.config.evaluate.text_history :] for history in _histories(run, parts)]
+def text_prefixes(run: Run, *, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the (U, P) tokens and mask of what the text-only LM reads of each user before `part`: the last titles."""
+    last = [history[-run.config.evaluate.text_history :] for history in _histories(run, part)]
     made = [_history_prompt(run, user, items, "text", read_user=False).tokens for user, items in enumerate(last)]
     return _padded(made, run.texts.vocabulary.pad)
 
@@ -133,8 +132,11 @@ def prompt_options(run: Run, kind: str, *, unnamed: bool = False) -> prompts.Pro
     return prompts.PromptOptions(kind, c.user_token, unnamed, max_items=c.max_items, max_tokens=c.length)
 
 
-def _histories(run: Run, parts: tuple[int, ...]) -> list[np.ndarray]:
-    indptr, item = run.data.split.histories(*parts)
+def _histories(run: Run, part: str) -> list[np.ndarray]:
+    """Every user's items, as far as they are known when `part` is predicted."""
+    indptr, item = run.data.split.histories(*KNOWN[part])
+    # Here for prompts of titles, which no longer tell their items; the others are looked at once more when packed.
+    guards.check_known(run.data.split, np.repeat(np.arange(run.data.n_users), np.diff(indptr)), item, part=part)
     return np.split(item, indptr[1:-1])
 
 
@@ -163,6 +165,13 @@ def _windows(run, history, kind):
         start = max(0, stop - max(1, min(fitting, c.max_items)))
         yield history[start:stop], start
         stop = start
+
+
+def _pack_histories(run: Run, made: dict[int, list[prompts.Prompt]], part: str) -> Packed:
+    user_N = np.repeat(list(made), list(map(len, made.values())))
+    flat = list(itertools.chain(*made.values()))
+    guards.check_prompts(run.data.split, run.texts.vocabulary, user_N, flat, part=part)
+    return _pack(run, flat)
 
 
 def _pack(run: Run, made: list[prompts.Prompt]) -> Packed:

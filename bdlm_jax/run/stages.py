@@ -50,14 +50,14 @@ class Reader(NamedTuple):
 
 def ids_reader(run: Run, part: str) -> Reader:
     """Reads the ids-only LM."""
-    users = rows.reading_rows(run, kind="ids", parts=KNOWN[part])
+    users = rows.reading_rows(run, kind="ids", part=part)
     return Reader(DOT_ARM, build.make_meeting(run, reads="layer0"), users)
 
 
 def bdlm_reader(run: Run, part: str, *, behind: int = 0) -> Reader:
     """Reads BDLM's LM, whose id rows are always those of the training interactions; `behind` as in `reading_rows`."""
     c = run.config
-    users = rows.reading_rows(run, kind=c.prompts.kind, parts=KNOWN[part], behind=behind)
+    users = rows.reading_rows(run, kind=c.prompts.kind, part=part, behind=behind)
     meeting = build.make_meeting(run, reads=c.mutual.reads)
     return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run))
 
@@ -193,7 +193,7 @@ def refresh_domain(
 
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
     """The text-only LM as a scorer for a part."""
-    prefixes = rows.text_prefixes(run, parts=KNOWN[part])
+    prefixes = rows.text_prefixes(run, part=part)
     return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run))
 
 
@@ -247,7 +247,7 @@ def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part
     regularisation = _section(run, c.domain.model).regularisation
     weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
     trains = c.shared.trained_by in ("both", "domain")
-    return build.make_domain_arm(run, arm, meeting, weights, rate=rate, train_shared=trains, parts=KNOWN[part])
+    return build.make_domain_arm(run, arm, meeting, weights, rate=rate, train_shared=trains, part=part)
 
 
 def _distill(

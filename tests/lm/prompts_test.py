@@ -9,11 +9,10 @@ from bdlm_jax.lm.prompts import (
     PromptOptions,
     card_named_prompt,
     card_prompt,
-    check_prompt_items,
     history_prompt,
 )
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.types import InputError, LeakError
+from bdlm_jax.types import InputError
 
 V = Vocabulary(None, 6, 9)
 V.__dict__.update(n_text=300, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
@@ -135,15 +134,6 @@ def test_named_card_predicts_the_title_from_the_id():
     assert _targets(prompt.item_targets) == [] and prompt.item == -1
     cut = card_named_prompt(V, 5, TITLES[5], max_tokens=4)
     assert _targets(cut.text_targets) == [(1, 150), (2, 151)], "a title that is cut does not end"
-
-
-def test_items_from_outside_the_history_raise():
-    prompt = history_prompt(V, [1, 3, 8], IDS, user=2)
-    check_prompt_items(V, prompt, [1, 3, 8], user=2)
-    with pytest.raises(LeakError, match=r"user 2 holds .* item 8"):
-        check_prompt_items(V, prompt, {1, 3}, user=2)
-    with pytest.raises(LeakError, match="item 3"):
-        check_prompt_items(V, prompt, np.array([1, 8]), user=2)
 
 
 @pytest.mark.parametrize(

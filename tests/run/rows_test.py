@@ -7,8 +7,8 @@ from bdlm_jax.data.interactions import make_interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
 from bdlm_jax.lm import packing
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.run import rows as lm_rows
-from bdlm_jax.run.prepare import Texts
+from bdlm_jax.run import rows
+from bdlm_jax.run.prepare import KNOWN, Texts
 from bdlm_jax.types import LeakError
 from experiments import tiny
 
@@ -54,7 +54,7 @@ def packed_prompts(monkeypatch):
 @pytest.mark.parametrize("user_token", ["start", "end", "none"])
 def test_windows_show_every_training_interaction_once_and_no_other(run, kind, user_token, packed_prompts):
     run.config.prompts.user_token = user_token
-    lm_rows.training_rows(run, kind=kind)
+    rows.training_rows(run, kind=kind)
     windows = [
         (VOCABULARY.items_of(prompt.tokens).tolist(), prompt.item_targets[prompt.item_targets >= 0].tolist())
         for prompt in packed_prompts
@@ -73,7 +73,7 @@ def test_windows_show_every_training_interaction_once_and_no_other(run, kind, us
 
 def test_windows_are_as_long_as_a_row_allows(run, packed_prompts):
     run.config.prompts.max_items = 100
-    lm_rows.training_rows(run, kind="ids_titles")
+    rows.training_rows(run, kind="ids_titles")
     shown = [VOCABULARY.items_of(prompt.tokens) for prompt in packed_prompts]
     at = 0
     for user in range(N_USERS):
@@ -87,7 +87,7 @@ def test_windows_are_as_long_as_a_row_allows(run, packed_prompts):
 
 
 def test_every_user_is_read_once_behind_the_whole_training_history(run):
-    check_reads(lm_rows.training_rows(run, kind="ids"), TRAIN)
+    check_reads(rows.training_rows(run, kind="ids"), TRAIN)
 
 
 def check_reads(packed, *parts, named=True):
@@ -103,10 +103,10 @@ def check_reads(packed, *parts, named=True):
         assert packed.tokens[r, inside[1]] == shown
 
 
-@pytest.mark.parametrize(("parts", "named"), [((TRAIN,), True), ((TRAIN, VALIDATION), False)])
-def test_reading_rows_end_with_the_last_known_item(run, parts, named, packed_prompts):
-    run.config.prompts.read_named = named
-    packed = lm_rows.reading_rows(run, kind="ids", parts=parts)
+@pytest.mark.parametrize(("part", "named"), [("validation", True), ("test", False)])
+def test_reading_rows_end_with_the_last_known_item(run, part, named, packed_prompts):
+    run.config.prompts.read_named, parts = named, KNOWN[part]
+    packed = rows.reading_rows(run, kind="ids", part=part)
     check_reads(packed, *parts, named=named)
     assert len(packed_prompts) == N_USERS
     for user, prompt in enumerate(packed_prompts):
@@ -114,56 +114,56 @@ def test_reading_rows_end_with_the_last_known_item(run, parts, named, packed_pro
 
 
 def test_text_rows_name_no_item(run):
-    packed = lm_rows.training_rows(run, kind="text")
+    packed = rows.training_rows(run, kind="text")
     assert packed.tokens.max() < VOCABULARY.n_text and not (packed.item_target >= 0).any()
     assert (packed.tokens == VOCABULARY.eos).sum() == len(SPLIT.edges(TRAIN)[0])
 
 
 def test_a_later_item_in_a_training_prompt_raises(run, monkeypatch):
-    right = lm_rows._history_prompt
+    right = rows._history_prompt
 
     def wrong(run, user, items, kind, **options):
         target = history(3, TEST)[0]
         items = np.append(items, target) if user == 3 and options["read_user"] else items
         return right(run, user, items, kind, **options)
 
-    monkeypatch.setattr(lm_rows, "_history_prompt", wrong)
+    monkeypatch.setattr(rows, "_history_prompt", wrong)
     with pytest.raises(LeakError, match="user 3"):
-        lm_rows.training_rows(run, kind="ids_titles")
+        rows.training_rows(run, kind="ids_titles")
 
 
 def test_cards_read_every_item_once_without_naming_it(run):
-    packed = lm_rows.card_rows(run)
+    packed = rows.card_rows(run)
     row, slot = np.nonzero(packed.card_item >= 0)
     assert sorted(packed.card_item[row, slot].tolist()) == list(range(N_ITEMS))
     assert not len(VOCABULARY.items_of(packed.tokens))
     assert (packed.tokens[row, packed.card_index[row, slot]] == VOCABULARY.unnamed_item).all()
-    named = lm_rows.card_rows(run, named=True)
+    named = rows.card_rows(run, named=True)
     assert sorted(VOCABULARY.items_of(named.tokens).tolist()) == list(range(N_ITEMS))
     assert not (named.card_item >= 0).any()
 
 
 def test_mix_takes_whole_copies_and_a_drawn_part(run):
-    cards = lm_rows.card_rows(run)
-    histories = lm_rows.training_rows(run, kind="ids")
+    cards = rows.card_rows(run)
+    histories = rows.training_rows(run, kind="ids")
     parts = [(cards, 2.5), (None, 3), (histories, 1), (histories, 0)]
-    mixed = lm_rows.mix(parts, seed=0)
+    mixed = rows.mix(parts, seed=0)
     part = round(0.5 * len(cards))
     assert len(mixed) == 2 * len(cards) + part + len(histories)
     np.testing.assert_array_equal(mixed.tokens[: 2 * len(cards)], np.tile(cards.tokens, (2, 1)))
     drawn = {row.tobytes() for row in mixed.tokens[2 * len(cards) :][:part]}
     assert len(drawn) == part and drawn < {row.tobytes() for row in cards.tokens}
-    np.testing.assert_array_equal(lm_rows.mix(parts, seed=0).tokens, mixed.tokens)
+    np.testing.assert_array_equal(rows.mix(parts, seed=0).tokens, mixed.tokens)
 
 
 def test_text_prefixes_hold_the_last_titles(run):
     run.config.evaluate.text_history = 3
-    tokens, mask = lm_rows.text_prefixes(run, parts=(TRAIN, VALIDATION))
+    tokens, mask = rows.text_prefixes(run, part="test")
     for user in range(N_USERS):
         last = history(user, TRAIN, VALIDATION)[-3:]
         wanted = [VOCABULARY.bos, *(t for i in last for t in [*TITLES[i], VOCABULARY.eos])]
         assert tokens[user][mask[user]].tolist() == wanted
-    titles, mask = lm_rows.title_continuations(run)
+    titles, mask = rows.title_continuations(run)
     assert [t[m].tolist() for t, m in zip(titles, mask)] == [[*title, VOCABULARY.eos] for title in TITLES]
 
 
@@ -172,6 +172,6 @@ def test_a_context_stands_before_the_titles_but_not_before_bare_ids(run, packed_
     run.texts = TEXTS._replace(contexts=[context] * N_USERS)
     run.config.prompts.length = 24
     for kind, wanted in (("ids_titles", True), ("ids", False)):
-        lm_rows.reading_rows(run, kind=kind, parts=(TRAIN,))
+        rows.reading_rows(run, kind=kind, part="validation")
         for prompt in packed_prompts:
             assert (prompt.tokens[2:4].tolist() == [60, 61]) == wanted

@@ -7,17 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
+from bdlm_jax.data.splits import TRAIN, Split
 from bdlm_jax.domain import ncf
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.run import build, stages
-from bdlm_jax.run import rows as lm_rows
+from bdlm_jax.run import build, rows, stages
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.types import InputError
 
-EVERYTHING = (TRAIN, VALIDATION, TEST)
 LOADERS = (artefact.load_catalogue, artefact.load_domain_arm, artefact.load_lm_arm)
 
 
@@ -42,7 +40,9 @@ def test_the_domain_arm_scores_as_the_evaluator_does(run):
 
 def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     params, config = params_of(run, "bdlm", "lm"), run.config
-    users = lm_rows.reading_rows(run, kind=config.prompts.kind, parts=EVERYTHING)
+    split = Split(run.data.split.interactions, np.full_like(run.data.split.part_E, TRAIN))
+    past = dataclasses.replace(run, data=run.data._replace(split=split))
+    users = rows.reading_rows(past, kind=config.prompts.kind, part="test")
     reader = stages.bdlm_reader(run, "test")._replace(users=users)
     expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
