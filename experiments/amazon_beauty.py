@@ -7,6 +7,8 @@ that other work shared, with --config.pretrain.corpus=REVIEWS.txt.xz (IMDb revie
 minutes in all stages. Test, HR@1/cand100 and NDCG@10/full: LightGCN .183 .031, ids-only LM .206 .035, BDLM's domain arm
 .240 .052, its LM arm .243 .053: +31 % and +33 % in HR@1 over LightGCN, +16 % and +18 % over the ids-only LM. The LM arm
 was best on validation after its first 10 epochs already.
+
+Both losses reach both shared tables, the LM's that of users by the propagation alone: <uid> is never shown.
 """
 
 from experiments import defaults

@@ -1,6 +1,8 @@
 """Every setting with its default; each experiment file starts from here and changes what it needs.
 
 A comment that names a dict (`READERS`, `MODELS`, …) says where the words of a setting are defined: add one there.
+
+Both losses reach both shared tables.
 """
 
 import itertools

@@ -3,6 +3,8 @@
 python -m bdlm_jax.main --config experiments/ml100k.py --workdir runs/ml100k --config.data.path=FOLDER
 
 FOLDER holds RecBole's atomic files (ml-100k.inter, .item, .user).
+
+Both losses reach both shared tables.
 """
 
 from experiments import defaults

@@ -16,6 +16,9 @@ sequence model on this data. On validation, after the first 7 epochs, ndcg@10/ca
 directions, and the domain arm hears everything. Without text and cards it is .649, and .647 with
 `mutual.reads="propagated"`, which costs more. Batches of 32 rows: after 4 epochs on validation, the ids-only LM (not
 pretrained) had hr@1/cand100 .392, with 64 rows .348.
+
+<uid> is never shown, and rows are read as they stand (`mutual.reads="layer0"`): the LM's loss reaches the item table
+alone. The user table is the domain arm's, which hears the LM's states of users through its own losses.
 """
 
 from experiments import defaults

@@ -6,6 +6,8 @@ python -m bdlm_jax.main --config experiments/ml1m_llm.py:vicuna_7b --workdir run
 
 vicuna_7b is the paper's setting, for eight H200s: the paper names the model and that all of it trains; rates, batch and
 schedule are ours. qwen_0_5b is Qwen/Qwen2.5-0.5B on one device.
+
+As in ml1m.py the LM's loss reaches the item table alone: <uid> is never shown.
 """
 
 from pathlib import Path

@@ -4,6 +4,8 @@ python -m bdlm_jax.main --config experiments/own_data.py --workdir runs/own --co
 
 Sized for a CPU and some ten thousand users; nothing here was tuned on your data. Other layouts: set data.options to the
 arguments of the reader (`bdlm_jax/data/readers.py`), or data.kind to movielens, recbole or amazon.
+
+Both losses reach both shared tables.
 """
 
 from experiments import defaults

@@ -4,6 +4,8 @@ python -m bdlm_jax.main --config experiments/own_lm.py --workdir runs/own_lm --c
 
 Begins from its weights and its tokenizer, on the embedded twins world; for your interactions, take the data settings of
 experiments/own_data.py. Nothing here was tuned on your model.
+
+Both losses reach both shared tables.
 """
 
 from experiments import defaults

@@ -3,6 +3,8 @@
 Candidates that are redrawn, or that two parts share: tests/run/prepare_test.py.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -18,8 +20,13 @@ from experiments import tiny
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def made(tmp_path_factory):
     return build.start_run(tiny.get_config(), tmp_path_factory.mktemp("leaks"))
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return dataclasses.replace(made, folder=tmp_path)
 
 
 def build_graph_over(*parts):
@@ -35,11 +42,15 @@ def train_on_a_later_pair(part):
     right = domain_epoch.make_epoch_constants
 
     def plant(run, patch):
-        user_E, item_E = (column[:1] for column in run.data.split.edges(part))
-        patch.setattr(
-            domain_epoch, "make_epoch_constants",
-            lambda user, item, **rest: right(np.append(user, user_E), np.append(item, item_E), **rest),
-        )  # fmt: skip
+        def constants(*edges, **options):
+            user_E, item_E = run.data.split.edges(part)
+            made = right(*edges, **options)
+            return made | {
+                "edge_user_E": np.append(made["edge_user_E"], user_E[0]),
+                "edge_item_E": np.append(made["edge_item_E"], item_E[0]),
+            }
+
+        patch.setattr(domain_epoch, "make_epoch_constants", constants)
 
     return plant
 
@@ -110,7 +121,6 @@ def read(part):
 )  # fmt: skip
 def test_what_is_held_out_reaches_no_model(run, monkeypatch, plant, stage):
     plant(run, monkeypatch)
-    run.arms.clear()
     with pytest.raises(LeakError):
         stage(run)
     assert not list(run.folder.rglob("checkpoints"))
