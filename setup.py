@@ -21,6 +21,7 @@ setup(
     packages=find_packages(include=["bdlm_jax", "bdlm_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "filelock>=3.16",
         "flax>=0.12",
         "huggingface-hub>=1.0",
         "jax>=0.10",
@@ -44,7 +45,6 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],
         "test": [
-            "filelock>=3.16",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",

@@ -183,6 +183,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.runtime = runtime = ml_collections.ConfigDict()
     runtime.checkpoint_seconds = 30.0
     runtime.tensorboard = True
+    runtime.store = ""  # a folder of stages that several runs share (run/store.py); empty: each run has its own
     c.lock()
     for free in (data.options, data.candidates, domain.options):  # whose keys an experiment chooses
         free.unlock()

@@ -22,7 +22,7 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import guards, prepare
+from bdlm_jax.run import guards, prepare, store
 from bdlm_jax.run.prepare import KNOWN, PARTS, Data, Texts
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
@@ -81,22 +81,31 @@ class Run:
         data = self.data._replace(split=merge_validation(self.data.split))
         return dataclasses.replace(self, data=data, folder=self.folder / "refit", first=self)
 
-    def fit(self, stage: str, *, phases: list[Phase], **arguments) -> Fitted:
+    def fit(self, stage: str, *, phases: list[Phase], parents: Any, **arguments) -> Fitted:
+        """Trains a stage in the run directory, or in `runtime.store`, where another run may have trained the same.
+
+        `parents` is all that it takes from other stages: a tree of arrays, by whose content it is found again.
+        """
         runtime = self.config.runtime
+        facts = {"parents": parents, "phases": [(phase.arm, phase.units) for phase in phases]}
         if self.first and "keep" not in arguments:
             chosen = {arm: best["phase"] for arm, best in best_phases(self.first.folder / stage).items()}
             phases = phases[: max(chosen.values()) + 1]
             arguments |= {"keep": chosen, "validate": None}
-        return fit(
-            self.folder / stage,
-            phases=phases,
-            stage=stage,
-            key=self.stage_key(stage),
-            stop=self.stop,
-            checkpoint_seconds=runtime.checkpoint_seconds,
-            tensorboard=None if runtime.tensorboard else False,
-            **arguments,
-        )
+        choice = "keep" if "keep" in arguments else "select"
+        facts[choice] = arguments[choice]
+        inputs = functools.partial(store.stage_inputs, self.config, self.data, self.texts, stage, **facts)
+        with store.stage_folder(runtime.store, self.folder / stage, inputs, stop=self.stop) as folder:
+            return fit(
+                folder,
+                phases=phases,
+                stage=stage,
+                key=self.stage_key(stage),
+                stop=self.stop,
+                checkpoint_seconds=runtime.checkpoint_seconds,
+                tensorboard=None if runtime.tensorboard else False,
+                **arguments,
+            )
 
 
 class Decoder(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from bdlm_jax.data import twins
@@ -228,6 +229,8 @@ def _check_paths(config) -> None:
 
 
 def _check_devices(config, *, n_devices: int) -> None:
+    if config.runtime.store and jax.process_count() > 1:
+        raise InputError("config.runtime.store is for one process; leave it empty where several train one model.")
     if config.parallel == "jit":
         return
     if config.parallel == "mesh":

@@ -4,7 +4,7 @@ A stage names its arms, its phases and its validation, and hands them to the one
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Reader(NamedTuple):
 def ids_reader(run: Run, part: str) -> Reader:
     """Reads the ids-only LM."""
     users = rows.reading_rows(run, kind="ids", part=part)
-    return Reader(DOT_ARM, build.make_meeting(run, reads="layer0"), users)
+    return Reader(DOT_ARM, Meeting(run.lm), users)
 
 
 def bdlm_reader(run: Run, part: str, *, behind: int = 0) -> Reader:
@@ -93,6 +93,7 @@ def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
     phases = _lm_phases(run, packed, [0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs], "titles")
     return _train_lm(
         run, "text_lm", packed, phases, _TEXT_ONLY, build.lm_rates(_schedule(run, phases)), decoder=lambda: decoder,
+        parents=decoder,
         validate=lambda params: validate(run, text_lm_scorer(run, params["lm"], "validation"), protocol="cand20"),
         select=config.select.split("/")[0] + "/cand20",
     )  # fmt: skip
@@ -111,7 +112,7 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
     reader = ids_reader(run, "validation")
     return _train_lm(
         run, "ids_lm", packed, phases, _ITEMS_ONLY, build.lm_rates(_schedule(run, phases), shared=shared),
-        decoder=lambda: decoder, validate=lambda params: validate(run, reader.scorer(run, params)),
+        decoder=lambda: decoder, parents=decoder, validate=lambda params: validate(run, reader.scorer(run, params)),
         select=config.select,
     )  # fmt: skip
 
@@ -159,6 +160,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     domain_arm = _taught_arm(run, arm, meeting, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
+        parents=(decoder, domain_params),
         phases=[phase for phase in phases if phase.units],
         arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
         params=lambda: build.init_params(run, "bdlm", tables, decoder),
@@ -222,9 +224,11 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
     return {f"{name}/{protocol}": evaluate.mean_metric(counts, name) for name in {"hr@1", "ndcg@10", metric}}
 
 
-def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate=None, trains=None, **choice) -> Fitted:
+def _train_lm(
+    run, stage, packed, phases, weights, rates, *, decoder, parents=None, validate=None, trains=None, **choice
+) -> Fitted:
     """An LM without a domain model: its own tables, if it reads any; `choice` is `select` or `keep` of `fit`."""
-    arm = build.make_lm_arm(run, packed, build.make_meeting(run, reads="layer0"), weights, rates, trains=trains)
+    arm = build.make_lm_arm(run, packed, Meeting(run.lm), weights, rates, trains=trains)
 
     def params():
         tables = build.measure_tables(run, DOT_ARM, build.init_tables(run, stage, DOT_ARM), reads="layer0")
@@ -232,6 +236,7 @@ def _train_lm(run, stage, packed, phases, weights, rates, *, decoder, validate=N
 
     return run.fit(
         stage,
+        parents=parents,
         phases=phases,
         arms={"lm": arm},
         params=params,
@@ -264,13 +269,16 @@ def _distill(
 ) -> Fitted:
     taught = _taught_arm(run, arm, reader.meeting, rate=run.config.mutual.distill_learning_rate, part=part)
     taught = taught._replace(view=lambda _: reader.view(run, lm))
-    return _fit_domain(run, stage, arm, taught, phases=phases, params=lambda: start, **choice)
+    return _fit_domain(run, stage, arm, taught, phases=phases, parents=(lm, start), params=lambda: start, **choice)
 
 
-def _fit_domain(run: Run, stage: str, arm: DomainArm, trained: Arm, *, phases, params, **choice) -> Fitted:
+def _fit_domain(
+    run: Run, stage: str, arm: DomainArm, trained: Arm, *, phases, params, parents: Any = None, **choice
+) -> Fitted:
     """Trains the domain arm by itself; `choice` is `keep` of `fit`, or nothing."""
     return run.fit(
         stage,
+        parents=parents,
         phases=phases,
         arms={"domain": trained},
         params=params,

@@ -134,6 +134,15 @@ def test_batches_must_divide_over_the_devices():
     _check_devices(config, n_devices=3)
 
 
+def test_stages_are_shared_by_runs_of_one_process(monkeypatch):
+    config = defaults.get_config()
+    config.runtime.store = "stages"
+    _check_devices(config, n_devices=1)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(InputError, match="store is for one process"):
+        _check_devices(config, n_devices=1)
+
+
 def test_text_lm_needs_cand20():
     config = defaults.get_config()
     config.select, config.evaluate.protocols, config.evaluate.text_protocols = "hr@1/full", ("full",), ()
