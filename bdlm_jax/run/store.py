@@ -58,7 +58,14 @@ def is_read(config: ml_collections.ConfigDict, stage: str, key: str) -> bool:
 
 
 def stage_inputs(
-    config: ml_collections.ConfigDict, data: Data, texts: Texts, stage: str, *, parents: Any, select: str = "", **facts: Any
+    config: ml_collections.ConfigDict,
+    data: Data,
+    texts: Texts,
+    stage: str,
+    *,
+    parents: Any,
+    select: str = "",
+    **facts: Any,
 ) -> dict:
     """All that a stage's training reads, short enough to keep.
 
