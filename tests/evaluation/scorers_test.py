@@ -35,6 +35,19 @@ def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     np.testing.assert_allclose(scores[1], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pool_adds_standard_scores_and_ends_in_its_first_or_second():
+    first_BI, second_BI = np.array([[1.0, 2, 6], [0, 0, 3]]), np.array([[5.0, 1, 0], [1, 2, 3]])
+    pair = [
+        scorers.CatalogueScorer(lambda user_B, s=scores: jnp.asarray(s)[user_B]) for scores in (first_BI, second_BI)
+    ]
+    standard = [(s - s.mean(1, keepdims=True)) / s.std(1, keepdims=True) for s in (first_BI, second_BI)]
+    for weight in (0.0, 0.5):
+        found = scorers.pool_scorer(*pair, weight).score(np.arange(2))
+        np.testing.assert_allclose(found, standard[0] + weight * standard[1], rtol=1e-5)
+    flat = scorers.pool_scorer(pair[0], scorers.popularity_scorer(np.ones(3)), 9.0).score(np.arange(2))
+    np.testing.assert_allclose(flat, standard[0], rtol=1e-5)  # who scores all alike says nothing
+
+
 @pytest.mark.parametrize("batch_rows", [1, 3])
 def test_states_do_not_depend_on_the_rows_of_a_pass(params, states, batch_rows):
     rows = small_bdlm.make_rows()

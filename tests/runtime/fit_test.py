@@ -43,10 +43,10 @@ def make_arm(name, calls, *, at_unit=None, **changes):
 
 def start(folder, calls, *, phases=PHASES, arms=None, at_unit=None, judged=("a", "b"), **options):
     arms = arms or {name: make_arm(name, calls, at_unit=at_unit) for name in "ab"}
-    options = {"validate": by_params, "checkpoint_seconds": 1e9} | options
+    options = {"validate": by_params, "select": "hr", "checkpoint_seconds": 1e9} | options
     return fit(
         folder, stage="toy", phases=phases, arms=arms, params=lambda: {"a": np.float32(0), "b": np.float32(0)},
-        key=jax.random.key(0), select="hr", judged=judged, tensorboard=False, **options,
+        key=jax.random.key(0), judged=judged, tensorboard=False, **options,
     )  # fmt: skip
 
 
@@ -80,6 +80,14 @@ def kill_at(unit):
 def whole(tmp_path_factory):
     calls = []
     return start(tmp_path_factory.mktemp("whole"), calls), calls
+
+
+def test_with_keep_nothing_is_validated_and_the_named_phases_are_kept(tmp_path):
+    fitted = start(tmp_path, [], keep={"a": 2, "b": 1}, validate=None)
+    assert fitted.phase == {"a": 2, "b": 1}
+    # As above: a = 3 after its first phase; b = 1.6 and the third phase's view is 4.6: a = 3 + 3 + 4 + 2·0.1·4.6.
+    assert (fitted.params["a"]["a"], fitted.params["b"]["b"]) == pytest.approx((10.92, 1.6))
+    assert fitted.params["b"]["a"] == 3
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
