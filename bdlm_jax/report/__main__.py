@@ -1,7 +1,8 @@
 """What people read of finished runs: results.md and plots of one run, and docs/results.md over many.
 
-`python -m bdlm_jax.report --collect RUN_DIR … --out docs/results.md` groups runs that differ in the seed alone. Every
-number comes from results.json and per_user/*.npz; nothing is typed by hand.
+`python -m bdlm_jax.report --keep RUN_DIR … --out docs/runs` copies what pages are made from, small enough to commit;
+`--collect docs/runs/*/* --out docs/results.md` groups runs that differ in the seed alone. Every number comes from
+results.json and per-user counts; nothing is typed by hand.
 """
 
 import argparse
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bdlm_jax.report import plots
+from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
+from bdlm_jax.report.keep import keep
 from bdlm_jax.report.tables import group_lines
 from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
@@ -21,8 +24,9 @@ from bdlm_jax.types import InputError
 def write_report(folder: str | os.PathLike, results: dict | None = None) -> None:
     """Writes results.md and plots/*.png of one finished run; `results` is what results.json holds (None: read it)."""
     run = read_run(folder, results)
-    pictures = plots.draw([run], run.folder / "plots")
-    lines = [f"# Results: {run.name}, seed {run.seed}", "", *group_lines([run], pictures)]
+    pictures, claims = plots.draw([run], run.folder / "plots"), page_claims({"": [run]})
+    lines = [f"# Results: {run.name}, seed {run.seed}", ""]
+    lines += group_lines([run], pictures, claims[""], family=n_judged(claims))
     _write(run.folder / "results.md", lines)
 
 
@@ -35,12 +39,14 @@ def collect(
     print) follow verbatim.
     """
     out, groups = Path(out), group_runs([read_run(folder) for folder in folders])
+    claims = page_claims(groups)
     lines = [f"<!-- generated, do not edit: {command} -->", f"# {title}", ""]
     lines += ["Every number is read from run directories; ± is the standard deviation over seeds.", ""]
     lines += [f"* [{heading}](#{_anchor(heading)})" for heading in groups] + [""]
     for heading, runs in groups.items():
         pictures = plots.draw(runs, out.parent / "plots", prefix=_anchor(heading) + "_")
-        lines += [f"## {heading}", "", *group_lines(runs, pictures, level="###")]
+        section = group_lines(runs, pictures, claims[heading], family=n_judged(claims), level="###")
+        lines += [f"## {heading}", "", *section]
     for path in include:
         if not Path(path).is_file():
             raise InputError(f"{path} is no file to include; run the benchmark that writes it.")
@@ -52,19 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.report", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", help="write results.md and the plots of this finished run again")
     parser.add_argument("--collect", nargs="+", metavar="RUN_DIR", help="finished runs for one page")
-    parser.add_argument("--out", default="docs/results.md", help="that page")
+    parser.add_argument("--keep", nargs="+", metavar="RUN_DIR", help="copy finished runs, made small, to --out")
+    parser.add_argument("--out", help="the page (docs/results.md), or where kept runs go (docs/runs)")
     parser.add_argument("--title", default="Results")
     parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="text that follows verbatim")
     given = parser.parse_args(arguments)
-    if not (given.workdir or given.collect):
-        parser.error("give --workdir DIR or --collect RUN_DIR …")
+    if sum(map(bool, (given.workdir, given.collect, given.keep))) != 1:
+        parser.error("give one of --workdir DIR, --collect RUN_DIR … and --keep RUN_DIR …")
     words = sys.argv[1:] if arguments is None else arguments
     command = f"python -m bdlm_jax.report {shlex.join(words)}"
     try:
         if given.workdir:
             write_report(given.workdir)
+        for folder in given.keep or ():
+            print(keep(folder, given.out or "docs/runs"))
         if given.collect:
-            collect(given.collect, given.out, title=given.title, command=command, include=given.include)
+            out = given.out or "docs/results.md"
+            collect(given.collect, out, title=given.title, command=command, include=given.include)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2

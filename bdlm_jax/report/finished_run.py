@@ -1,4 +1,7 @@
-"""What the directory of a finished run tells: its cells, counts, chosen phases and times, and means over seeds."""
+"""What a finished run tells: its cells, counts, chosen phases, curves and times, and means over seeds.
+
+A run is read from its own directory or from the copy of it that `kept_run.keep` makes.
+"""
 
 import json
 import math
@@ -8,21 +11,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
+from bdlm_jax.report.compact import load_compact
 from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
 PAUSE_SECONDS = 600.0  # a longer silence between two rows of the logs is a pause, not work
 FEWEST_TARGETS = 20  # with fewer the 95 % interval of a share around one half is wider than .43
 Key = tuple[str, str, str]  # (model, slice, metric)
+# What does not change the experiment: which seeds and models a run has, where things lie, how fast they go.
+_ASIDE = ("seed", "models", "tuned_on", "data.path", "pretrain.corpus", "runtime.", "distributed.", "dry_run.")
+BDLM = ("bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
+_STAGES = ("*", "*/*", "*/*/*")  # "**" would not follow links into a store of stages
 
 
 class Finished(NamedTuple):
-    """A finished run as its directory tells it; `cells` holds (value, users)."""
+    """A finished run; `cells` holds (value, users).
+
+    facts: {"best": {stage: {arm: {"phase", "value"}}}, "curves": {stage: {arm: [validation after each phase]}},
+    "seconds": {stage: s}}; a stage is named by its folder in the run directory.
+    """
 
     folder: Path
     config: dict
@@ -31,6 +43,7 @@ class Finished(NamedTuple):
     cells: dict[Key, tuple[float, int]]
     counts: dict[str, dict[str, Counts]]
     ceilings: list[dict]
+    facts: dict
 
     @property
     def name(self) -> str:
@@ -45,22 +58,47 @@ class Finished(NamedTuple):
         """The model that BDLM starts from, which is also the name of its stage and row alone."""
         return self.config["domain"]["model"]
 
+    def best(self, stage: str) -> dict:
+        """{arm: {"phase", "value"}} of a finished stage, empty where it is not."""
+        return self.facts["best"].get(stage, {})
+
 
 def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished:
-    """Reads a run directory; `results` is what results.json holds, or None to read it."""
+    """Reads a run directory or its kept copy; `results` is what results.json holds, or None to read it."""
     folder = Path(folder)
     try:
-        config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "environment.json"))
-        results = results or json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        config, environment = (_read(folder / name) for name in ("config.json", "environment.json"))
+        results = results or _read(folder / "results.json")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is not there: {folder} holds no finished run; start it again.") from None
     cells = {(r["model"], r["slice"], r["metric"]): (r["value"], r["users"]) for r in results["rows"]}
-    counts = {path.stem: load_counts(path) for path in sorted((folder / "per_user").glob("*.npz"))}
-    return Finished(folder, config, environment, results["data"], cells, counts, results.get("ceilings", []))
+    if (folder / "facts.json").is_file():
+        facts, (counts, _) = _read(folder / "facts.json"), load_compact(folder / "counts.npz")
+    else:
+        counts = {path.stem: load_counts(path) for path in sorted((folder / "per_user").glob("*.npz"))}
+        done = {path.parent: _read(path) for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))}
+        facts = {
+            "best": {at.relative_to(folder).as_posix(): made["best"] for at, made in done.items()},
+            "curves": {at.relative_to(folder).as_posix(): _curves(at, config["select"]) for at in done},
+            "seconds": stage_seconds(folder),
+        }
+    config = portable(config)
+    return Finished(folder, config, environment, results["data"], cells, counts, results.get("ceilings", []), facts)
+
+
+def portable(config: dict) -> dict:
+    """The config with the last name alone of every path, for those of a machine say nothing elsewhere."""
+    flat = flatten_dict(config, sep=".", keep_empty_nodes=True)
+    paths = {name for name in flat if name.split(".")[-1] in ("path", "corpus", "store")}
+    paths |= {name for name, value in flat.items() if isinstance(value, str) and value.startswith(("/", "~", "./", "../"))}
+    return unflatten_dict({n: Path(v).name if n in paths and v else v for n, v in flat.items()}, sep=".")
 
 
 def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Groups runs whose configs differ in the seed alone; headings tell apart groups of one name."""
+    """Groups runs that differ in seed and models alone; headings tell apart groups of one name.
+
+    A group leaves out seeds of `config.tuned_on`, if it has others: their test tables were seen before it was judged.
+    """
     groups: dict[str, list[Finished]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
@@ -69,25 +107,36 @@ def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
         settings, name = json.loads(text), members[0].name
         before = first.setdefault(name, settings)
         other = [f"{n} = {settings.get(n)}" for n in sorted(settings | before) if settings.get(n) != before.get(n)]
-        headed[name + (f" with {', '.join(other)}" if other else "")] = sorted(members, key=lambda run: run.seed)
+        by_seed: dict[int, Finished] = {}
+        for run in members:
+            by_seed[run.seed] = _join(by_seed[run.seed], run) if run.seed in by_seed else run
+        fair = [run for seed, run in by_seed.items() if seed not in tuned_on(members)] or list(by_seed.values())
+        headed[name + (f" with {', '.join(other)}" if other else "")] = sorted(fair, key=lambda run: run.seed)
     return headed
 
 
+def tuned_on(runs: Sequence[Finished]) -> list[int]:
+    """The seeds whose test tables were in view when these runs' settings were chosen."""
+    return sorted({seed for run in runs for seed in run.config.get("tuned_on", ())})
+
+
 def stage_seconds(folder: Path) -> dict[str, float]:
-    """Sums, by stage, the time between the rows of the logs; silences over ten minutes count as pauses."""
-    rows = [row for path in folder.glob("*/metrics.jsonl") for row in read_metrics(path)]
-    rows.sort(key=lambda row: row["time"])
-    seconds: dict[str, float] = {}
-    for before, row in zip(rows[:1] + rows, rows):
-        gap = row["time"] - before["time"]
-        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + (gap if gap < PAUSE_SECONDS else 0.0)
+    """Sums, by stage, the time from one row of its log to the next, and to the first from the stage before.
+
+    Silences over ten minutes count as pauses.
+    """
+    logs = {
+        path.parent.relative_to(folder).as_posix(): sorted(row["time"] for row in rows)
+        for stage in _STAGES
+        for path in folder.glob(f"{stage}/metrics.jsonl")
+        if (rows := read_metrics(path))
+    }
+    seconds, ends = {}, [times[-1] for times in logs.values()]
+    for stage, times in sorted(logs.items(), key=lambda log: log[1]):
+        start = max((end for end in ends if end <= times[0]), default=times[0])
+        gaps = [after - before for before, after in zip([start, *times], times)]
+        seconds[stage] = sum(gap for gap in gaps if gap < PAUSE_SECONDS)
     return seconds
-
-
-def best_phases(folder: Path) -> dict | None:
-    """{arm: {"phase", "value"}} of a finished stage."""
-    path = folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8"))["best"] if path.is_file() else None
 
 
 def phase_names(config: dict) -> list[str]:
@@ -128,10 +177,20 @@ def chance_of(run: Finished, metric: str) -> float | None:
 
 
 def sorted_models(runs: Sequence[Finished]) -> list[str]:
-    last = (runs[0].domain_model, "text_lm", "ids_lm", "bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
-    rank = {"item_pop": -2} | {name: place for place, name in enumerate(last)}
+    """Baselines in the order of their years, BDLM's controls, and BDLM last."""
+    last = ("text_lm", "ids_lm", "<controls>", "bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
+    order = ("item_pop", "item_knn", "ease", "<others>", runs[0].domain_model, *last)
     names = dict.fromkeys(key[0] for run in runs for key in run.cells)
-    return sorted(names, key=lambda name: rank.get(name, -1))
+
+    def place(name: str) -> int:
+        return order.index(name if name in order else "<controls>" if is_control(name) else "<others>")
+
+    return sorted(names, key=place)
+
+
+def is_control(row: str) -> bool:
+    """Whether a row is of one of BDLM's controls (`run/controls.py`), not of BDLM itself or a baseline."""
+    return row not in BDLM and row.startswith(("bdlm_", "cached", "pool", "ids_lm_distilled"))
 
 
 def _half_width(run: Finished, key: Key) -> float | None:
@@ -143,7 +202,31 @@ def _half_width(run: Finished, key: Key) -> float | None:
     return mean_half_width(case_metric(metric.split("/")[0], counts.better, counts.equal, counts.others))
 
 
+def _join(run: Finished, other: Finished) -> Finished:
+    """One run of two with the same settings and seed, for different models; what both have must agree."""
+    where = f"{run.folder} and {other.folder} have the same settings and seed"
+    if run.cells.keys() == other.cells.keys():
+        raise InputError(f"{where}, and the same models; give one of them.")
+    if differ := sorted(key for key in run.cells.keys() & other.cells.keys() if run.cells[key] != other.cells[key]):
+        raise InputError(f"{where}, yet not the same {differ[0][2]} of {differ[0][0]}; give one of them.")
+    facts = {name: {**run.facts[name], **other.facts[name]} for name in run.facts}
+    return run._replace(cells=run.cells | other.cells, counts=run.counts | other.counts, facts=facts)
+
+
 def _settings(run: Finished) -> dict:
     """The config as flat settings, without what does not change the experiment."""
     flat = flatten_dict({**run.config, "name": run.name}, sep=".").items()
-    return {n: value for n, value in flat if n not in ("seed", "data.path") and not n.startswith("runtime.")}
+    return {name: value for name, value in flat if not name.startswith(_ASIDE)}
+
+
+def _curves(stage: Path, metric: str) -> dict[str, list[float]]:
+    """The selected metric on validation after every phase, by arm."""
+    rows, curves = read_metrics(stage), {}
+    for arm in ("domain", "lm"):
+        if values := [row[name] for row in rows if (name := f"validation/{arm}/{metric}") in row]:
+            curves[arm] = values
+    return curves
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -11,16 +11,15 @@ from matplotlib.figure import Figure
 from bdlm_jax.report.finished_run import (
     FEWEST_TARGETS,
     Finished,
-    best_phases,
     chance_of,
     distill_epochs,
+    is_control,
     mean_and_spread,
     n_targets,
     phase_names,
     sorted_models,
 )
 from bdlm_jax.runtime.files import replacing
-from bdlm_jax.runtime.log import read_metrics
 
 COLOURS = {
     "item_pop": "#b3b3b3", "mf": "#9ecae1", "text_lm": "#fdd0a2", "ids_lm": "#fdae6b",
@@ -63,8 +62,9 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
     """Horizontal bars by model, a panel for each {title: (slice, metric)}."""
     if not panels:
         return None
+    rows = [row for row in sorted_models(runs) if not is_control(row)]
     shown = {
-        name: {model: cell for model in sorted_models(runs) if (cell := mean_and_spread(runs, (model, *at)))[0] >= 0}
+        name: {row: cell for row in rows if (cell := mean_and_spread(runs, (row, *at)))[0] >= 0}
         for name, at in panels.items()
     }
     models = list(dict.fromkeys(model for cells in shown.values() for model in cells))
@@ -98,12 +98,12 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
 
 def _draw_learning(run: Finished, *, title: str) -> Figure | None:
     """Both arms' validation over the mutual rounds, and the domain arm's over its distillation."""
-    stages = {stage: (best_phases(run.folder / stage), _validation(run, stage)) for stage in ("bdlm", "distill")}
+    stages = {stage: (run.best(stage), run.facts["curves"].get(stage)) for stage in ("bdlm", "distill")}
     if not all(stages["bdlm"]):
         return None
     shown = {stage: made for stage, made in stages.items() if all(made)}
     alone = {"domain": run.domain_model, "lm": "ids_lm"}
-    reached = {arm: best for arm, stage in alone.items() if (best := best_phases(run.folder / stage))}
+    reached = {arm: best for arm, stage in alone.items() if (best := run.best(stage))}
     size, widths = ((9.2, 3.5), [3, 2]) if len(shown) == 2 else ((5.6, 3.5), None)
     figure, all_axes = _panels(title, len(shown), size=size, width_ratios=widths)
     for axes, (stage, (best, curves)) in zip(all_axes, shown.items()):
@@ -125,14 +125,6 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)
     all_axes[0].legend(fontsize=8, frameon=False, loc="best")
     return figure
-
-
-def _validation(run: Finished, stage: str) -> dict[str, list[float]]:
-    """The selected metric after every phase, by arm."""
-    rows = read_metrics(run.folder / stage)
-    names = {arm: f"validation/{arm}/{run.config['select']}" for arm in ARM}
-    curves = {arm: [row[name] for row in rows if name in row] for arm, name in names.items()}
-    return {arm: values for arm, values in curves.items() if values}
 
 
 def _panels(title: str, n: int, *, size: tuple[float, float], width_ratios=None):

@@ -1,30 +1,28 @@
-"""The sections of a report in Markdown: header, tables by slice, margins, chosen rounds, times."""
+"""The sections of a report in Markdown: header, tables by slice, margins, controls, chosen rounds, times."""
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bdlm_jax.evaluation.metrics import case_metric
-from bdlm_jax.evaluation.statistics import Margin, relative_margin
+from bdlm_jax.report.claims import LEVEL, Claim
 from bdlm_jax.report.finished_run import (
     FEWEST_TARGETS,
     Finished,
-    best_phases,
     chance_of,
     distill_epochs,
+    is_control,
     mean_and_spread,
     n_targets,
     phase_names,
     sorted_models,
-    stage_seconds,
+    tuned_on,
 )
+from bdlm_jax.run.controls import ANSWERS
 
 MAIN_METRICS = (
     "hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "mrr/cand100", "hr@10/full", "ndcg@10/full",
 )  # fmt: skip
-MARGIN_METRICS = ("hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "ndcg@10/full")
 SLICES = {
     "warm": ("Targets that had interactions before: what no id model can learn is left out.", MAIN_METRICS),
     "twins": (
@@ -47,12 +45,24 @@ TIES = (
 )
 
 
-def group_lines(runs: Sequence[Finished], pictures: Mapping[str, str], *, level: str = "##") -> list[str]:
-    """The sections of runs that differ in the seed alone; `pictures` are lines by what they show (`plots.draw`)."""
+_MARGIN_HEAD = ("margin", "95 % interval", "deviation over seeds", "p (Holm)", "claim")
+
+
+def group_lines(
+    runs: Sequence[Finished], pictures: Mapping[str, str], claims: Sequence[Claim], *, family: int, level: str = "##"
+) -> list[str]:
+    """The sections of runs that differ in the seed alone.
+
+    `pictures` are lines by what they show (`plots.draw`), `family` is how many claims the whole page makes.
+    """
     lines = [*_header(runs), "", f"{level} All targets", "", *_table(runs, "all", MAIN_METRICS), ""]
     lines += [pictures.get("models", ""), ""]
-    if margins := _margins(runs):
-        lines += [f"{level} Margins of both arms", "", *margins, ""]
+    margins = [claim for claim in claims if not is_control(claim.against)]
+    controls = [claim for claim in claims if is_control(claim.against)]
+    if margins:
+        lines += [f"{level} Margins of both arms", "", *claim_table(margins), "", judged_by(family), ""]
+    if controls:
+        lines += [f"{level} BDLM beside its controls", "", *_controls(controls), "", judged_by(family), ""]
     for name, (words, metrics) in SLICES.items():
         if any(key[1] == name for key in runs[0].cells):
             lines += [f"{level} Slice {name}", "", words, "", *_slice(runs, name, metrics), ""]
@@ -60,6 +70,21 @@ def group_lines(runs: Sequence[Finished], pictures: Mapping[str, str], *, level:
     if chosen := [line for run in runs for line in _chosen(run)]:
         lines += [f"{level} Chosen rounds", "", *chosen, ""]
     return [*lines, pictures.get("learning_curves", ""), "", f"{level} Time", "", *_times(runs), ""]
+
+
+def claim_table(claims: Sequence[Claim]) -> list[str]:
+    return _grid(
+        ["model", "against", "metric", "model", "baseline", *_MARGIN_HEAD],
+        [[c.model, c.against, c.metric, _number(c.ours), _number(c.theirs), *_margin_cells(c)] for c in claims],
+    )
+
+
+def judged_by(family: int) -> str:
+    return (
+        "Margins are ratios of means, paired by user: each user's values are averaged over seeds, the 95 % interval is a "
+        "bootstrap over users, p a sign-flip test, then Holm's correction over the "
+        f"{family} margins of this page. A claim needs p < {LEVEL} and the same direction in every seed."
+    )
 
 
 def _header(runs: Sequence[Finished]) -> list[str]:
@@ -71,10 +96,20 @@ def _header(runs: Sequence[Finished]) -> list[str]:
     return [
         f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
         f"interactions ({parts}); split {config['data']['split']}.",
-        f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation.",
+        f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation."
+        + _seen(runs),
         f"* Hashes (data; candidates of test): {'; '.join(_hashes(run.data) for run in runs)}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
     ]
+
+
+def _seen(runs: Sequence[Finished]) -> str:
+    seeds = tuned_on(runs)
+    if not seeds:
+        return ""
+    said = f" The settings were tuned with the test table of seed {', '.join(map(str, seeds))} in view: "
+    inside = any(run.seed in seeds for run in runs)
+    return said + ("what follows is no clean evidence." if inside else "it is left out here.")
 
 
 def _machine(environment: Mapping) -> str:
@@ -100,9 +135,11 @@ def _table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
     keys = {key for run in runs for key in run.cells}
     metrics = [metric for metric in metrics if any(key[1:] == (part, metric) for key in keys)]
     models = [model for model in sorted_models(runs) if any((model, part, metric) in keys for metric in metrics)]
+    seeds = {model: sum(any(key[0] == model for key in run.cells) for run in runs) for model in models}
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
     best = {m: max((cells[model, m][0] for model in models), default=0.0) for m in metrics}
-    rows = [[model, *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
+    fewer = {model: f" (n = {n})" if n < len(runs) else "" for model, n in seeds.items()}
+    rows = [[model + fewer[model], *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
         levels = [_ceiling(runs, sees, part, metric) for metric in metrics]
         if any(levels):
@@ -128,49 +165,39 @@ def _ceiling(runs: Sequence[Finished], sees: str, part: str, metric: str) -> str
     return _number(statistics.fmean(values)) if values else ""
 
 
-def _margins(runs: Sequence[Finished]) -> list[str]:
-    rows, baselines = [], (runs[0].domain_model, "text_lm", "ids_lm")
-    for arm, baseline, metric in itertools.product(("bdlm_domain", "bdlm_lm"), baselines, MARGIN_METRICS):
-        if margins := [m for run in runs if (m := _margin(run, arm, baseline, metric)) is not None]:
-            means = [mean_and_spread(runs, (model, "all", metric))[0] for model in (arm, baseline)]
-            rows.append([arm, baseline, metric, *map(_number, means), *_margin_cells(margins)])
-    if not rows:
-        return []
-    one = len(runs) == 1
-    spread = "95 % interval" if one else "mean ± deviation over seeds"
-    doubt = "the interval holds 0." if one else "not every seed's own 95 % interval leaves 0 out on the same side."
-    head = ["arm", "against", "metric", "arm", "baseline", "margin", spread, "claim"]
-    return [*_grid(head, rows), "", f"Intervals are paired by user. “no claim”: {doubt}"]
+def _controls(claims: Sequence[Claim]) -> list[str]:
+    rows, asked = [], None
+    for c in claims:
+        word = control_word(c.against)
+        cells = [_number(c.theirs), c.model, _number(c.ours), *_margin_cells(c)]
+        rows.append([c.against, "" if word == asked else ANSWERS.get(word, ""), *cells])
+        asked = word
+    return _grid(["control", "answers", claims[0].metric, "BDLM's row", "", *_MARGIN_HEAD], rows)
 
 
-def _margin(run: Finished, arm: str, baseline: str, metric: str) -> Margin | None:
-    name, protocol = metric.split("/")
-    pair = [run.counts.get(model, {}).get(protocol) for model in (arm, baseline)]
-    if None in pair or not np.array_equal(pair[0].target, pair[1].target):
-        return None
-    return relative_margin(pair[0].user, *(case_metric(name, c.better, c.equal, c.others) for c in pair))
+def control_word(row: str) -> str:
+    """The word of `config.models` that a control's row belongs to."""
+    word, _, end = row.rpartition("_")
+    return word if end in ("lm", "domain") or word == "cached" else row
 
 
-def _margin_cells(margins: Sequence[Margin]) -> list[str]:
-    known = [margin.value for margin in margins if margin.value is not None]
-    if len(known) < len(margins):
-        return ["", "the baseline is 0", ""]
-    mean = statistics.fmean(known)
-    same = all(m.claims and (m.value > 0) == (mean > 0) for m in margins)
-    claim = ("higher" if mean > 0 else "lower") if same else "no claim"
-    if len(margins) == 1:
-        return [f"{mean:+.1%}", f"{margins[0].low:+.1%} … {margins[0].high:+.1%}", claim]
-    return [f"{mean:+.1%}", f"± {statistics.stdev(known):.1%} (n = {len(known)})", claim]
+def _margin_cells(claim: Claim) -> list[str]:
+    if not claim.judged:
+        return ["", "", "", "", claim.verdict]
+    margin, seeds = claim.margin, len(claim.by_seed)
+    spread = "one seed" if claim.spread is None else f"± {claim.spread:.1%} (n = {seeds})"
+    p = f"{claim.adjusted:.4f}" if claim.adjusted >= 0.0001 else "< .0001"
+    return [f"{margin.value:+.1%}", f"{margin.low:+.1%} … {margin.high:+.1%}", spread, p, claim.verdict]
 
 
 def _chosen(run: Finished) -> list[str]:
     names, said = phase_names(run.config), []
-    if best := best_phases(run.folder / "bdlm"):
+    if best := run.best("bdlm"):
         for arm, label in (("domain", "domain arm"), ("lm", "LM arm")):
             phase, value = best[arm]["phase"], _number(best[arm]["value"])
             name = names[phase].replace("\n", ", ") if phase < len(names) else f"phase {phase}"
             said.append(f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {value}")
-    if best := best_phases(run.folder / "distill"):
+    if best := run.best("distill"):
         epochs, most = distill_epochs(run.config, best["domain"]["phase"]), run.config["mutual"]["distill_epochs"]
         value = _number(best["domain"]["value"])
         said.append(f"then the domain arm after {epochs} of {most} epochs with the chosen LM, {value}")
@@ -178,7 +205,7 @@ def _chosen(run: Finished) -> list[str]:
 
 
 def _times(runs: Sequence[Finished]) -> list[str]:
-    by_run = [stage_seconds(run.folder) for run in runs]
+    by_run = [run.facts["seconds"] for run in runs]
     stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
     rows = [[stage, *(_duration(seconds.get(stage, 0.0)) for seconds in by_run)] for stage in stages]
     rows.append(["*all stages*", *(_duration(sum(seconds.values())) for seconds in by_run)])
