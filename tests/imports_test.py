@@ -17,7 +17,7 @@ FLOORS = [
     {"evaluation"},
     {"run"},
     {"report", "serving"},
-    {"train", "recommend", "export"},
+    {"train", "recommend", "export", "compare"},
     {"main"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}

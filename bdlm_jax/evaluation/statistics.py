@@ -7,7 +7,7 @@ import numpy as np
 
 from bdlm_jax.evaluation.metrics import case_metric
 
-RESAMPLES, FLIPS = 2_000, 10_000
+RESAMPLES, FLIPS = 2_000, 20_000  # p can be 1/20,001, which Holm may multiply by hundreds of margins
 _CHUNK = 250  # resamples at a time: a chunk holds so many rows of U floats
 
 
@@ -99,7 +99,8 @@ def case_chance(metric: str, others_N: np.ndarray) -> np.ndarray:
 
 def chance_level(metric: str, others_N: np.ndarray) -> float:
     """What a ranking at random reaches on average over the cases."""
-    return float(case_chance(metric, others_N).sum() / max(len(others_N), 1))
+    sizes, times = np.unique(others_N, return_counts=True)
+    return float((times * case_chance(metric, sizes)).sum() / max(len(others_N), 1))
 
 
 def beats(values_U: np.ndarray, level_U: np.ndarray) -> bool:

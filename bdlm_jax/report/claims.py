@@ -1,4 +1,4 @@
-"""What a page claims: a model's margin over another, paired by user over seeds, and judged beside all others of the page."""
+"""What a page claims: margins of models, paired by user over seeds, each judged beside all others of the page."""
 
 import itertools
 import statistics
@@ -70,7 +70,7 @@ def control_pairs(runs: Sequence[Finished]) -> list[tuple[str, str, str]]:
 
 
 def make_claims(runs: Sequence[Finished], pairs: Iterable[tuple[str, str, str]]) -> list[Claim]:
-    """Judges pairs (model, against, metric) of runs that differ in seeds; a pair whose rows lack the metric has none."""
+    """Judges pairs (model, against, metric) of runs that differ in the seed; rows without the metric have no claim."""
     pairs = list(pairs)
     values = {at: _user_values(runs, *at) for at in {(row, metric) for *rows, metric in pairs for row in rows}}
     batches: dict[tuple, list[tuple[str, str, str]]] = {}

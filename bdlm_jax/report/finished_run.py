@@ -90,7 +90,9 @@ def portable(config: dict) -> dict:
     """The config with the last name alone of every path, for those of a machine say nothing elsewhere."""
     flat = flatten_dict(config, sep=".", keep_empty_nodes=True)
     paths = {name for name in flat if name.split(".")[-1] in ("path", "corpus", "store")}
-    paths |= {name for name, value in flat.items() if isinstance(value, str) and value.startswith(("/", "~", "./", "../"))}
+    paths |= {
+        name for name, value in flat.items() if isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+    }
     return unflatten_dict({n: Path(v).name if n in paths and v else v for n, v in flat.items()}, sep=".")
 
 

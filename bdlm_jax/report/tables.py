@@ -55,7 +55,7 @@ def group_lines(
 
     `pictures` are lines by what they show (`plots.draw`), `family` is how many claims the whole page makes.
     """
-    lines = [*_header(runs), "", f"{level} All targets", "", *_table(runs, "all", MAIN_METRICS), ""]
+    lines = [*_header(runs), "", f"{level} All targets", "", *model_table(runs, "all", MAIN_METRICS), ""]
     lines += [pictures.get("models", ""), ""]
     margins = [claim for claim in claims if not is_control(claim.against)]
     controls = [claim for claim in claims if is_control(claim.against)]
@@ -81,8 +81,8 @@ def claim_table(claims: Sequence[Claim]) -> list[str]:
 
 def judged_by(family: int) -> str:
     return (
-        "Margins are ratios of means, paired by user: each user's values are averaged over seeds, the 95 % interval is a "
-        "bootstrap over users, p a sign-flip test, then Holm's correction over the "
+        "Margins are ratios of means, paired by user: each user's values are averaged over seeds, the 95 % interval is "
+        "a bootstrap over users, p is of a sign-flip test after Holm's correction over the "
         f"{family} margins of this page. A claim needs p < {LEVEL} and the same direction in every seed."
     )
 
@@ -128,10 +128,10 @@ def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
     enough = [metric for metric, n in counts.items() if n >= FEWEST_TARGETS]
     few = [f"{metric} ({n})" for metric, n in counts.items() if n < FEWEST_TARGETS]
     line = f"Too few targets to say anything (under {FEWEST_TARGETS}): {', '.join(few)}."
-    return (_table(runs, part, enough) if enough else []) + (["", line] if few else [])
+    return (model_table(runs, part, enough) if enough else []) + (["", line] if few else [])
 
 
-def _table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:
+def model_table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:
     keys = {key for run in runs for key in run.cells}
     metrics = [metric for metric in metrics if any(key[1:] == (part, metric) for key in keys)]
     models = [model for model in sorted_models(runs) if any((model, part, metric) in keys for metric in metrics)]

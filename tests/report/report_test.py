@@ -1,23 +1,24 @@
 """Reports from a run directory built by hand, whose numbers are known."""
 
 import json
-import math
 import re
 
 import numpy as np
 import pytest
 
-from bdlm_jax.evaluation.evaluate import Counts, result_rows, save_counts
-from bdlm_jax.evaluation.statistics import Margin
+from bdlm_jax.evaluation.evaluate import Counts, result_rows, save_arrays, save_counts
+from bdlm_jax.evaluation.statistics import bootstrap_interval
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.report.finished_run import phase_names, stage_seconds
-from bdlm_jax.report.tables import _margin_cells
 from experiments import defaults
 
 ALL = np.ones(100, int)
 
 
-def make_run(folder, *, seed=0, wins=30, twins=100, **settings):
+MODELS = {"lightgcn": (20, 0), "bdlm_domain": (30, 0), "bdlm_lm": (30, 0), "text_lm": (20, 1)}
+
+
+def make_run(folder, *, seed=0, wins=30, twins=100, models=MODELS, **settings):
     """A run of 100 users: LightGCN first for 20 of them, each BDLM arm for `wins`, text LM tied with the twin."""
     folder.mkdir(parents=True)
     config = defaults.get_config()
@@ -25,15 +26,17 @@ def make_run(folder, *, seed=0, wins=30, twins=100, **settings):
     with config.unlocked():
         config.name = "twins"
     environment = {"devices": "1 x cpu (cpu), jax 1.2.3", "cores": 2, "jax": "1.2.3", "git": "abc"}
-    rows, models = [], (("lightgcn", 20, 0), ("bdlm_domain", wins, 0), ("bdlm_lm", wins, 0), ("text_lm", 20, 1))
-    for model, first, tied in models:
+    rows, slices = [], {"all": np.ones(1, bool), "twins": np.ones(1, bool)}
+    for model, (first, tied) in models.items():
+        first = wins if model in ("bdlm_domain", "bdlm_lm") else first
         behind = (np.arange(100) >= first).astype(int)
         counts = {
             "cand100": Counts(np.arange(100), 0 * ALL, behind, 0 * ALL, 99 * ALL),
             "pair": Counts(np.arange(100), 0 * ALL, 0 * ALL if tied else behind, tied * ALL, ALL),
         }
         save_counts(folder / "per_user" / f"{model}.npz", counts)
-        rows += result_rows(model, counts, {"all": np.ones(1, bool), "twins": np.ones(1, bool)})
+        rows += result_rows(model, counts, slices)
+    save_arrays(folder / "data" / "slices.npz", slices)
     for row in rows:
         if row["slice"] == "twins" and row["metric"].endswith("/pair"):
             row["users"] = twins
@@ -75,9 +78,11 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
     assert row_of(main, "*chance*")[1] == "0.010"  # 1 / 100
     assert row_of(main, "*targets*")[1] == "100"
     margin = row_of(text, "bdlm_lm", "lightgcn", "hr@1/cand100")
-    # 10 of 100 users have 1 against 0, the baseline's mean is .2; residuals ours - 1.5·theirs: 10 × 1 and 20 × -.5.
-    spread = 1.96 * math.sqrt(100 / 99 * (10 * 1**2 + 20 * 0.5**2)) / 20
-    assert margin[3:] == ["0.300", "0.200", "+50.0%", f"{0.5 - spread:+.1%} … {0.5 + spread:+.1%}", "higher"]
+    users = np.arange(100)[:, None]
+    (low,), (high,) = bootstrap_interval(1.0 * (users < 30), 1.0 * (users < 20))
+    # 10 users have 1 against 0: |Σ ±1| ≥ 10 in 2 of 2^10 flips; Holm over 2 arms, 2 baselines, 2 metrics, all the same.
+    assert margin[3:5] + margin[5:8] == ["0.300", "0.200", "+50.0%", f"{low:+.1%} … {high:+.1%}", "one seed"]
+    assert float(margin[8]) == pytest.approx(8 * 2 / 2**10, rel=0.4) and margin[9] == "higher, one seed"
     twins = text.split("## Slice twins")[1].split("##")[0]
     assert row_of(twins, "text_lm")[1:3] == ["0.000 ± 0.000", "**0.500** ± 0.000"]
     assert row_of(twins, "*oracle that sees text*")[1:3] == ["0.000", "0.500"]
@@ -130,21 +135,15 @@ def test_seeds_become_one_section_with_deviations_and_other_settings_another(tmp
     main = first.split("### All targets")[1]
     assert row_of(main.split("###")[0], "bdlm_lm")[1] == "**0.300** ± 0.020"  # .28, .30, .32
     # 28/20 - 1, 30/20 - 1 and 32/20 - 1
-    assert row_of(first, "bdlm_lm", "lightgcn", "hr@1/cand100")[5:] == ["+50.0%", "± 10.0% (n = 3)", "higher"]
-    assert row_of(second, "bdlm_lm", "lightgcn", "hr@1/cand100")[5:] == ["+0.0%", "+0.0% … +0.0%", "no claim"]
+    margin = row_of(first, "bdlm_lm", "lightgcn", "hr@1/cand100")
+    assert [margin[5], *margin[7:]] == ["+50.0%", "± 10.0% (n = 3)", "0.0136", "higher"]
+    margin = row_of(second, "bdlm_lm", "lightgcn", "hr@1/cand100")
+    assert margin[5:] == ["+0.0%", "+0.0% … +0.0%", "one seed", "1.0000", "no claim, one seed"]
     assert "* Seeds: 0, 1, 2." in first
     assert text.rstrip().endswith("| benchmark | 3.1 |")
     for name in re.findall(r"\]\((plots.*?)\)", text):
         assert (out.parent / name).is_file()
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_one_seed_without_a_claim_is_no_claim_for_all():
-    sure, unsure = Margin(0.5, 0.1, 0.9), Margin(0.2, -0.1, 0.5)
-    assert _margin_cells([sure, sure])[2] == "higher"
-    assert _margin_cells([sure, unsure])[2] == "no claim"
-    assert _margin_cells([Margin(-0.5, -0.9, -0.1)])[2] == "lower"
-    assert _margin_cells([sure, Margin(None)])[1] == "the baseline is 0"
 
 
 def test_time_leaves_pauses_out(tmp_path):

@@ -1,0 +1,36 @@
+"""python -m bdlm_jax.compare RUN RUN … [--metric ndcg@10/full] [--baseline NAME] [--out FILE.md]: flags only.
+
+Runs that differ in the seed alone count as one experiment; margins are paired by user over seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bdlm_jax.report.comparison import compare_runs
+from bdlm_jax.report.finished_run import read_run
+from bdlm_jax.runtime.files import write_text
+from bdlm_jax.types import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bdlm_jax.compare", description=__doc__.split("\n")[2])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run directories, or kept ones of docs/runs")
+    parser.add_argument("--metric", default="ndcg@10/full")
+    parser.add_argument("--baseline", nargs="+", default=(), metavar="NAME", help="rows that all others are held to")
+    parser.add_argument("--out", metavar="FILE.md", help="write the page here, beside printing it")
+    given = parser.parse_args(arguments)
+    try:
+        made = compare_runs([read_run(folder) for folder in given.runs], metric=given.metric, baselines=given.baseline)
+    except InputError as error:
+        print(f"bdlm_jax: {error}", file=sys.stderr)
+        return 2
+    text = "\n".join(made.lines()) + "\n"
+    print(text, end="")
+    if given.out:
+        write_text(given.out, "# Comparison\n\n" + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
