@@ -153,5 +153,5 @@ def _counterparts(control: str, rows: Sequence[str]) -> list[str]:
         return []  # itself what `cached` is held against
     if kind == "cached" and f"bdlm_domain_behind_{behind}" in rows:
         return [f"bdlm_domain_behind_{behind}"]
-    arms = ARMS if control == "pool" else ARMS[1:] if behind == "lm" else ARMS[:1]
+    arms = ARMS if control.startswith("pool") else ARMS[1:] if behind == "lm" else ARMS[:1]
     return [arm for arm in arms if arm in rows]
