@@ -122,7 +122,7 @@ def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
     if path.exists():
         before, after = (dict(_flat(tree)) for tree in (json.loads(path.read_text(encoding="utf-8")), now))
         for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key) and key != "name" and not key.startswith("runtime."):
+            if before.get(key) != after.get(key) and not key.startswith(("name", "tuned_on", "runtime.")):
                 raise InputError(
                     f"{path} was written with another config.{key}: {before.get(key)!r}, and now it is "
                     f"{after.get(key)!r}; choose a new --workdir, or the old settings."

@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns the defaults: a small BDLM on the embedded twins world. Misspelt keys and other types are refused."""
     c = ml_collections.ConfigDict()
     c.seed = 0
+    c.tuned_on = ()  # seeds whose test table was in view when the settings were chosen: pages leave them out
     c.parallel = "jit"  # jit | pmap | mesh
     c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # of parallel "mesh"; -1: what is left
     c.models = ("item_pop", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm")  # domain/models.py MODELS, run/contenders.py

@@ -24,6 +24,7 @@ VARIANTS = {
 def get_config(arg="whole"):
     """Returns the defaults, or a variant of them."""
     c = defaults.get_config()
+    c.tuned_on = (0,)
     c.update_from_flattened_dict(defaults.choose(VARIANTS, arg))
     return c
 

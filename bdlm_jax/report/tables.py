@@ -1,6 +1,7 @@
 """The sections of a report in Markdown: header, tables by slice, margins, controls, chosen rounds, times."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -205,9 +206,12 @@ def _chosen(run: Finished) -> list[str]:
 
 
 def _times(runs: Sequence[Finished]) -> list[str]:
-    by_run = [run.facts["seconds"] for run in runs]
+    by_run = [Counter() for _ in runs]  # a control's stages lie in its folder, and count together
+    for summed, run in zip(by_run, runs):
+        for stage, seconds in run.facts["seconds"].items():
+            summed[stage.split("/")[0]] += seconds
     stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
-    rows = [[stage, *(_duration(seconds.get(stage, 0.0)) for seconds in by_run)] for stage in stages]
+    rows = [[stage, *(_duration(seconds[stage]) for seconds in by_run)] for stage in stages]
     rows.append(["*all stages*", *(_duration(sum(seconds.values())) for seconds in by_run)])
     note = "Between the rows of the logs, validation and compilation included, silences over ten minutes left out."
     return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
