@@ -5,9 +5,12 @@ A comment that names a dict (`READERS`, `MODELS`, …) says where the words of a
 Both losses reach both shared tables.
 """
 
+import functools
 import itertools
 
 import ml_collections
+
+from bdlm_jax.run.controls import CONTROLS
 
 
 def choose(variants, arg):
@@ -25,6 +28,18 @@ def sweep(key, values):
 def product(*sweeps):
     """Returns every combination of the settings of several lists."""
     return [{key: value for one in chosen for key, value in one.items()} for chosen in itertools.product(*sweeps)]
+
+
+def whole_table(config):
+    """Returns every word of the judge's table: baselines, BDLM, and those controls that are not BDLM itself here."""
+    models = ("item_pop", "item_knn", "ease", "mf", "lightgcn", "ncf", "sasrec", "text_lm", "ids_lm", "bdlm")
+    settings = {word: control.settings(config) for word, control in CONTROLS.items()}
+    others = [word for word, changes in settings.items() if any(_value(config, k) != v for k, v in changes.items())]
+    return (*models, *others, "ids_lm_distilled", "cached", "pool", "pool_alone")
+
+
+def _value(config, key):
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,8 +10,8 @@ Both losses reach both shared tables.
 from experiments import defaults
 
 
-def get_config():
-    """Returns the config."""
+def get_config(arg="short"):
+    """Returns the config: "short" has the main models, "table" every baseline and control."""
     c = defaults.get_config()
     c.data.kind = "recbole"
     c.data.path = "data/ml-100k"
@@ -24,7 +24,7 @@ def get_config():
     c.lm.learning_rate = 2e-3
     c.lm.learning_rate_shared = 2e-3
     c.lm.max_text_targets = 16
-    c.prompts.titled_share = 0.05
+    c.prompts.titled_share = 0.02
     c.prompts.length = 104
     c.prompts.max_items = 100
     c.prompts.card_copies = 0.5
@@ -40,8 +40,8 @@ def get_config():
     c.mutual.reads = "layer0"
     c.mutual.learning_rate_bridge = 2.5e-4
     c.mutual.rounds = 3
-    c.mutual.lm_epochs = 10.0
-    c.mutual.lm_epochs_a_round = 4.0
+    c.mutual.lm_epochs = 8.0
+    c.mutual.lm_epochs_a_round = 3.0
     c.mutual.domain_epochs_a_round = 5
     c.mutual.domain_learning_rate = 5e-3
     c.mutual.kl_users = 512
@@ -51,4 +51,11 @@ def get_config():
     c.mutual.lm.align_user = 0.01
     c.mutual.lm.align_item = 0.5
     c.mutual.lm.kl = 0.01
+    c.lm_alone.text_epochs = 4.0
+    c.models = defaults.choose({"short": c.models, "table": defaults.whole_table(c)}, arg)
     return c
+
+
+def get_hyper():
+    """Returns the seeds of docs/results.md."""
+    return defaults.sweep("seed", range(3))
