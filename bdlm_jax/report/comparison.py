@@ -24,7 +24,12 @@ class Comparison(NamedTuple):
         metrics = dict.fromkeys((*MAIN_METRICS, *(claim.metric for claim in self.claims)))
         seeds = ", ".join(str(run.seed) for run in self.runs)
         lines = [f"Seeds {seeds}; ± is the standard deviation over seeds.", *self.warnings, ""]
-        lines += [*model_table(self.runs, "all", list(metrics)), "", *claim_table(self.claims), ""]
+        lines += [
+            *model_table(self.runs, "all", list(metrics), sorted_models(self.runs)),
+            "",
+            *claim_table(self.claims),
+            "",
+        ]
         return [*lines, judged_by(sum(claim.judged for claim in self.claims))]
 
 

@@ -17,6 +17,7 @@ from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
 from bdlm_jax.report.compact import load_compact
+from bdlm_jax.runtime.fit import best_phases
 from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
@@ -33,7 +34,7 @@ class Finished(NamedTuple):
     """A finished run; `cells` holds (value, users).
 
     facts: {"best": {stage: {arm: {"phase", "value"}}}, "curves": {stage: {arm: [validation after each phase]}},
-    "seconds": {stage: s}}; a stage is named by its folder in the run directory.
+    "seconds": {stage: s}, "weights": {pool: of the second model's scores}}; a stage is named by its folder in the run.
     """
 
     folder: Path
@@ -76,10 +77,11 @@ def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished
         facts, (counts, _) = _read(folder / "facts.json"), load_compact(folder / "counts.npz")
     else:
         counts = {path.stem: load_counts(path) for path in sorted((folder / "per_user").glob("*.npz"))}
-        done = {path.parent: _read(path) for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))}
+        done = [path.parent for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))]
         facts = {
-            "best": {at.relative_to(folder).as_posix(): made["best"] for at, made in done.items()},
+            "best": {at.relative_to(folder).as_posix(): best_phases(at) for at in done},
             "curves": {at.relative_to(folder).as_posix(): _curves(at, config["select"]) for at in done},
+            "weights": {path.stem: _read(path)["weight"] for path in sorted(folder.glob("pool*.json"))},
             "seconds": stage_seconds(folder),
         }
     config = portable(config)

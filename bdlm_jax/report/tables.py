@@ -8,6 +8,7 @@ import numpy as np
 
 from bdlm_jax.report.claims import LEVEL, Claim
 from bdlm_jax.report.finished_run import (
+    BDLM,
     FEWEST_TARGETS,
     Finished,
     chance_of,
@@ -63,7 +64,10 @@ def group_lines(
     if margins:
         lines += [f"{level} Margins of both arms", "", *claim_table(margins), "", judged_by(family), ""]
     if controls:
-        lines += [f"{level} BDLM beside its controls", "", *_controls(controls), "", judged_by(family), ""]
+        rows = [row for row in sorted_models(runs) if is_control(row) or row in BDLM]
+        shown = [*_controls(controls), "", *_weights(runs), judged_by(family), ""]
+        shown += model_table(runs, "all", MAIN_METRICS, rows)
+        lines += [f"{level} BDLM beside its controls", "", *shown, ""]
     for name, (words, metrics) in SLICES.items():
         if any(key[1] == name for key in runs[0].cells):
             lines += [f"{level} Slice {name}", "", words, "", *_slice(runs, name, metrics), ""]
@@ -132,10 +136,14 @@ def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[
     return (model_table(runs, part, enough) if enough else []) + (["", line] if few else [])
 
 
-def model_table(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:
+def model_table(
+    runs: Sequence[Finished], part: str, metrics: Sequence[str], rows: Sequence[str] | None = None
+) -> list[str]:
+    """Means over seeds of given rows on a slice (all but BDLM's controls), with ceilings, chance and targets."""
     keys = {key for run in runs for key in run.cells}
     metrics = [metric for metric in metrics if any(key[1:] == (part, metric) for key in keys)]
-    models = [model for model in sorted_models(runs) if any((model, part, metric) in keys for metric in metrics)]
+    rows = [row for row in sorted_models(runs) if not is_control(row)] if rows is None else rows
+    models = [model for model in rows if any((model, part, metric) in keys for metric in metrics)]
     seeds = {model: sum(any(key[0] == model for key in run.cells) for run in runs) for model in models}
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
     best = {m: max((cells[model, m][0] for model in models), default=0.0) for m in metrics}
@@ -174,6 +182,11 @@ def _controls(claims: Sequence[Claim]) -> list[str]:
         rows.append([c.against, "" if word == asked else ANSWERS.get(word, ""), *cells])
         asked = word
     return _grid(["control", "answers", claims[0].metric, "BDLM's row", "", *_MARGIN_HEAD], rows)
+
+
+def _weights(runs: Sequence[Finished]) -> list[str]:
+    said = [f"{pool} {w:g} (seed {run.seed})" for run in runs for pool, w in sorted(run.facts["weights"].items())]
+    return [f"The weight of the domain model's scores, chosen on validation: {', '.join(said)}.", ""] if said else []
 
 
 def control_word(row: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from bdlm_jax.data.splits import TEST, TRAIN
 from bdlm_jax.report import finished_run
 from bdlm_jax.run import build, stages, store
-from bdlm_jax.runtime.fit import Fitted, Stopped
+from bdlm_jax.runtime.fit import Fitted, Stopped, best_phases
 from experiments import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +197,7 @@ def test_runs_share_what_their_difference_does_not_touch(made, tmp_path, trained
     # A report reads through the link, and whoever moves both takes nothing away.
     (tmp_path / "all").rename(tmp_path / "moved")
     assert "mf" in finished_run.stage_seconds(tmp_path / "moved" / "first")
-    assert finished_run.best_phases(tmp_path / "moved" / "again" / "mf")["domain"]["phase"] >= 0
+    assert best_phases(tmp_path / "moved" / "again" / "mf")["domain"]["phase"] >= 0
 
     # Nor is a stage left behind that was begun without a store.
     begun = dataclasses.replace(made, folder=tmp_path / "own", config=made.config.copy_and_resolve_references())
