@@ -4,7 +4,7 @@ python -m bdlm_jax.main --config experiments/quickstart.py --workdir runs/quicks
 python -m bdlm_jax.main --config experiments/quickstart.py:no_pretrain --workdir runs/quickstart_no_pretrain
 
 Two idle CPU cores: 2 min 53 s, 1.2 GB. Test, HR@1/cand100, six seeds: LightGCN .117, text-only LM .146, ids-only LM
-.167, BDLM's LM arm .241, its domain arm .240 (docs/results.md has deviations and slices). The settings were tuned with
+.167, BDLM's LM arm .241, its domain arm .240 (docs/results_2026-11.md has all). The settings were tuned with
 seed 0's test table in view; the other seeds are the cleaner evidence.
 
 Both losses reach both shared tables.

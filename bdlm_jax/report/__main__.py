@@ -31,26 +31,27 @@ def write_report(folder: str | os.PathLike, results: dict | None = None) -> None
 
 
 def collect(
-    folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str, command: str, include=()
+    folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str, command: str, head=(), include=()
 ) -> None:
     """Writes one page over many finished runs; runs that differ in the seed alone become one section.
 
-    Plots go to plots/ beside it; `command` is how it was made; the text files of `include` (tables that benchmarks
-    print) follow verbatim.
+    Plots go to plots/ beside it; `command` is how it was made; the text files of `head` (what the tables say, in words)
+    stand first, and those of `include` (tables that benchmarks print) last, verbatim.
     """
     out, groups = Path(out), group_runs([read_run(folder) for folder in folders])
     claims = page_claims(groups)
     lines = [f"<!-- generated, do not edit: {command} -->", f"# {title}", ""]
-    lines += ["Every number is read from run directories; ± is the standard deviation over seeds.", ""]
+    lines += [
+        *_verbatim(head),
+        "Every number is read from run directories; ± is the standard deviation over seeds.",
+        "",
+    ]
     lines += [f"* [{heading}](#{_anchor(heading)})" for heading in groups] + [""]
     for heading, runs in groups.items():
         pictures = plots.draw(runs, out.parent / "plots", prefix=_anchor(heading) + "_")
         section = group_lines(runs, pictures, claims[heading], family=n_judged(claims), level="###")
         lines += [f"## {heading}", "", *section]
-    for path in include:
-        if not Path(path).is_file():
-            raise InputError(f"{path} is no file to include; run the benchmark that writes it.")
-        lines += [*Path(path).read_text(encoding="utf-8").strip().split("\n"), ""]
+    lines += _verbatim(include)
     _write(out, lines)
 
 
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", nargs="+", metavar="RUN_DIR", help="copy finished runs, made small, to --out")
     parser.add_argument("--out", help="the page (docs/results.md), or where kept runs go (docs/runs)")
     parser.add_argument("--title", default="Results")
-    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="text that follows verbatim")
+    parser.add_argument("--head", nargs="+", default=[], metavar="FILE", help="text that stands first, verbatim")
+    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="text that follows, verbatim")
     given = parser.parse_args(arguments)
     if sum(map(bool, (given.workdir, given.collect, given.keep))) != 1:
         parser.error("give one of --workdir DIR, --collect RUN_DIR … and --keep RUN_DIR …")
@@ -73,12 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in given.keep or ():
             print(keep(folder, given.out or "docs/runs"))
         if given.collect:
-            out = given.out or "docs/results.md"
-            collect(given.collect, out, title=given.title, command=command, include=given.include)
+            words = {"title": given.title, "head": given.head, "include": given.include}
+            collect(given.collect, given.out or "docs/results.md", command=command, **words)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _verbatim(files: Sequence[str | os.PathLike]) -> list[str]:
+    lines = []
+    for path in files:
+        if not Path(path).is_file():
+            raise InputError(f"{path} is no file to include; write it, or run the benchmark that does.")
+        lines += [*Path(path).read_text(encoding="utf-8").strip().split("\n"), ""]
+    return lines
 
 
 def _anchor(heading: str) -> str:

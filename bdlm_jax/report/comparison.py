@@ -47,7 +47,7 @@ def compare_runs(runs: Sequence[Finished], *, metric: str, baselines: Sequence[s
     if not baselines:
         controls = sorted(filter(is_control, rows), key=lambda row: mean_and_spread(merged, (row, "all", metric))[0])
         baselines = [row for row in (*BASELINES, *controls[-1:]) if row in rows] or rows[:1]
-    pairs = [(row, baseline, metric) for baseline in baselines for row in rows if row != baseline]
+    pairs = [(row, name, metric) for n, name in enumerate(baselines) for row in rows if row not in baselines[: n + 1]]
     claims = correct(make_claims(merged, pairs))
     few, warnings = min((claim.users for claim in claims), default=0), []
     if few < FEW_USERS:

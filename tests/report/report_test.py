@@ -79,11 +79,13 @@ def test_seeds_become_one_section_with_deviations_and_other_settings_another(tmp
     runs.append(make_run(tmp_path / "other", wins=20, **{"mutual.align": "cosine"}))
     out = tmp_path / "docs" / "results.md"
     (tmp_path / "bench.md").write_text("| benchmark | 3.1 |\n")
+    (tmp_path / "said.md").write_text("In words.\n")
     more = ["--out", str(out), "--title", "All", "--include", str(tmp_path / "bench.md")]
+    more += ["--head", str(tmp_path / "said.md")]
     assert report.main(["--collect", *map(str, runs), *more]) == 0
     text = out.read_text(encoding="utf-8")
     assert text.startswith("<!-- generated, do not edit: python -m bdlm_jax.report --collect ")
-    assert text.splitlines()[1] == "# All"
+    assert text.splitlines()[1:4] == ["# All", "", "In words."]
     assert re.findall(r"^## (.*)", text, re.M) == ["twins", "twins with mutual.align = cosine"]
     first, second = text.split("## twins with mutual.align = cosine\n")
     main = first.split("### All targets")[1]
