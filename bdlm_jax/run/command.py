@@ -1,0 +1,72 @@
+"""What the doors that take a config share: flags checked and explained, one-sentence errors, exit codes.
+
+Nothing heavy is imported before the flags are right.
+"""
+
+import functools
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+
+def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
+    """Parses the flags, of which `needs` must be given and "config" is one, and runs act(config).
+
+    The exit code is 2 where the input cannot be used, 1 where a loss is not finite.
+    """
+    app.run(functools.partial(_main, act), flags_parser=functools.partial(_parse_flags, needs=needs))
+
+
+def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
+    from bdlm_jax.run import checks
+
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger("bdlm_jax").setLevel(logging.INFO)
+    try:
+        act(checks.name_config(flags.FLAGS.config, argv[0]))
+    except (checks.InputError, FloatingPointError) as error:
+        _leave(error, code=1 if isinstance(error, FloatingPointError) else 2)
+
+
+def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them is told in one sentence, with exit code 2."""
+    words = [(*word.lstrip("-").partition("="), after) for word, after in zip(argv[1:], [*argv[2:], ""])]
+    given = {name: value if equals else after for name, equals, value, after in words}
+    if {"help", "helpfull", "helpshort"}.isdisjoint(given):
+        if missing := [name for name in needs if not given.get(name)]:
+            wanted = {"config": "experiments/X.py", "workdir": "DIR"}
+            told = " ".join(f"--{name} {wanted.get(name, name.upper())}" for name in needs)
+            _leave(f"--{missing[0]} is missing; give {told}.")
+        if not (file := Path(given["config"].split(":")[0])).is_file():
+            _leave(f"--config: {file} is no file; give an experiment file such as experiments/quickstart.py.")
+        sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # config_flags passes on whatever the config file or an override raises
+        _leave(explain(error, argv, given["config"]))
+    if rest[1:]:
+        _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
+    return [given["config"]]
+
+
+def explain(error: Exception, argv: list[str], file: str) -> str:
+    """What ml_collections and absl say of a setting, in one sentence."""
+    text = str(error)
+    key = isinstance(error, (AttributeError, KeyError)) and re.search(r"(?:Key \W|'(?!Key ))(\w+)", text)
+    if not key:
+        return f"{file}: {text.splitlines()[-1]}" if "Traceback" in text else " ".join(text.split())
+    flag = next((w.split("=")[0] for w in argv if re.match(rf"--?config\..*\b{key[1]}\b", w)), f"{file}: {key[1]}")
+    near = re.search(r'mean "(\w+)"', text)
+    return f"{flag} is no setting; " + (f"did you mean {near[1]}?" if near else "see experiments/defaults.py.")
+
+
+def _leave(message, code: int = 2) -> None:
+    print(f"bdlm_jax: {message}", file=sys.stderr)
+    sys.exit(code)
