@@ -117,21 +117,26 @@ def _tell(run: Run) -> None:
 
 
 def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
-    """Keeps the resolved config, the versions and the revision; refuses to continue a run of another config."""
-    path, now = folder / "config.json", json.loads(config.to_json_best_effort())
+    """Keeps the resolved config, the versions and the revision."""
+    refuse_other_config(folder / "config.json", config)
+    write_json(folder / "config.json", json.loads(config.to_json_best_effort()))
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy")
+    facts = {"python": sys.version.split()[0], "devices": parallel.device_summary(), "cores": os.cpu_count()}
+    versions = {"bdlm_jax": __version__, **{name: importlib.metadata.version(name) for name in names}}
+    write_json(folder / "environment.json", {**facts, **versions, "git": _revision()})
+
+
+def refuse_other_config(path: Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses to continue a run whose config.json, where there is one, says other settings."""
     if path.exists():
-        before, after = (dict(_flat(tree)) for tree in (json.loads(path.read_text(encoding="utf-8")), now))
+        trees = (path.read_text(encoding="utf-8"), config.to_json_best_effort())
+        before, after = (dict(_flat(json.loads(tree))) for tree in trees)
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key) and not key.startswith(("name", "tuned_on", "runtime.")):
                 raise InputError(
                     f"{path} was written with another config.{key}: {before.get(key)!r}, and now it is "
                     f"{after.get(key)!r}; choose a new --workdir, or the old settings."
                 )
-    write_json(path, now)
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy")
-    facts = {"python": sys.version.split()[0], "devices": parallel.device_summary(), "cores": os.cpu_count()}
-    versions = {"bdlm_jax": __version__, **{name: importlib.metadata.version(name) for name in names}}
-    write_json(folder / "environment.json", {**facts, **versions, "git": _revision()})
 
 
 def _flat(tree: dict, prefix: str = ""):

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))  # experiments/ lies beside the package, not in it
 
 # A worker takes whole files in this order; what takes longest comes first, so that no core waits for another's last.
 LONGEST_FIRST = (
-    "resume_test.py", "multi_device_test.py", "domain_models_test.py", "two_processes_test.py", "causal_lm_test.py",
-    "colab_test.py",
+    "resume_test.py", "sweep_test.py", "multi_device_test.py", "domain_models_test.py", "two_processes_test.py",
+    "causal_lm_test.py", "colab_test.py",
 )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ FLOORS = [
     {"run"},
     {"report", "serving"},
     {"train", "recommend", "export", "compare"},
-    {"main"},
+    {"main", "sweep"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
-READS_CONFIGS = {"run", "train", "main"}  # below run/, functions take scalars
+READS_CONFIGS = {"run", "train", "main", "sweep"}  # below run/, functions take scalars
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {
     "absl": "absl-py",

@@ -1,7 +1,7 @@
 """Stages that runs share: each lies in `runtime.store` under the hash of all that its training reads.
 
 The run directory holds a link. What a stage takes from other stages is hashed by its content, so a change of settings
-trains again what reads it and what follows from it, and nothing else.
+trains again what reads it and what follows from it, and nothing else. Code counts by the package's version alone.
 """
 
 import contextlib
