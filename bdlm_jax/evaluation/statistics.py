@@ -42,10 +42,12 @@ def bootstrap_interval(ours_UM, theirs_UM, *, resamples: int = RESAMPLES, seed: 
     """
     rng, (n, m) = np.random.default_rng(seed), ours_UM.shape
     both, sums = np.concatenate([ours_UM, theirs_UM], axis=1), []
+    both = both[np.argsort(~both.any(axis=1), kind="stable")]  # who has zeros alone comes last and is drawn, not summed
+    some = int(both.any(axis=1).sum())
     for start in range(0, resamples, _CHUNK):
         rows = min(_CHUNK, resamples - start)
         drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        sums.append(np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n) @ both)
+        sums.append(np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)[:, :some] @ both[:some])
     total = np.concatenate(sums)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.quantile(total[:, :m] / total[:, m:] - 1, [0.025, 0.975], axis=0, method="inverted_cdf")
@@ -57,6 +59,7 @@ def sign_flip_p(difference_UM: np.ndarray, *, flips: int = FLIPS, seed: int = 0)
     p = (1 + #{|Σ ±d| ≥ |Σ d|})/(1 + flips) over random signs; over all 2^U of them where they are no more than `flips`.
     Source: Fisher's randomisation test for pairs; Smucker, Allan and Carterette (CIKM 2007) for its use in retrieval.
     """
+    difference_UM = difference_UM[difference_UM.any(axis=1)]  # the sign of a zero changes nothing
     n, m = difference_UM.shape
     sum_M, size_M = difference_UM.sum(0), np.abs(difference_UM).sum(0)
     exact = n < 60 and 2**n <= flips

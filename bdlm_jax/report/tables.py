@@ -79,7 +79,7 @@ def group_lines(
 
 def claim_table(claims: Sequence[Claim]) -> list[str]:
     return _grid(
-        ["model", "against", "metric", "model", "baseline", *_MARGIN_HEAD],
+        ["model", "against", "metric", "its mean", "the other's", *_MARGIN_HEAD],
         [[c.model, c.against, c.metric, _number(c.ours), _number(c.theirs), *_margin_cells(c)] for c in claims],
     )
 
@@ -181,7 +181,7 @@ def _controls(claims: Sequence[Claim]) -> list[str]:
         cells = [_number(c.theirs), c.model, _number(c.ours), *_margin_cells(c)]
         rows.append([c.against, "" if word == asked else ANSWERS.get(word, ""), *cells])
         asked = word
-    return _grid(["control", "answers", claims[0].metric, "BDLM's row", "", *_MARGIN_HEAD], rows)
+    return _grid(["control", "answers", claims[0].metric, "BDLM's row", "its mean", *_MARGIN_HEAD], rows)
 
 
 def _weights(runs: Sequence[Finished]) -> list[str]:
