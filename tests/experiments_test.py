@@ -1,11 +1,13 @@
 """Every experiment builds, passes the checks (paths aside), and so do its variations."""
 
+import gzip
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
-from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.run.checks import check_config, name_config
 from bdlm_jax.run.prepare import prepare_data
 from experiments import defaults
@@ -73,3 +75,57 @@ def test_own_data_reads_the_folder_that_the_readme_describes(tmp_path):
     assert data.n_users == 6  # user 9 has one interaction of the three that are asked for
     assert len(data.split.edges(TRAIN)[0]) == 6 * (4 - 2)
     assert data.item_texts[0] == "Thing 0"
+
+
+def prepared(name, folder, **changes):
+    config = load(name).get_config()
+    config.data.path = str(folder)
+    config.update_from_flattened_dict({"data.candidates": {"cand2": 1}, **changes})
+    return prepare_data(config, folder.parent / f"{folder.name}_data")
+
+
+def test_beauty_reads_the_papers_table_and_the_publishers_reviews_alike(tmp_path):
+    """Reviews of one day stay in the order of the publisher's file, which goes by item."""
+    days = {
+        "ua": {"B1": 3, "B2": 1, "B3": 3, "B4": 2},
+        "ub": {"B2": 5, "B3": 5, "B4": 5},
+        "uc": {"B1": 1, "B4": 0, "B5": 1},
+    }
+    order = {"ua": ["B2", "B4", "B1", "B3"], "ub": ["B2", "B3", "B4"], "uc": ["B4", "B1", "B5"]}
+    table, reviews = tmp_path / "table", tmp_path / "reviews"
+    for folder in (table, reviews):
+        folder.mkdir()
+    rows = [f"{user},{item},{place}" for user, items in order.items() for place, item in enumerate(items)]
+    titles = [f"B{n},{title}" for n, title in enumerate(["Soap", "Gel", "", "Oil", "Wax"], 1)]
+    for name, head, lines in (("interactions", "user_id,item_id,order", rows), ("items", "item_id,title", titles)):
+        (table / f"{name}.csv.gz").write_bytes(gzip.compress("\n".join([head, *lines]).encode()))
+    records = [
+        {"reviewerID": user, "asin": item, "overall": 2.0, "unixReviewTime": 86400 * days[user][item]}
+        for item in ("B1", "B2", "B3", "B4", "B5")
+        for user in ("uc", "ua", "ub")
+        if item in days[user]
+    ]
+    about = [{"asin": line[:2], "title": line[3:]} for line in titles]
+    for name, written in (("reviews_Beauty_5", records), ("meta_Beauty", about)):
+        (reviews / f"{name}.json.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, written)).encode()))
+    ours, theirs = prepared("beauty", table), prepared("beauty", reviews, **{"data.kind": "amazon"})
+    assert ours.item_texts == theirs.item_texts == ["Soap", "Gel", "", "Oil", "Wax"]
+    for part in (TRAIN, VALIDATION, TEST):
+        assert [edges.tolist() for edges in ours.split.edges(part)] == [e.tolist() for e in theirs.split.edges(part)]
+    assert [ours.split.interactions.item_ids[i] for i in ours.split.cases(TEST)[1]] == ["B3", "B4", "B5"]
+
+
+def test_ml100k_reads_atomic_files_by_time_with_titles_and_genres(tmp_path):
+    folder = tmp_path / "ml-100k"
+    folder.mkdir()
+    rows = [f"{user}\t{item}\t3\t{100 - item}" for user in (1, 2) for item in (1, 2, 3)]
+    (folder / "ml-100k.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "\n".join(rows)
+    )
+    films = [f"{item}\tFilm {item}\t1995\tComedy Drama" for item in range(1, 5)]
+    head = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+    (folder / "ml-100k.item").write_text(head + "\n".join(films))
+    data = prepared("ml100k", folder)
+    assert data.split.interactions.time_kind == "timestamp"
+    assert [data.split.interactions.item_ids[i] for i in data.split.cases(TEST)[1]] == ["1", "1"]
+    assert all(word in data.item_texts[0] for word in ("Film 1", "Comedy Drama"))
