@@ -19,7 +19,7 @@ FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 BOTH, ITEMS = {"user", "item"}, {"item"}
 # Of the LM's loss; the domain arm's reaches both tables in all of them.
 REACHED = {
-    "amazon_beauty": BOTH,  # <uid> is never shown, but an item's propagated row is made of its users' rows
+    "beauty": BOTH,  # <uid> is never shown, but an item's propagated row is made of its users' rows
     "defaults": BOTH,
     "ml100k": BOTH,
     "ml1m": ITEMS,  # <uid> is never shown, and rows are read as they stand
