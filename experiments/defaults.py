@@ -148,6 +148,19 @@ def get_config() -> ml_collections.ConfigDict:
     mf.regularisation = 1e-4
     mf.epochs = 40
 
+    c.sasrec = sasrec = ml_collections.ConfigDict()
+    sasrec.length = 50  # items of a window
+    sasrec.n_blocks = 2
+    sasrec.n_heads = 2
+    sasrec.dropout = 0.2
+    sasrec.std = 0.02  # as shared.std
+    sasrec.learning_rate = 1e-3
+    sasrec.weight_decay = 0.01
+    sasrec.batch_size = 128  # windows
+    sasrec.epochs = 40
+    sasrec.evaluate_every = 2
+    sasrec.softmax_items = 0  # items drawn beside the target for a batch's softmax; 0: the whole catalogue
+
     c.item_knn = ml_collections.ConfigDict({"neighbours": 100, "shrink": 10.0})
     c.ease = ml_collections.ConfigDict({"l2": 250.0})
 

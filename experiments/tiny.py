@@ -33,6 +33,7 @@ def get_config():
     c.domain.evaluate_every = 2
     c.domain.batch_size = 512
     c.mf.epochs = 2
+    c.sasrec.epochs = 2
     c.lm_alone.text_epochs = 1.0
     c.mutual.rounds = 1
     c.mutual.lm_epochs = 1.0

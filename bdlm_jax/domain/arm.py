@@ -48,8 +48,11 @@ class DomainArm(NamedTuple):
       init: key -> domain params, what the model owns beside the shared tables ({} for MF and LightGCN).
       encode: (shared, domain) -> (user_UD, item_ID), the representations that are scored and aligned.
       score: (domain, user_BD, item_CD) -> (B, C), every pair.
-      user_before: None, or (shared, domain, user_B, positive_B) -> user_BD, the users as they stood before that
-        interaction. A model whose `encode` reads the history has seen the positive: train it with this instead.
+      windows: None, or (indptr, item) of histories in time order -> (W, L), the rows from which the model learns, -1
+        after the end. Such a model learns all items of a row at once, by softmax over the catalogue, in BPR's place.
+      states_before: None, or (shared, domain, window_BL, key_B) -> (B, L, D), the state before each item of such rows,
+        whose inner product with an item's row is its logit; the keys are its dropout's, one a row.
+      users: None, or (shared, domain, user_B) -> user_BD, rows of `encode` at the cost of these alone.
       auxiliary: None, or the model's own, already weighted loss (shared, domain, user_B, item_B, weight_B, key) ->
         (sum, count). It is given the whole batch of interactions and the same key on every device, so that rows may be
         compared with each other; weight 0 pads.
@@ -59,7 +62,9 @@ class DomainArm(NamedTuple):
     init: Callable[[Array], Params]
     encode: Callable[[Params, Params], tuple[Array, Array]]
     score: Callable[[Params, Array, Array], Array] = dot_score
-    user_before: Callable[[Params, Params, Array, Array], Array] | None = None
+    windows: Callable[[Array, Array], np.ndarray] | None = None
+    states_before: Callable[[Params, Params, Array, Array], Array] | None = None
+    users: Callable[[Params, Params, Array], Array] | None = None
     auxiliary: Callable[[Params, Params, Array, Array, Array, Array], tuple[Array, Array]] | None = None
     read: Callable[[Params, Array, Array], Array] | None = None
 

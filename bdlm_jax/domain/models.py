@@ -19,21 +19,25 @@ MODELS: dict[str, Callable[..., DomainArm]] = {
     "sasrec": sasrec_arm,
 }
 # What a config says for every model, each taking those that its signature names; the rest of a signature are options.
-SETTINGS = ("n_layers", "layer_weights", "backend", "length")
+SETTINGS = ("n_layers", "layer_weights", "backend")
 
 
 def make_arm(name: str, inputs: Inputs, settings: Mapping[str, Any]) -> DomainArm:
     """Builds a model, handing it those of `settings` (SETTINGS and its own options) that it has."""
     check_options(name, {key: value for key, value in settings.items() if key not in SETTINGS})
-    known = inspect.signature(MODELS[name]).parameters
-    return MODELS[name](inputs, **{key: value for key, value in settings.items() if key in known})
+    return MODELS[name](inputs, **{key: value for key, value in settings.items() if key in takes(name)})
+
+
+def takes(name: str) -> list[str]:
+    """The settings and options that a model's signature names."""
+    return [key for key in inspect.signature(MODELS[name]).parameters if key != "inputs"]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuses a model or an option of `config.domain.options` that does not exist."""
     if name not in MODELS:
         raise InputError(f"domain model {name!r} is unknown: choose one of {', '.join(MODELS)}.")
-    known = [key for key in inspect.signature(MODELS[name]).parameters if key not in ("inputs", *SETTINGS)]
+    known = [key for key in takes(name) if key not in SETTINGS]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

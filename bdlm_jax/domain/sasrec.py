@@ -3,6 +3,8 @@
 Rows are padded on the right: a causal state never looks at what stands after it, so padding needs no mask.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,35 +23,44 @@ class States(nn.Module):
 
     n_blocks: int
     n_heads: int
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, item_ID, history_BL):
+    def __call__(self, item_ID, history_BL, key_B=None):
         (n_rows, length), width = history_BL.shape, item_ID.shape[1]
+        sites = iter(range(1 + 2 * self.n_blocks))
+
+        def drop(x_BLD):
+            return x_BLD if key_B is None or not self.dropout else _drop(x_BLD, key_B, self.dropout, next(sites))
+
         # An item row of LightGCN's scale (0.1) would drown in the positions; √D is the transformer's own remedy.
         item_BLD = item_ID[jnp.maximum(history_BL, 0)] * width**0.5
         start_B1D = jnp.broadcast_to(self.param("start", POSITION, (width,)), (n_rows, 1, width))
         x = jnp.concatenate([start_B1D, item_BLD], axis=1) + self.param("position", POSITION, (length + 1, width))
         causal_11LL = nn.make_causal_mask(jnp.zeros((1, length + 1)))
+        x = drop(x)
         for _ in range(self.n_blocks):
-            y = nn.LayerNorm()(x)
-            x += nn.MultiHeadDotProductAttention(self.n_heads, kernel_init=KERNEL, use_bias=False)(y, mask=causal_11LL)
+            attention = nn.MultiHeadDotProductAttention(self.n_heads, kernel_init=KERNEL, use_bias=False)
+            x += drop(attention(nn.LayerNorm()(x), mask=causal_11LL))
             y = nn.relu(nn.Dense(width, kernel_init=KERNEL)(nn.LayerNorm()(x)))
-            x += nn.Dense(width, kernel_init=KERNEL)(y)
+            x += drop(nn.Dense(width, kernel_init=KERNEL)(y))
         return nn.LayerNorm()(x)
 
 
-def sasrec_arm(inputs: Inputs, *, length: int, n_blocks: int = 2, n_heads: int = 2, chunk: int = 512) -> DomainArm:
+def sasrec_arm(
+    inputs: Inputs, *, length: int = 50, n_blocks: int = 2, n_heads: int = 2, dropout: float = 0.0, chunk: int = 512
+) -> DomainArm:
     """Makes SASRec over the last `length` items of each history; score = state_u · shared item row.
 
-    Its `encode` reads the whole history, so training triples take `user_before`: the state just before the positive's
-    place in the history, or the empty history's where the positive is older than the window. shared["user"] takes no
+    It learns from windows of `length` items, into which whole histories are cut from their end. shared["user"] takes no
     part. `chunk` users are encoded at a time. Source: Kang and McAuley 2018, section III, with pre-normalisation, a
-    learned start token and without dropout (ours).
+    learned start token and dropout only of what enters the sum over layers (ours); the softmax in place of their binary
+    loss is Klenitskiy and Vasilev 2023's.
     """
     if inputs.width % n_heads:
         raise InputError(f"sasrec's width {inputs.width} is no multiple of its {n_heads} heads: change one of them.")
     history_UL = jnp.asarray(recent_history(*inputs.histories, length=length))
-    states = States(n_blocks, n_heads)
+    states = States(n_blocks, n_heads, dropout)
 
     def init(key):
         return states.init(key, jnp.zeros((1, inputs.width)), jnp.full((1, length), PAD))["params"]
@@ -58,28 +69,47 @@ def sasrec_arm(inputs: Inputs, *, length: int, n_blocks: int = 2, n_heads: int =
     def last_state(domain, item_ID, row_L):
         return states.apply({"params": domain}, item_ID, row_L[None])[0, jnp.sum(row_L != PAD)]
 
-    def encode(shared, domain):
-        item_ID = jnp.asarray(shared["item"])
-        read_row = jax.checkpoint(lambda row_L: last_state(domain, item_ID, row_L))
-        return jax.lax.map(read_row, history_UL, batch_size=chunk), item_ID
+    def users(shared, domain, user_B):
+        read_row = jax.checkpoint(lambda row_L: last_state(domain, shared["item"], row_L))
+        return jax.lax.map(read_row, history_UL[user_B], batch_size=chunk)
 
-    def user_before(shared, domain, user_B, positive_B):
-        history_BL = history_UL[user_B]
-        here_BL = history_BL == positive_B[:, None]
-        place_B = jnp.where(here_BL.any(axis=1), jnp.argmax(here_BL, axis=1), 0)
-        states_BLD = states.apply({"params": domain}, shared["item"], history_BL)
-        return jnp.take_along_axis(states_BLD, place_B[:, None, None], axis=1)[:, 0]
+    def encode(shared, domain):
+        return users(shared, domain, slice(None)), jnp.asarray(shared["item"])
+
+    def states_before(shared, domain, window_BL, key_B):
+        return states.apply({"params": domain}, shared["item"], window_BL, key_B)[:, :-1]
 
     def read(domain, item_ID, history_n):
         return last_state(domain, item_ID, recent_history([0, len(history_n)], history_n, length=length)[0])
 
-    return DomainArm(init=init, encode=encode, user_before=user_before, read=read)
+    windows = functools.partial(cut_histories, length=length)
+    return DomainArm(init, encode, windows=windows, states_before=states_before, users=users, read=read)
 
 
 def recent_history(indptr: Array, item: Array, *, length: int) -> np.ndarray:
     """Keeps each user's last `length` items: rows in time order -> (U, length) int32, -1 after the end."""
-    indptr, item = np.asarray(indptr), np.append(np.asarray(item, np.int32), PAD)
-    count_U1 = np.minimum(np.diff(indptr), length)[:, None]
-    place_L = np.arange(length)
-    at_UL = np.where(place_L < count_U1, indptr[1:, None] - count_U1 + place_L, -1)
-    return item[at_UL]
+    indptr = np.asarray(indptr)
+    return _rows(item, np.maximum(indptr[:-1], indptr[1:] - length), indptr[1:], length)
+
+
+def cut_histories(indptr: Array, item: Array, *, length: int) -> np.ndarray:
+    """Cuts each user's items into windows of `length` from the end, the first one shorter -> (W, length) int32."""
+    indptr = np.asarray(indptr)
+    pieces_U = -(-np.diff(indptr) // length)
+    nth_W = np.arange(pieces_U.sum()) - np.repeat(np.cumsum(pieces_U) - pieces_U, pieces_U)
+    stop_W = np.repeat(indptr[1:], pieces_U) - nth_W * length
+    return _rows(item, np.maximum(np.repeat(indptr[:-1], pieces_U), stop_W - length), stop_W, length)
+
+
+def _drop(x_BLD: Array, key_B: Array, rate: float, site: int) -> Array:
+    """Drops entries by a key a row, so that a batch drops the same on any number of devices."""
+
+    def draw(key):  # 16 bits decide as well as a float's 32, at half the cost
+        return jax.random.bits(jax.random.fold_in(key, site), x_BLD.shape[1:], jnp.uint16)
+
+    return jnp.where(jax.vmap(draw)(key_B) < round(rate * 2**16), 0.0, x_BLD / (1.0 - rate))
+
+
+def _rows(item: Array, start_N: np.ndarray, stop_N: np.ndarray, length: int) -> np.ndarray:
+    item, at_NL = np.append(np.asarray(item, np.int32), PAD), start_N[:, None] + np.arange(length)
+    return item[np.where(at_NL < stop_N[:, None], at_NL, -1)]

@@ -20,6 +20,7 @@ class LMWeights:
 class DomainWeights:
     """Weights of the domain arm's losses; 0 leaves a term out.
 
+    `bpr` weighs what stands in its place for a model of histories too, the softmax over the catalogue;
     `regularisation` multiplies ½‖E⁰ of the batch‖²/B as LightGCN has it; `auxiliary` is the domain model's own loss,
     which the model has weighted already.
     """
@@ -30,6 +31,10 @@ class DomainWeights:
     align_user: float = 0.0
     align_item: float = 0.0
     kl: float = 0.0
+
+    @property
+    def softmax(self) -> float:
+        return self.bpr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,13 @@ def check_epoch(split: Split, constants: Params) -> None:
     """Refuses what a domain epoch learns from, unless its pairs are training's and its negatives are not."""
     user_E, item_E = np.asarray(constants["edge_user_E"]), np.asarray(constants["edge_item_E"])
     check_training_edges(split, user_E, item_E)
+    if "window_WL" in constants:
+        window_WL = np.asarray(constants["window_WL"])
+        degree_I = np.bincount(window_WL[window_WL >= 0], minlength=split.interactions.n_items)
+        if (wrong := np.flatnonzero(degree_I != split.degree(TRAIN))).size:
+            raise LeakError(
+                f"the windows hold item {wrong[0]} more or less often than training, {wrong.size} items do."
+            )
     seen, warm_W, n_items = constants["seen"], np.asarray(constants["warm_item_W"]), split.interactions.n_items
     known, indptr = split.pairs(TRAIN), np.asarray(seen.indptr, np.int64)
     table = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * n_items + warm_W[seen.item]

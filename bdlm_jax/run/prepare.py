@@ -17,6 +17,7 @@ from bdlm_jax.data import interactions, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.closed_form import CLOSED_FORM
+from bdlm_jax.domain.models import SETTINGS, takes
 from bdlm_jax.lm import hf_config, hf_weights, vocabulary
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
@@ -169,8 +170,14 @@ def domain_settings(config: ml_collections.ConfigDict, model: str) -> dict:
     """What a domain model is built with, for `domain.models.make_arm`."""
     c = config.domain
     options = c.options.to_dict() if model == c.model else {}
-    settings = {name: c[name] for name in ("n_layers", "layer_weights", "backend")}
-    return {**settings, "length": config.prompts.max_items, **options}
+    settings = {name: c[name] for name in SETTINGS}
+    own = {name: value for name, value in config.get(model, {}).items() if name in takes(model)}
+    return {**settings, **own, **options}
+
+
+def training_settings(config: ml_collections.ConfigDict, model: str) -> ml_collections.ConfigDict:
+    """How a domain model trains: `config.domain`, of which a section with the model's name takes the place."""
+    return ml_collections.ConfigDict({**config.domain, **config.get(model, {})})
 
 
 def _read_config_json(path: str) -> dict:

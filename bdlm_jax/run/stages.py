@@ -18,7 +18,7 @@ from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
-from bdlm_jax.run.prepare import KNOWN, PARTS
+from bdlm_jax.run.prepare import KNOWN, PARTS, training_settings
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
 
@@ -118,12 +118,13 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
 
 
 def train_domain(run: Run, model: str) -> Fitted:
-    """Trains a domain model alone by BPR, judged on validation every `evaluate_every` epochs."""
-    c, arm = _section(run, model), build.make_arm(run, model)
+    """Trains a domain model alone, judged on validation every `evaluate_every` epochs."""
+    c, arm = training_settings(run.config, model), build.make_arm(run, model)
     weights = DomainWeights(regularisation=c.regularisation)
     return _fit_domain(
-        run, model, arm, build.make_domain_arm(run, arm, None, weights, rate=c.learning_rate),
-        phases=_domain_phases(run, c.epochs, "BPR epochs"), params=lambda: build.init_tables(run, model, arm),
+        run, model, arm, build.make_domain_arm(run, model, arm, None, weights, rate=c.learning_rate),
+        phases=_domain_phases(c, c.epochs, "epochs alone"),
+        params=lambda: build.init_tables(run, model, arm, std=c.get("std")),
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def distill_domain(
     run: Run, lm: Params, start: Params, *, reader: Callable[[Run, str], Reader] = bdlm_reader
 ) -> Fitted:
     """Lets a domain arm learn from an LM, which `reader` reads, at length: the LM no longer has to follow (ours)."""
-    phases = _domain_phases(run, run.config.mutual.distill_epochs, "distillation")
+    phases = _domain_phases(run.config.domain, run.config.mutual.distill_epochs, "distillation")
     arm = build.make_arm(run, run.config.domain.model)
     return _distill(run, "distill", reader(run, "validation"), lm, start, arm, phases)
 
@@ -249,10 +250,10 @@ def _train_lm(
 def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part: str = "validation"):
     """BDLM's domain arm: it learns from interactions and from the LM, without a view yet."""
     c = run.config
-    regularisation = _section(run, c.domain.model).regularisation
+    regularisation = training_settings(c, c.domain.model).regularisation
     weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
     trains = c.shared.trained_by in ("both", "domain")
-    return build.make_domain_arm(run, arm, meeting, weights, rate=rate, train_shared=trains, part=part)
+    return build.make_domain_arm(run, c.domain.model, arm, meeting, weights, rate=rate, train_shared=trains, part=part)
 
 
 def _distill(
@@ -289,11 +290,6 @@ def _fit_domain(
     )
 
 
-def _section(run: Run, model: str):
-    """The settings of a domain model: its own section of the config, or `config.domain`."""
-    return run.config.get(model, run.config.domain)
-
-
 def _bdlm_rows(run: Run) -> Packed:
     """Histories, a share of them with titles, cards of items without and with their names, and some of the corpus."""
     c = run.config.prompts
@@ -321,8 +317,8 @@ def _lm_phases(run: Run, packed: Packed, epochs: list[float], name: str) -> list
     return [Phase("lm", max(1, round(e * steps)) if e else 0, name) for e in epochs]
 
 
-def _domain_phases(run: Run, epochs: int, name: str) -> list[Phase]:
-    every = min(run.config.domain.evaluate_every, epochs)
+def _domain_phases(c, epochs: int, name: str) -> list[Phase]:
+    every = min(c.evaluate_every, epochs)
     return [Phase("domain", min(every, epochs - done), name) for done in range(0, epochs, every)]
 
 

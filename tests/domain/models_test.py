@@ -7,15 +7,18 @@ import pytest
 
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.models import MODELS, check_options, make_arm
-from bdlm_jax.domain.sasrec import States, recent_history
+from bdlm_jax.domain.sasrec import States, _drop, cut_histories, recent_history
 from bdlm_jax.types import InputError
 
 N_USERS, N_ITEMS, WIDTH, LENGTH = 6, 7, 4, 5
 HISTORY = [[0, 1, 2, 3, 4], [5, 6], [], [2, 0, 6], [1], [3, 4, 5, 6, 0]]
 USER_E, ITEM_E = np.repeat(np.arange(N_USERS), [len(row) for row in HISTORY]), np.concatenate(HISTORY).astype(int)
 INPUTS = Inputs(WIDTH, N_USERS, N_ITEMS, USER_E, ITEM_E)
-SETTINGS = {"n_layers": 2, "layer_weights": "uniform", "backend": "dense", "length": LENGTH}
-OPTIONS = {"ncf": {"hidden": (6, 3)}, "sasrec": {"n_blocks": 1, "n_heads": 2, "chunk": 4}}
+SETTINGS = {"n_layers": 2, "layer_weights": "uniform", "backend": "dense"}
+OPTIONS = {
+    "ncf": {"hidden": (6, 3)},
+    "sasrec": {"length": LENGTH, "n_blocks": 1, "n_heads": 2, "dropout": 0.5, "chunk": 4},
+}
 
 
 def made(name, **changes):
@@ -107,15 +110,17 @@ def test_histories_are_in_time_order_and_the_last_are_kept():
     assert recent_history(indptr, rows, length=2).tolist() == [[5, 6], [-1, -1], [1, 2]]
     assert recent_history([0, 1], [9], length=3).tolist() == [[9, -1, -1]]
     assert recent_history(*Inputs(1).histories, length=3).shape == (0, 3)
+    windows = [[8, 9, 10], [5, 6, 7], [4, -1, -1], [1, 2, -1]]  # of the items 4…10, none, and 1 and 2
+    assert cut_histories([0, 7, 7, 9], [*range(4, 11), 1, 2], length=3).tolist() == windows
 
 
 @pytest.fixture(scope="module")
 def sasrec(shared):
-    """(arm, its params, the states of all histories, users as they stood before an item)."""
+    """(arm, its params, the states of all histories)."""
     arm = made("sasrec")
     domain = jax.jit(arm.init)(jax.random.key(1))
     states = jax.jit(lambda item_ID, rows: States(1, 2).apply({"params": domain}, item_ID, rows))
-    return arm, domain, states, jax.jit(lambda shared, user, item: arm.user_before(shared, domain, user, item))
+    return arm, domain, states
 
 
 def test_sasrec_states_are_causal(sasrec, shared):
@@ -125,8 +130,8 @@ def test_sasrec_states_are_causal(sasrec, shared):
     assert np.abs(changed[0, 4:] - states[0, 4:]).max() > 1e-3
 
 
-def test_sasrec_reads_the_state_after_and_before(sasrec, shared):
-    arm, domain, states_of, before_of = sasrec
+def test_sasrec_reads_the_state_after(sasrec, shared):
+    arm, domain, states_of = sasrec
     states = np.asarray(states_of(shared["item"], recent_history(*INPUTS.histories, length=LENGTH)))
     users, _ = jax.jit(arm.encode)(shared, domain)
     np.testing.assert_allclose(users, states[np.arange(N_USERS), [len(row) for row in HISTORY]], atol=1e-6)
@@ -134,14 +139,32 @@ def test_sasrec_reads_the_state_after_and_before(sasrec, shared):
     for user in (0, 2, 3):
         np.testing.assert_allclose(served.read(domain, shared["item"], HISTORY[user]), users[user], atol=1e-6)
     np.testing.assert_allclose(served.read(domain, shared["item"], [6, 6, *HISTORY[0]]), users[0], atol=1e-6)
-    before = before_of(shared, jnp.array([0, 3, 5, 1]), jnp.array([2, 6, 3, 0]))
-    expected = [states[0, 2], states[3, 2], states[5, 0], states[1, 0]]  # user 1 has no item 0: the empty history
-    np.testing.assert_allclose(before, np.stack(expected), atol=1e-6)
+    some = jnp.array([3, 0, 3, 2])
+    np.testing.assert_allclose(arm.users(shared, domain, some), users[some], atol=1e-6)
 
 
-def test_sasrec_before_never_sees_the_positive(sasrec, shared):
-    def before(item_ID):
-        return sasrec[3](shared | {"item": item_ID}, jnp.array([0]), jnp.array([2]))[0, 0]
+def test_sasrec_learns_from_states_that_never_see_their_item_or_padding(sasrec, shared):
+    arm, domain, states_of = sasrec
+    rows = jnp.asarray(arm.windows(*INPUTS.histories))
+    assert rows.tolist() == [
+        [0, 1, 2, 3, 4],
+        [5, 6, -1, -1, -1],
+        [2, 0, 6, -1, -1],
+        [1, -1, -1, -1, -1],
+        [3, 4, 5, 6, 0],
+    ]
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    before = jax.jit(lambda rows, keys: arm.states_before(shared, domain, rows, keys))
+    states = before(rows, keys)
+    for place in range(LENGTH):  # the item at a place, and what stands for padding behind it, moves no state up to it
+        changed = before(rows.at[:, place:].set(6), keys)
+        np.testing.assert_allclose(changed[:, : place + 1], states[:, : place + 1], atol=1e-6)
+    np.testing.assert_allclose(before(rows[2:4], keys[2:4]), states[2:4], atol=1e-6)  # a row drops by its own key
+    assert np.abs(before(rows, keys[::-1]) - states).max() > 0.1
+    still = made("sasrec", dropout=0.0).states_before(shared, domain, rows, keys)
+    np.testing.assert_allclose(still, states_of(shared["item"], rows)[:, :-1], atol=1e-6)
 
-    gradient = jax.grad(before)(shared["item"])
-    assert np.flatnonzero(np.abs(np.asarray(gradient)).sum(axis=1)).tolist() == [0, 1]
+
+def test_sasrec_drops_its_share_and_keeps_the_mean():
+    kept = np.asarray(_drop(jnp.ones((40, 50, 20)), jax.random.split(jax.random.key(0), 40), 0.3, 1))
+    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.7)} and kept.mean() == pytest.approx(1.0, abs=0.02)

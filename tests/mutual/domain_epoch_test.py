@@ -126,11 +126,17 @@ def blocks():
 @functools.cache
 def learner(model, popularity=0.0, auxiliary=None):
     """(arm, epoch, start(seed) -> state) of a model that trains alone, without a meeting."""
-    arm = make_arm(model, Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()), {"n_layers": 2, "length": 8})
+    arm = make_arm(
+        model,
+        Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()),
+        {"n_layers": 2} | ({"length": 8} if model == "sasrec" else {}),
+    )
     arm, optimizer = arm._replace(auxiliary=auxiliary), optax.adam(0.02)
     step = domain_epoch.make_domain_step(arm=arm, meeting=None, weights=DomainWeights(), optimizer=optimizer)
     epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=32))
     constants = domain_epoch.make_epoch_constants(*blocks(), n_users=N_USERS, n_items=N_ITEMS, popularity=popularity)
+    if arm.windows:
+        constants["window_WL"] = jnp.asarray(arm.windows(*Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()).histories))
     slots = domain_epoch.make_slots(batch_size=32)
 
     def start(seed):
@@ -147,7 +153,7 @@ def learner(model, popularity=0.0, auxiliary=None):
 
 @pytest.mark.parametrize(("model", "popularity"), [("lightgcn", 0.0), ("lightgcn", 0.75), ("sasrec", 0.0)])
 def test_epochs_learn_to_put_unseen_items_of_the_block_first(model, popularity):
-    """SASRec through the state before, by which it never sees the positive."""
+    """SASRec by the softmax over the catalogue, from the states before each item."""
     (user, item), (arm, epoch, start) = blocks(), learner(model, popularity)
     state, losses = start(0), []
     for _ in range(25):

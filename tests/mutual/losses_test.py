@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from bdlm_jax.lm.config import LMConfig
-from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss, text_loss
+from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss, sampled_loss, text_loss
 
 N, N_ITEMS, M = 7, 5, 3
 
@@ -38,10 +38,17 @@ def tied_text_loss(state_NM, rows_VM, bias_V, target_N, *, chunk):
     return total + 0.0 * bias_V.sum(), count
 
 
+def all_drawn(state_NM, rows_IM, bias_I, target_N):
+    total, count = sampled_loss(state_NM, rows_IM, target_N, jnp.array([3, 0, 4, 1, 2]), among=N_ITEMS)
+    return total + 0.0 * bias_I.sum(), count
+
+
 # Logits at a time: all, two chunks of 4 rows for 7 states, one row, less than one row.
 @pytest.mark.parametrize(
     ("loss", "bias"),
     [(partial(catalogue_loss, chunk_entries=n), draw(2, N_ITEMS)) for n in (1000, 4 * N_ITEMS, N_ITEMS, 1)]
+    + [(partial(catalogue_loss, chunk_entries=n, skip=True), draw(2, N_ITEMS)) for n in (1000, 2 * N_ITEMS)]
+    + [(all_drawn, jnp.zeros(N_ITEMS))]
     + [(partial(tied_text_loss, chunk=n), jnp.zeros(N_ITEMS)) for n in (None, 1000, 4, 1)],
 )
 def test_cross_entropy_and_its_gradient_equal_the_full_softmax(loss, bias):
@@ -53,6 +60,19 @@ def test_cross_entropy_and_its_gradient_equal_the_full_softmax(loss, bias):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     assert loss(*arrays, target)[1] == 5
     assert loss(*arrays, jnp.full(N, -1)) == (0, 0)
+
+
+def test_drawn_items_stand_for_all_and_a_drawn_target_counts_once():
+    state, rows, target, drawn = draw(0, N, M), draw(1, N_ITEMS, M), jnp.array([0, 4, -1, 2, 2, -1, 3]), [4, 1]
+    logits = np.asarray(state @ rows.T, np.float64)
+    wanted = 0.0
+    for n, own in enumerate(target.tolist()):
+        if own >= 0:
+            others = sum(5 / 2 * np.exp(logits[n, item]) for item in drawn if item != own)
+            wanted += np.log(np.exp(logits[n, own]) + others) - logits[n, own]
+    total, count = sampled_loss(state, rows, target, jnp.array(drawn), among=N_ITEMS)
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    assert count == 5
 
 
 def test_a_barred_item_takes_no_share_and_large_logits_do_not_overflow():
