@@ -107,6 +107,7 @@ def read(part):
         (believe("test", TRAIN, VALIDATION, TEST), graph_at_test),
         (train_on_a_later_pair(VALIDATION), train_domain),
         (train_on_a_later_pair(TEST), train_bdlm),
+        (read_histories_with(VALIDATION), lambda run: stages.train_domain(run, "sasrec")),
         (forget_a_seen_item, train_domain),
         (draw_from_all, train_domain),
         (read_histories_with(TEST), lambda run: stages.train_text_lm(run, build.make_decoder(run, None))),

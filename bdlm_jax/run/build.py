@@ -332,13 +332,13 @@ def make_domain_arm(
     `meeting` is None for an arm that trains alone. What is known when `part` is predicted is left out of the
     score-level term as seen, and is all that the domain model may have been built over.
     """
-    data, c, m = run.data, prepare.training_settings(run.config, model), run.config.mutual
+    data, m, c = run.data, run.config.mutual, functools.partial(prepare.training_setting, run.config, model)
     for (name, parts), made in run.arms.items():
         if made is arm and not set(parts) <= set(range(PARTS[part])):
             raise LeakError(f"{name} was built over {part} interactions or later ones, which it is to predict.")
     user_E, item_E = data.split.edges(TRAIN)
     sizes = {"n_users": data.n_users, "n_items": data.n_items}
-    constants = domain_epoch.make_epoch_constants(user_E, item_E, **sizes, popularity=c.popularity)
+    constants = domain_epoch.make_epoch_constants(user_E, item_E, **sizes, popularity=c("popularity"))
     if arm.windows:
         constants["window_WL"] = jnp.asarray(arm.windows(*data.split.histories(TRAIN)))
     guards.check_epoch(data.split, constants)
@@ -346,14 +346,14 @@ def make_domain_arm(
         constants["seen_UI"] = _seen(run, KNOWN[part])
     rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
     optimizer = make_optimizer(
-        rules=rules, groups={"domain": {"learning_rate": rate, "weight_decay": c.get("weight_decay", 0.0)}}
+        rules=rules, groups={"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
     )
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
     n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
-    batch_size = min(c.batch_size, -(-len(constants.get("window_WL", user_E)) // n) * n)
+    batch_size = min(c("batch_size"), -(-len(constants.get("window_WL", user_E)) // n) * n)
     kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
     kl_items = m.kl_items if weights.kl else 0
-    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c.get("softmax_items", 0)}
+    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c("softmax_items") or 0}
     epoch = domain_epoch.make_domain_epoch(step, batch_size=batch_size, **drawn)
     slots = domain_epoch.make_slots(batch_size=batch_size, kl_users=kl_users)
     return Arm(_compile(run, epoch), optimizer, lambda number: slots, view=_nothing, constants=constants)

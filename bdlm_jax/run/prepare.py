@@ -7,7 +7,7 @@ import json
 import lzma
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -171,13 +171,14 @@ def domain_settings(config: ml_collections.ConfigDict, model: str) -> dict:
     c = config.domain
     options = c.options.to_dict() if model == c.model else {}
     settings = {name: c[name] for name in SETTINGS}
-    own = {name: value for name, value in config.get(model, {}).items() if name in takes(model)}
-    return {**settings, **own, **options}
+    own = {name: config.get(model, {}).get(name) for name in takes(model)}
+    return {**settings, **{name: value for name, value in own.items() if value is not None}, **options}
 
 
-def training_settings(config: ml_collections.ConfigDict, model: str) -> ml_collections.ConfigDict:
-    """How a domain model trains: `config.domain`, of which a section with the model's name takes the place."""
-    return ml_collections.ConfigDict({**config.domain, **config.get(model, {})})
+def training_setting(config: ml_collections.ConfigDict, model: str, name: str) -> Any:
+    """How a domain model trains: by the section of its name, else by `config.domain`; None where neither says it."""
+    found = config.get(model, {}).get(name)
+    return config.domain.get(name) if found is None else found
 
 
 def _read_config_json(path: str) -> dict:

@@ -3,6 +3,7 @@
 A stage names its arms, its phases and its validation, and hands them to the one loop in `runtime.fit`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
-from bdlm_jax.run.prepare import KNOWN, PARTS, training_settings
+from bdlm_jax.run.prepare import KNOWN, PARTS, training_setting
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
 
@@ -119,12 +120,12 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
 
 def train_domain(run: Run, model: str) -> Fitted:
     """Trains a domain model alone, judged on validation every `evaluate_every` epochs."""
-    c, arm = training_settings(run.config, model), build.make_arm(run, model)
-    weights = DomainWeights(regularisation=c.regularisation)
+    c, arm = functools.partial(training_setting, run.config, model), build.make_arm(run, model)
+    weights = DomainWeights(regularisation=c("regularisation"))
     return _fit_domain(
-        run, model, arm, build.make_domain_arm(run, model, arm, None, weights, rate=c.learning_rate),
-        phases=_domain_phases(c, c.epochs, "epochs alone"),
-        params=lambda: build.init_tables(run, model, arm, std=c.get("std")),
+        run, model, arm, build.make_domain_arm(run, model, arm, None, weights, rate=c("learning_rate")),
+        phases=_domain_phases(c("epochs"), "epochs alone", every=c("evaluate_every")),
+        params=lambda: build.init_tables(run, model, arm, std=c("std")),
     )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def distill_domain(
     run: Run, lm: Params, start: Params, *, reader: Callable[[Run, str], Reader] = bdlm_reader
 ) -> Fitted:
     """Lets a domain arm learn from an LM, which `reader` reads, at length: the LM no longer has to follow (ours)."""
-    phases = _domain_phases(run.config.domain, run.config.mutual.distill_epochs, "distillation")
+    phases = _domain_phases(run.config.mutual.distill_epochs, "distillation", every=run.config.domain.evaluate_every)
     arm = build.make_arm(run, run.config.domain.model)
     return _distill(run, "distill", reader(run, "validation"), lm, start, arm, phases)
 
@@ -250,7 +251,7 @@ def _train_lm(
 def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part: str = "validation"):
     """BDLM's domain arm: it learns from interactions and from the LM, without a view yet."""
     c = run.config
-    regularisation = training_settings(c, c.domain.model).regularisation
+    regularisation = training_setting(c, c.domain.model, "regularisation")
     weights = DomainWeights(regularisation=regularisation, **c.mutual.domain.to_dict())
     trains = c.shared.trained_by in ("both", "domain")
     return build.make_domain_arm(run, c.domain.model, arm, meeting, weights, rate=rate, train_shared=trains, part=part)
@@ -317,8 +318,8 @@ def _lm_phases(run: Run, packed: Packed, epochs: list[float], name: str) -> list
     return [Phase("lm", max(1, round(e * steps)) if e else 0, name) for e in epochs]
 
 
-def _domain_phases(c, epochs: int, name: str) -> list[Phase]:
-    every = min(c.evaluate_every, epochs)
+def _domain_phases(epochs: int, name: str, *, every: int) -> list[Phase]:
+    every = min(every, epochs)
     return [Phase("domain", min(every, epochs - done), name) for done in range(0, epochs, every)]
 
 

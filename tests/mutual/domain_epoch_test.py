@@ -126,18 +126,17 @@ def blocks():
 @functools.cache
 def learner(model, popularity=0.0, auxiliary=None):
     """(arm, epoch, start(seed) -> state) of a model that trains alone, without a meeting."""
-    arm = make_arm(
-        model,
-        Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()),
-        {"n_layers": 2} | ({"length": 8} if model == "sasrec" else {}),
-    )
+    user_E, item_E = np.random.default_rng(1).permutation(blocks(), axis=1)
+    inputs, settings = Inputs(WIDTH, N_USERS, N_ITEMS, user_E, item_E), {"length": 8} if model == "sasrec" else {}
+    arm = make_arm(model, inputs, {"n_layers": 2} | settings)
     arm, optimizer = arm._replace(auxiliary=auxiliary), optax.adam(0.02)
     step = domain_epoch.make_domain_step(arm=arm, meeting=None, weights=DomainWeights(), optimizer=optimizer)
-    epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=32))
+    batch_size = 5 if arm.windows else 32  # windows, or edges
+    epoch = jax.jit(domain_epoch.make_domain_epoch(step, batch_size=batch_size))
     constants = domain_epoch.make_epoch_constants(*blocks(), n_users=N_USERS, n_items=N_ITEMS, popularity=popularity)
     if arm.windows:
-        constants["window_WL"] = jnp.asarray(arm.windows(*Inputs(WIDTH, N_USERS, N_ITEMS, *blocks()).histories))
-    slots = domain_epoch.make_slots(batch_size=32)
+        constants["window_WL"] = jnp.asarray(arm.windows(*inputs.histories))
+    slots = domain_epoch.make_slots(batch_size=batch_size)
 
     def start(seed):
         user_key, item_key, key = jax.random.split(jax.random.key(seed), 3)
