@@ -126,8 +126,9 @@ def blocks():
 @functools.cache
 def learner(model, popularity=0.0, auxiliary=None):
     """(arm, epoch, start(seed) -> state) of a model that trains alone, without a meeting."""
-    user_E, item_E = np.random.default_rng(1).permutation(blocks(), axis=1)
-    inputs, settings = Inputs(WIDTH, N_USERS, N_ITEMS, user_E, item_E), {"length": 8} if model == "sasrec" else {}
+    # In no order of time that could be learnt instead.
+    inputs = Inputs(WIDTH, N_USERS, N_ITEMS, *np.random.default_rng(1).permutation(blocks(), axis=1))
+    settings = {"length": 8, "dropout": 0.3} if model == "sasrec" else {}
     arm = make_arm(model, inputs, {"n_layers": 2} | settings)
     arm, optimizer = arm._replace(auxiliary=auxiliary), optax.adam(0.02)
     step = domain_epoch.make_domain_step(arm=arm, meeting=None, weights=DomainWeights(), optimizer=optimizer)
@@ -150,15 +151,17 @@ def learner(model, popularity=0.0, auxiliary=None):
     return arm, lambda state: epoch(state, slots, {}, constants), start
 
 
-@pytest.mark.parametrize(("model", "popularity"), [("lightgcn", 0.0), ("lightgcn", 0.75), ("sasrec", 0.0)])
-def test_epochs_learn_to_put_unseen_items_of_the_block_first(model, popularity):
+@pytest.mark.parametrize(
+    ("model", "popularity", "falls_to"), [("lightgcn", 0.0, 0.7), ("lightgcn", 0.75, 0.7), ("sasrec", 0.0, 0.8)]
+)
+def test_epochs_learn_to_put_unseen_items_of_the_block_first(model, popularity, falls_to):
     """SASRec by the softmax over the catalogue, from the states before each item."""
     (user, item), (arm, epoch, start) = blocks(), learner(model, popularity)
     state, losses = start(0), []
     for _ in range(25):
         state, metrics = epoch(state)
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < falls_to * losses[0]
     scores = np.array(arm.score(state.params["domain"], *arm.encode(state.params["shared"], state.params["domain"])))
     scores[user, item] = -np.inf
     hit = np.arange(N_USERS) % 2 == scores.argmax(axis=1) % 2
