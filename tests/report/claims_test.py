@@ -10,6 +10,7 @@ from bdlm_jax.report.claims import Claim, correct, make_claims, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run, sorted_models
 from bdlm_jax.report.tables import control_word, group_lines
 from bdlm_jax.run.controls import ANSWERS
+from bdlm_jax.types import InputError
 
 HIGHER = ("bdlm_lm", "lightgcn", "hr@1/cand100")
 
@@ -52,6 +53,16 @@ def test_users_are_averaged_over_seeds_before_they_are_compared(tmp_path):
     assert claim.users == 200  # who was generated anew is another person
     (claim,) = make_claims([runs[0], runs[1]._replace(counts={})], [HIGHER])
     assert claim.margin.value == pytest.approx(30 / 20 - 1)
+
+
+def test_models_that_were_tested_on_other_users_are_not_compared(tmp_path):
+    (run,) = read(tmp_path)
+    counts = run.counts["lightgcn"]["cand100"]
+    others = {**run.counts, "lightgcn": {"cand100": counts._replace(user=counts.user + 1)}}
+    with pytest.raises(InputError, match="bdlm_lm and lightgcn were tested on different users in hr@1/cand100"):
+        make_claims([run._replace(counts=others)], [HIGHER])
+    with pytest.raises(InputError, match="the seeds of lightgcn were tested on different users"):
+        make_claims([run, run._replace(counts=others)], [HIGHER])
 
 
 def test_nothing_is_claimed_against_a_model_at_chance(tmp_path):
