@@ -19,8 +19,8 @@ Both losses reach both shared tables, the LM's that of users by the propagation 
 from experiments import defaults
 
 
-def get_config():
-    """Returns the config."""
+def get_config(arg="short"):
+    """Returns the config: "short" has the main models, "table" every baseline and control."""
     c = defaults.get_config()
     c.data.kind = "table"
     c.data.path = "data/amazon-beauty-standard"
@@ -64,6 +64,7 @@ def get_config():
     c.mutual.lm.align_item = 0.5
     c.mutual.lm.kl = 0.01
     c.evaluate.text_protocols = ("cand20",)
+    c.models = defaults.choose({"short": c.models, "table": defaults.whole_table(c)}, arg)
     return c
 
 

@@ -24,8 +24,8 @@ alone. The user table is the domain arm's, which hears the LM's states of users 
 from experiments import defaults
 
 
-def get_config():
-    """Returns the config."""
+def get_config(arg="short"):
+    """Returns the config: "short" has the main models, "table" every baseline and control."""
     c = defaults.get_config()
     c.data.kind = "movielens"
     c.data.path = "data/ml-1m"
@@ -70,6 +70,7 @@ def get_config():
     c.mutual.lm.align_item = 0.5
     c.mutual.lm.kl = 0.0
     c.evaluate.text_protocols = ("cand20",)
+    c.models = defaults.choose({"short": c.models, "table": defaults.whole_table(c)}, arg)
     return c
 
 

@@ -14,7 +14,11 @@ from experiments import defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
-ARGUMENTS = {"quickstart": ["whole", "no_pretrain"], "ml1m_llm": ["vicuna_7b", "qwen_0_5b"]}
+ARGUMENTS = {
+    "quickstart": ["whole", "no_pretrain"],
+    "ml1m_llm": ["vicuna_7b", "qwen_0_5b"],
+    **dict.fromkeys(("beauty", "ml100k", "ml1m"), ["short", "table"]),
+}
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]
 
 

@@ -8,7 +8,7 @@ from bdlm_jax.run.checks import check_config
 from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import ANSWERS, CONTROLS
 
-EXPERIMENTS = ("ml100k", "ml1m", "quickstart", "tiny")
+EXPERIMENTS = ("beauty", "ml100k", "ml1m", "quickstart", "tiny")
 
 
 def flat(config):
