@@ -17,7 +17,7 @@ FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 ARGUMENTS = {
     "quickstart": ["whole", "no_pretrain"],
     "ml1m_llm": ["vicuna_7b", "qwen_0_5b"],
-    **dict.fromkeys(("beauty", "ml100k", "ml1m"), ["short", "table"]),
+    **{name: ["short", "table"] for name in ("beauty", "ml100k", "ml1m")},
 }
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]
 
