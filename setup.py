@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bdlm_jax", "bdlm_jax.*"]),
+    package_data={"bdlm_jax.report": ["page.css", "page.js"]},
     install_requires=[
         "absl-py>=2.1",
         "filelock>=3.16",

@@ -1,4 +1,4 @@
-"""What people read of finished runs: results.md and plots of one run, and docs/results.md over many.
+"""What people read of finished runs: results.md, report.html and plots of one run, and docs/results.md over many.
 
 `python -m bdlm_jax.report --keep RUN_DIR … --out docs/runs` copies what pages are made from, small enough to commit;
 `--collect docs/runs/*/* --out docs/results.md` groups runs that differ in the seed alone. Every number comes from
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bdlm_jax.report import plots
+from bdlm_jax.report import page, plots
 from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
 from bdlm_jax.report.keep import keep
@@ -22,16 +22,24 @@ from bdlm_jax.types import InputError
 
 
 def write_report(folder: str | os.PathLike, results: dict | None = None) -> None:
-    """Writes results.md and plots/*.png of one finished run; `results` is what results.json holds (None: read it)."""
+    """Writes results.md, report.html and plots/*.png of a finished run; `results`: of results.json (None: read it)."""
     run = read_run(folder, results)
     pictures, claims = plots.draw([run], run.folder / "plots"), page_claims({"": [run]})
     lines = [f"# Results: {run.name}, seed {run.seed}", ""]
     lines += group_lines([run], pictures, claims[""], family=n_judged(claims))
     _write(run.folder / "results.md", lines)
+    page.write_page(run.folder / "report.html", lines[0].lstrip("# "), {"": [run]}, claims)
 
 
 def collect(
-    folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str, command: str, head=(), include=()
+    folders: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    title: str,
+    command: str,
+    head=(),
+    include=(),
+    html: str | None = None,
 ) -> None:
     """Writes one page over many finished runs; runs that differ in the seed alone become one section.
 
@@ -53,14 +61,17 @@ def collect(
         lines += [f"## {heading}", "", *section]
     lines += _verbatim(include)
     _write(out, lines)
+    if html:
+        page.write_page(html, title, groups, claims, head=_verbatim(head))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", help="write results.md and the plots of this finished run again")
+    parser.add_argument("--workdir", help="write results.md, report.html and the plots of this finished run again")
     parser.add_argument("--collect", nargs="+", metavar="RUN_DIR", help="finished runs for one page")
     parser.add_argument("--keep", nargs="+", metavar="RUN_DIR", help="copy finished runs, made small, to --out")
     parser.add_argument("--out", help="the page (docs/results.md), or where kept runs go (docs/runs)")
+    parser.add_argument("--html", metavar="FILE", help="with --collect: the same as one page for a browser")
     parser.add_argument("--title", default="Results")
     parser.add_argument("--head", nargs="+", default=[], metavar="FILE", help="text that stands first, verbatim")
     parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="text that follows, verbatim")
@@ -75,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in given.keep or ():
             print(keep(folder, given.out or "docs/runs"))
         if given.collect:
-            words = {"title": given.title, "head": given.head, "include": given.include}
+            words = {"title": given.title, "head": given.head, "include": given.include, "html": given.html}
             collect(given.collect, given.out or "docs/results.md", command=command, **words)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)

@@ -75,6 +75,8 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
         chance = chance_of(runs[0], panels[name][1])
         axes.barh(place, value, color=[COLOURS.get(model, ALONE) for model in cells], height=0.72)
         if any(spread):
+            said = "± deviation over seeds" if len(runs) > 1 else "± half the 95 % interval over targets"
+            axes.set_xlabel(said, fontsize=8, color=_GREY)
             axes.errorbar(value, place, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
         right = max([v + s for v, s in zip(value, spread)] + [chance or 0, 1e-3])
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
@@ -118,12 +120,15 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
             axes.axhline(found[arm]["value"], label=f"{alone[arm]} alone", **line)
         rounds, epochs = phase_names(run.config), range(len(curves.get("domain", ())))
         phases = rounds if stage == "bdlm" else [str(distill_epochs(run.config, phase)) for phase in epochs]
-        step = max(1, len(phases) // 12)
+        step = -(-len(phases) // (8 if stage == "bdlm" else 10))  # more of them would touch
         axes.set_xticks(range(0, len(phases), step), phases[::step])
         axes.set_xlabel("mutual rounds" if stage == "bdlm" else "then from the chosen LM: epochs", fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)
-    all_axes[0].legend(fontsize=8, frameon=False, loc="best")
+    # Below the axes, where it covers no curve.
+    figure.legend(
+        *all_axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=4
+    )
     return figure
 
 

@@ -1,5 +1,6 @@
 """The sections of a report in Markdown: header, tables by slice, margins, controls, chosen rounds, times."""
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +81,7 @@ def group_lines(
 def claim_table(claims: Sequence[Claim]) -> list[str]:
     return _grid(
         ["model", "against", "metric", "its mean", "the other's", *_MARGIN_HEAD],
-        [[c.model, c.against, c.metric, _number(c.ours), _number(c.theirs), *_margin_cells(c)] for c in claims],
+        [[c.model, c.against, c.metric, number(c.ours), number(c.theirs), *_margin_cells(c)] for c in claims],
     )
 
 
@@ -146,15 +147,18 @@ def model_table(
     models = [model for model in rows if any((model, part, metric) in keys for metric in metrics)]
     seeds = {model: sum(any(key[0] == model for key in run.cells) for run in runs) for model in models}
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
-    best = {m: max((cells[model, m][0] for model in models), default=0.0) for m in metrics}
+    chances = [chance_of(runs[0], metric) for metric in metrics]
+    best = {}
+    for metric, chance in zip(metrics, chances):
+        mean, spread = max((cells[model, metric] for model in models), key=lambda cell: cell[0])
+        best[metric] = mean if mean - (spread or 0.0) > (chance or 0.0) else math.inf  # chance marks nobody
     fewer = {model: f" (n = {n})" if n < len(runs) else "" for model, n in seeds.items()}
     rows = [[model + fewer[model], *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
         levels = [_ceiling(runs, sees, part, metric) for metric in metrics]
         if any(levels):
             rows.append([f"*oracle that sees {sees.replace('_', ' ')}*", *levels])
-    chances = [chance_of(runs[0], metric) for metric in metrics]
-    rows.append(["*chance*", *("" if chance is None else _number(chance) for chance in chances)])
+    rows.append(["*chance*", *("" if chance is None else number(chance) for chance in chances)])
     rows.append(["*targets*", *(str(n_targets(runs[:1], part, metric)) for metric in metrics)])
     return _grid(["model", *metrics], rows)
 
@@ -162,8 +166,8 @@ def model_table(
 def _cell(mean: float, spread: float | None, best: float) -> str:
     if mean == -np.inf:
         return ""
-    text = f"**{_number(mean)}**" if mean == best else _number(mean)
-    return text if spread is None else f"{text} ± {_number(spread)}"
+    text = f"**{number(mean)}**" if mean == best else number(mean)
+    return text if spread is None else f"{text} ± {number(spread)}"
 
 
 def _ceiling(runs: Sequence[Finished], sees: str, part: str, metric: str) -> str:
@@ -171,14 +175,14 @@ def _ceiling(runs: Sequence[Finished], sees: str, part: str, metric: str) -> str
     at = (sees, part, protocol)
     rows = [row for run in runs for row in run.ceilings if (row["oracle"], row["slice"], row["protocol"]) == at]
     values = [row[name] for row in rows if name in row]
-    return _number(statistics.fmean(values)) if values else ""
+    return number(statistics.fmean(values)) if values else ""
 
 
 def _controls(claims: Sequence[Claim]) -> list[str]:
     rows, asked = [], None
     for c in claims:
         word = control_word(c.against)
-        cells = [_number(c.theirs), c.model, _number(c.ours), *_margin_cells(c)]
+        cells = [number(c.theirs), c.model, number(c.ours), *_margin_cells(c)]
         rows.append([c.against, "" if word == asked else ANSWERS.get(word, ""), *cells])
         asked = word
     return _grid(["control", "answers", claims[0].metric, "BDLM's row", "its mean", *_MARGIN_HEAD], rows)
@@ -208,12 +212,12 @@ def _chosen(run: Finished) -> list[str]:
     names, said = phase_names(run.config), []
     if best := run.best("bdlm"):
         for arm, label in (("domain", "domain arm"), ("lm", "LM arm")):
-            phase, value = best[arm]["phase"], _number(best[arm]["value"])
+            phase, value = best[arm]["phase"], number(best[arm]["value"])
             name = names[phase].replace("\n", ", ") if phase < len(names) else f"phase {phase}"
             said.append(f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {value}")
     if best := run.best("distill"):
         epochs, most = distill_epochs(run.config, best["domain"]["phase"]), run.config["mutual"]["distill_epochs"]
-        value = _number(best["domain"]["value"])
+        value = number(best["domain"]["value"])
         said.append(f"then the domain arm after {epochs} of {most} epochs with the chosen LM, {value}")
     return [f"* Seed {run.seed}: {'; '.join(said)} (validation)."] if said else []
 
@@ -235,7 +239,7 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [first, "|" + "---|" * len(head), *others]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.4f}" if 0 < value < 0.01 else f"{value:.3f}"
 
 

@@ -1,0 +1,228 @@
+"""report.html: one self-contained page of finished runs, with the tables of results.md, pictures and provenance.
+
+The sections are those of `tables.group_lines`, so that page and Markdown say the same; every word of a run is escaped.
+"""
+
+import importlib
+import json
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+
+from flax.traverse_util import flatten_dict
+
+from bdlm_jax.report import drawings, markup
+from bdlm_jax.report.claims import ARMS, CONTROL_METRIC, LEVEL, Claim, n_judged
+from bdlm_jax.report.drawings import Bar, Curve
+from bdlm_jax.report.finished_run import (
+    Finished,
+    chance_of,
+    distill_epochs,
+    is_control,
+    mean_and_spread,
+    n_targets,
+    phase_names,
+    sorted_models,
+)
+from bdlm_jax.report.item_map import item_map
+from bdlm_jax.report.tables import group_lines, number
+from bdlm_jax.runtime.files import write_text
+
+
+def write_page(
+    path: str | os.PathLike,
+    title: str,
+    groups: Mapping[str, Sequence[Finished]],
+    claims: Mapping[str, Sequence[Claim]],
+    *,
+    head: Sequence[str] = (),
+) -> None:
+    """Writes the page of groups of runs that differ in the seed alone, with the claims of each by its heading.
+
+    `head` is Markdown that stands first.
+    """
+    main, foot, many = [markup.blocks(head, title)], ['<h2 id="provenance">Provenance</h2>'], len(groups) > 1
+    named = {name: f"![{name}]" for name in ("models", "slices", "learning_curves")}
+    for heading, runs in groups.items():
+        level, prefix = ("h3", markup.slug(heading) + "-") if many else ("h2", "")
+        lines = group_lines(runs, named, claims[heading], family=n_judged(claims))
+        begin = next(n for n, line in enumerate(lines) if line.startswith("#"))
+        metric = main_metric(runs, claims[heading])
+        pictures = {
+            "models": _forest(claims[heading], metric),
+            "learning_curves": _curves(runs),
+            "map": _map(runs),
+        }
+        if many:
+            main.append(f'<h2 id="{prefix[:-1]}">{escape(heading)}</h2>')
+            foot.append(f"<h3>{escape(heading)}</h3>")
+        said = five_lines(runs, claims[heading], metric, family=n_judged(claims))
+        rows = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in said.items())
+        main.append(f'<dl class="five">{rows}</dl>')
+        main.append(markup.sections([*lines[begin:], "## Item vectors", "![map]"], level, prefix, pictures))
+        foot += [markup.blocks(lines[:begin], heading), _provenance(runs)]
+    found = re.findall(r'<h2 id="(.*?)">(.*?)</h2>', "".join(main + foot))
+    links = "".join(f'<li><a href="#{name}">{words}</a></li>' for name, words in found)
+    style, script = (files("bdlm_jax.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    write_text(
+        path,
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>\n'
+        f"<style>\n{style}</style></head>\n<body>\n"
+        f'<header><h1>{escape(title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
+        f"<main>{''.join(main)}</main>\n<footer>{''.join(foot)}</footer>\n<script>\n{script}</script>\n</body></html>\n",
+    )
+
+
+def main_metric(runs: Sequence[Finished], claims: Sequence[Claim]) -> str:
+    """The metric of the head and of the picture of margins: the selected one, where claims are made in it."""
+    claimed = [claim.metric for claim in claims] or [key[2] for key in runs[0].cells if key[1] == "all"]
+    wanted = (runs[0].config["select"], CONTROL_METRIC, *claimed)
+    return next((metric for metric in wanted if metric in claimed), wanted[0])
+
+
+def five_lines(runs: Sequence[Finished], claims: Sequence[Claim], metric: str, *, family: int) -> dict[str, str]:
+    """What was compared, who won, by how much, on what and how sure, in plain words."""
+    first, data = runs[0], runs[0].data
+    means = {m: mean for m in sorted_models(runs) if (mean := mean_and_spread(runs, (m, "all", metric))[0]) >= 0}
+    ranked = sorted(means, key=lambda model: -means[model])
+    others, protocol = first.config["data"]["candidates"], metric.split("/")[-1]
+    among = f"{others[protocol]} others" if protocol in others else "all items that are new to the user"
+    judged = [claim for claim in claims if claim.judged]
+    hold = sum(claim.verdict.startswith(("higher", "lower")) for claim in judged)
+    n_controls = sum(map(is_control, means))
+    controls = f", and {n_controls} of BDLM's controls" if n_controls else ""
+    seeds = ", ".join(str(run.seed) for run in runs)
+    sure = f"{len(runs)} seeds ({seeds})" if len(runs) > 1 else f"One seed ({seeds}): another training may differ"
+    return {
+        "Compared": f"{len(means)} models by {metric}: {', '.join(m for m in means if not is_control(m))}{controls}.",
+        "Won": _won(ranked, means, chance_of(first, metric)),
+        "By how much": _by_how_much(ranked, [claim for claim in claims if claim.metric == metric], first.domain_model),
+        "On what": f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
+        f"interactions, split {first.config['data']['split']}; {n_targets(runs, 'all', metric):,} held-out items, each "
+        f"among {among}.",
+        "How sure": f"{sure}; {hold} of {len(judged)} margins hold with p < {LEVEL} after Holm's correction over the "
+        f"{family} of this page, paired by user.",
+    }
+
+
+def _won(ranked: Sequence[str], means: Mapping[str, float], chance: float | None) -> str:
+    if not ranked:
+        return "No model has this metric."
+    best, *behind = (f"{model} ({number(means[model])})" for model in ranked[:4])
+    if chance is None:
+        return f"{best}, before {', '.join(behind)}."
+    if means[ranked[0]] <= chance:
+        return f"No model: the best is {best}, and a ranking at random has {number(chance)}."
+    return (
+        f"{best}" + (f", before {', '.join(behind)}" if behind else "") + f"; a ranking at random has {number(chance)}."
+    )
+
+
+def _by_how_much(ranked: Sequence[str], claims: Sequence[Claim], domain_model: str) -> str:
+    """The better arm of BDLM (or the best model) against the strongest it is held against, and its domain model."""
+    judged = [claim for claim in claims if claim.judged]
+    arm = min((c.model for c in judged), key=lambda model: (model not in ARMS, ranked.index(model)), default=None)
+    held = sorted((c for c in judged if c.model == arm), key=lambda claim: -claim.theirs)
+    if not held:
+        return "Nothing was held against a model that is better than chance."
+    said = []
+    for claim in dict.fromkeys([held[0], *(claim for claim in held if claim.against == domain_model)]):
+        what = "the strongest of the rest" if claim is held[0] else "its domain model alone"
+        size = f"{abs(claim.margin.value):.1%} {'above' if claim.margin.value > 0 else 'below'}"
+        sure = claim.verdict.startswith(("higher", "lower"))
+        words = f"{size} {claim.against}" if sure else f"not told apart from {claim.against}"
+        said.append(f"{words}, {what} ({claim.margin.low:+.1%} to {claim.margin.high:+.1%})")
+    return f"{arm} is {'; '.join(said)}."
+
+
+def _forest(claims: Sequence[Claim], metric: str) -> str:
+    bars = []
+    for claim in claims:
+        if claim.metric == metric and claim.judged:
+            m, p = claim.margin, f"{claim.adjusted:.3f}" if claim.adjusted >= 0.001 else "< .001"
+            said = (f"{m.value:+.1%} ({m.low:+.1%} to {m.high:+.1%})", p, claim.verdict)
+            arm = "lm" if claim.model.endswith("lm") else "domain"
+            bars.append(Bar(f"{claim.model} against {claim.against}", arm, m.value, m.low, m.high, said))
+    if not bars:
+        return ""
+    arms = drawings.legend([("line domain", "domain arm"), ("line lm", "LM arm")])
+    return f"{arms}{drawings.draw_forest(bars, f'Margins by {metric}, all targets, with 95 % intervals')}"
+
+
+def _curves(runs: Sequence[Finished]) -> str:
+    """Validation by phase of both arms over the rounds, then of the domain arm over its distillation."""
+    curves = {
+        stage: [
+            Curve(arm, values, run.best(stage).get(arm, {}).get("phase"))
+            for run in runs
+            for arm, values in run.facts["curves"].get(stage, {}).items()
+        ]
+        for stage in ("bdlm", "distill")
+    }
+    curves = {stage: made for stage, made in curves.items() if made}
+    if not curves:
+        return "<p>No run of these went through mutual rounds: there is no curve.</p>"
+    alone = {"domain": runs[0].domain_model, "lm": "ids_lm"}
+    found = {arm: [run.best(stage)[arm]["value"] for run in runs if run.best(stage)] for arm, stage in alone.items()}
+    levels = {arm: statistics.fmean(values) for arm, values in found.items() if values}
+    heights = [value for made in curves.values() for curve in made for value in curve.values]
+    ticks = drawings.nice_ticks(min(heights + list(levels.values())), max(heights + list(levels.values())))
+    config, panels = runs[0].config, []
+    for stage, made in curves.items():
+        n = max(len(curve.values) for curve in made)
+        names = phase_names(config) if stage == "bdlm" else [str(distill_epochs(config, phase)) for phase in range(n)]
+        names += [""] * (n - len(names))
+        words = "Mutual rounds" if stage == "bdlm" else "Then the domain arm from the chosen LM, by epochs"
+        picture = drawings.draw_curves(f"{words}: {config['select']} on validation", made, names, levels, ticks)
+        panels.append(f"<figure><figcaption>{escape(words)}</figcaption>{picture}</figure>")
+    entries = [("line domain", "domain arm"), ("line lm", "LM arm")]
+    entries += [(f"level {arm}", f"{alone[arm]} alone, {number(value)}") for arm, value in levels.items()]
+    many = ", a line for each seed" if len(runs) > 1 else ""
+    told = f"<p>{escape(config['select'])} on validation after every phase{many}.</p>"
+    return f'{told}{drawings.legend([*entries, ("circle", "chosen")])}<div class="panels">{"".join(panels)}</div>'
+
+
+def _map(runs: Sequence[Finished]) -> str:
+    made = next((made for run in runs if (made := item_map(run))), None)
+    if made is None:
+        return "<p>The trained tables are not kept here, so there is no map of the items.</p>"
+    words = (
+        "One plane for all panels: the first two principal components of all tables, each centred, scaled and turned "
+        "towards the domain arm's last one. Before: each arm alone. After: as they stand at test."
+    )
+    return f"<p>{words} {escape(drawings.agreement_line(made))}</p>{drawings.draw_map(made)}"
+
+
+def _provenance(runs: Sequence[Finished]) -> str:
+    """Hashes, settings that differ from the defaults, versions."""
+    hashes = [("data", run.data["sha256"]) for run in runs]
+    hashes += [(f"candidates {name}", sha) for run in runs for name, sha in sorted(run.data["candidates"].items())]
+    versions = [(name, str(value)) for run in runs for name, value in sorted(run.environment.items())]
+    words, settings = _settings(runs)
+    tables = (
+        ("Hashes (SHA-256)", ["what", "hash"], dict.fromkeys(hashes)),
+        (words, ["setting", "value", "default"], settings),
+        ("Versions, revision and machine", ["what", "value"], dict.fromkeys(versions)),
+    )
+    return "".join(markup.table(*each, kind="wrapped") for each in tables)
+
+
+def _settings(runs: Sequence[Finished]) -> tuple[str, list[tuple[str, str, str]]]:
+    """The settings that differ from experiments/defaults.py; all of them where that file is not at hand."""
+    flat = flatten_dict(runs[0].config, sep=".") | {"seed": ", ".join(str(run.seed) for run in runs)}
+    try:
+        config = importlib.import_module("experiments.defaults").get_config()
+    except ModuleNotFoundError:
+        return "All settings", [(name, _plain(value), "") for name, value in sorted(flat.items())]
+    usual = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    differ = sorted(name for name, value in flat.items() if name not in usual or usual[name] != value)
+    rows = [(name, _plain(flat[name]), _plain(usual.get(name, "none"))) for name in differ]
+    return "Settings that differ from experiments/defaults.py", rows
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
