@@ -213,7 +213,9 @@ def _provenance(runs: Sequence[Finished]) -> str:
 
 def _settings(runs: Sequence[Finished]) -> tuple[str, list[tuple[str, str, str]]]:
     """The settings that differ from experiments/defaults.py; all of them where that file is not at hand."""
-    flat = flatten_dict(runs[0].config, sep=".") | {"seed": ", ".join(str(run.seed) for run in runs)}
+    flat = flatten_dict(runs[0].config, sep=".")
+    if len(runs) > 1:
+        flat["seed"] = ", ".join(str(run.seed) for run in runs)
     try:
         config = importlib.import_module("experiments.defaults").get_config()
     except ModuleNotFoundError:

@@ -121,7 +121,8 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         rounds, epochs = phase_names(run.config), range(len(curves.get("domain", ())))
         phases = rounds if stage == "bdlm" else [str(distill_epochs(run.config, phase)) for phase in epochs]
         step = -(-len(phases) // (8 if stage == "bdlm" else 10))  # more of them would touch
-        axes.set_xticks(range(0, len(phases), step), phases[::step])
+        shown_phases = range((len(phases) - 1) % step, len(phases), step)
+        axes.set_xticks(shown_phases, [phases[n] for n in shown_phases])
         axes.set_xlabel("mutual rounds" if stage == "bdlm" else "then from the chosen LM: epochs", fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)
