@@ -17,7 +17,6 @@ from pathlib import Path
 import ml_collections
 
 from bdlm_jax import __version__
-from bdlm_jax.data import twins
 from bdlm_jax.data.splits import TEST
 from bdlm_jax.evaluation import evaluate
 from bdlm_jax.report import __main__ as report
@@ -67,7 +66,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         name = Path(config.data.path).name if config.data.path else config.data.kind
         results = {"data": {**data.fingerprint, "name": name}, "rows": rows}
         if data.world is not None:
-            results["ceilings"] = twins.ceilings(data.world, TEST, data.candidates["test"].values())
+            results["ceilings"] = evaluate.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
         report.write_report(folder, results)
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")

@@ -7,11 +7,10 @@ from scipy.special import log_softmax
 
 from bdlm_jax.domain import lightgcn
 from bdlm_jax.domain.arm import Inputs
-from bdlm_jax.evaluation import scorers as models
+from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import causal_lm, packing, prompts
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.mutual import optimizer as optimizers
+from bdlm_jax.mutual import domain_epoch, lm_step, optimizer, sharing
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.types import TrainState
 
@@ -93,15 +92,15 @@ def domain_constants():
 def make_views(arm, meeting, params):
     """What each arm sees of the other: (for the LM, for the domain arm)."""
     sizes = {"arm": arm, "meeting": meeting, "n_users": N_USERS, "n_items": N_ITEMS}
-    states = models.read_states(params, make_rows(), **sizes)
-    return models.domain_view(arm, params), models.lm_view(params, states, states)
+    states = scorers.read_states(params, make_rows(), **sizes)
+    return scorers.domain_view(arm, params), scorers.lm_view(params, states, states)
 
 
 def make_optimizer(*, lm="lm", shared="shared", domain="domain", rate=0.01):
-    """Groups of one rate; pass optimizers.FROZEN for what must not move."""
+    """Groups of one rate; pass optimizer.FROZEN for what must not move."""
     rules = [("lm/.*", lm), ("shared/.*", shared), ("domain/.*", domain)]
-    groups = {name: {"learning_rate": rate} for name in {lm, shared, domain} - {optimizers.FROZEN}}
-    return optimizers.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
+    groups = {name: {"learning_rate": rate} for name in {lm, shared, domain} - {optimizer.FROZEN}}
+    return optimizer.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
 
 
 def make_state(params, optimizer):

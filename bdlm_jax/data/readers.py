@@ -25,6 +25,7 @@ _COLUMNS = {
     "order": ("order", "position"),
     "rating": ("rating", "overall", "stars", "score"),
 }
+_OPTIONS = ("duplicates", "keep_items_without_interactions")  # of `make_interactions`, which readers hand on as `rest`
 _USER_COLUMNS = {"id": ("id", *_COLUMNS["user"])}
 _ITEM_COLUMNS = {
     "id": ("id", *_COLUMNS["item"]),
@@ -55,7 +56,8 @@ def load_source(kind: str, path: str | Path, **options) -> Interactions | Split:
     """Reads `path` with the reader named `kind`, one of READERS, and its keyword options."""
     if kind not in READERS:
         raise InputError(f"the data kind is {kind!r}; use one of {', '.join(READERS)}.")
-    allowed = [name for name in inspect.signature(READERS[kind]).parameters if name != "path"]
+    taken = inspect.signature(READERS[kind]).parameters
+    allowed = [*(name for name in taken if name not in ("path", "rest")), *(_OPTIONS if "rest" in taken else ())]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise InputError(f"the data kind {kind} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}.")
@@ -73,8 +75,7 @@ def read_table(
     users: str | Path | None = None,
     user_columns: Mapping[str, str] | None = None,
     encoding: str = "utf-8-sig",
-    duplicates: str = "first",
-    keep_items_without_interactions: bool = False,
+    **rest,
 ) -> Interactions:
     """Reads a delimited table of interactions, .gz or not, and optionally tables that describe items and users.
 
@@ -84,7 +85,7 @@ def read_table(
             None: known names are recognised (user_id, item_id, timestamp, order, rating, …).
         items, users: tables; a relative path may also stand beside `path`.
         item_columns, user_columns: {"id": column, field: column, …}; None: known ids and titles, others by their names.
-        duplicates, keep_items_without_interactions: as in `make_interactions`, in every reader.
+        rest: duplicates and keep_items_without_interactions, as in `make_interactions`, in every reader that has it.
     """
     path = Path(path)
     if path.is_dir():
@@ -96,8 +97,7 @@ def read_table(
         **_columns(open_table(File(path), separator=sep, header=header, encodings=(encoding,)), columns),
         item_fields=_read_fields(items, path, item_columns, encoding, _ITEM_COLUMNS),
         user_fields=_read_fields(users, path, user_columns, encoding, _USER_COLUMNS),
-        duplicates=duplicates,
-        keep_items_without_interactions=keep_items_without_interactions,
+        **rest,
     )
 
 
@@ -153,14 +153,7 @@ def _fields(table: Table, key: int, positions: dict[str, int]) -> dict[str, dict
     return {row[key]: {field: clean_text(row[at]) for field, at in positions.items()} for row in table.rows()}
 
 
-def read_recbole(
-    path: str | Path,
-    *,
-    name: str | None = None,
-    title: str | None = None,
-    duplicates: str = "first",
-    keep_items_without_interactions: bool = False,
-) -> Interactions:
+def read_recbole(path: str | Path, *, name: str | None = None, title: str | None = None, **rest) -> Interactions:
     """Reads RecBole's atomic files: a folder (or zip) with NAME.inter and optionally NAME.item and NAME.user.
 
     Args:
@@ -178,8 +171,7 @@ def read_recbole(
         **_columns(open_atomic(files[f"{name}.inter"])[0], None),
         item_fields=_read_atomic(files.get(f"{name}.item"), is_item=True, title=title),
         user_fields=_read_atomic(files.get(f"{name}.user"), is_item=False),
-        duplicates=duplicates,
-        keep_items_without_interactions=keep_items_without_interactions,
+        **rest,
     )
 
 
@@ -196,9 +188,7 @@ def _read_atomic(file: File | None, *, is_item: bool, title: str | None = None) 
     return _fields(table, 0, {"title" if name == title else name: at for at, name in enumerate(names, start=1)})
 
 
-def read_movielens(
-    path: str | Path, *, duplicates: str = "first", keep_items_without_interactions: bool = False
-) -> Interactions:
+def read_movielens(path: str | Path, **rest) -> Interactions:
     """Reads MovieLens as GroupLens publishes it, a folder or the zip: 100K (u.data), 1M and 10M (.dat), the newer CSVs.
 
     A folder that has interactions.csv(.gz) (user, item, order) in place of ratings.dat is read with it. Items have a
@@ -228,13 +218,7 @@ def read_movielens(
             item_fields = _movies(files["movies.csv"], separator=",")
     else:
         raise InputError(f"{path} holds neither u.data, movies.dat nor ratings.csv; give MovieLens's folder or zip.")
-    return make_interactions(
-        **columns,
-        item_fields=item_fields,
-        user_fields=user_fields,
-        duplicates=duplicates,
-        keep_items_without_interactions=keep_items_without_interactions,
-    )
+    return make_interactions(**columns, item_fields=item_fields, user_fields=user_fields, **rest)
 
 
 def _movies(file: File, **options) -> dict[str, dict[str, str]]:
@@ -281,13 +265,7 @@ def _article_first(match: re.Match) -> str:
     return article + ("" if article.endswith("'") else " ") + match["rest"] + (match["tail"] or "")
 
 
-def read_amazon(
-    path: str | Path,
-    *,
-    metadata: str | Path | None = None,
-    duplicates: str = "first",
-    keep_items_without_interactions: bool = False,
-) -> Interactions:
+def read_amazon(path: str | Path, *, metadata: str | Path | None = None, **rest) -> Interactions:
     """Reads Amazon reviews as the McAuley lab publishes them, JSON lines of 2014, 2018 or 2023, .gz or not.
 
     The years name their fields differently, and 2014's metadata are Python literals; both are told from the records.
@@ -326,13 +304,12 @@ def read_amazon(
     if not keys:
         raise InputError(f"{path} has no review; check the file.")
     columns = {kind: pd.Categorical.from_codes(np.asarray(codes[kind]), list(known)) for kind, known in ids.items()}
-    needed = None if keep_items_without_interactions else ids["item"]
+    needed = None if rest.get("keep_items_without_interactions") else ids["item"]
     columns |= {"time": np.asarray(times), "rating": np.asarray(ratings)}
     return make_interactions(
         **columns,
         item_fields=_amazon_metadata(metadata, needed) if metadata else None,
-        duplicates=duplicates,
-        keep_items_without_interactions=keep_items_without_interactions,
+        **rest,
         where=lambda row: f"{path}, line {lines[row]}",
     )
 

@@ -5,7 +5,6 @@ items are cold and described only in words that a small general-text corpus ties
 alone cannot tell twins, whoever sees interactions alone cannot rank cold items; the oracles say what is reachable.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -315,31 +314,3 @@ def slice_candidates(world: World, part: int, seed: int) -> dict[str, Candidates
     for candidates in made.values():
         check_candidates(world.split, candidates)
     return made
-
-
-def ceilings(world: World, part: int, candidates: Iterable[Candidates]) -> list[dict]:
-    """Evaluates every oracle on candidate sets of a part, by slice.
-
-    hr@1 counts ties against the target, auc counts them one half; slices are "all", "warm" and the world's own.
-    """
-    user_N, _ = world.split.cases(part)
-    row_of_U = np.full(world.split.interactions.n_users, -1)
-    row_of_U[user_N] = np.arange(len(user_N))
-    every = np.ones(len(world.twin_of_I), bool)
-    slices = {"all": every, **world.item_slices}
-    rows = []
-    for sees in ORACLES:
-        scores_NI = oracle_scores(world, part, sees)
-        for one in candidates:
-            scores_NC = scores_NI[row_of_U[one.user_N][:, None], one.items_NC]
-            target_N, other_NC = scores_NC[:, :1], scores_NC[:, 1:]
-            valid_NC = one.items_NC[:, 1:] >= 0
-            hit_N = ~((other_NC >= target_N) & valid_NC).any(axis=1)
-            won_NC = (target_N > other_NC) + 0.5 * (target_N == other_NC)
-            auc_N = (won_NC * valid_NC).sum(axis=1) / np.maximum(valid_NC.sum(axis=1), 1)
-            for name, mask_I in slices.items():
-                chosen = mask_I[one.items_NC[:, 0]]
-                if chosen.any():
-                    row = {"oracle": sees, "slice": name, "protocol": one.name, "users": int(chosen.sum())}
-                    rows.append(row | {"hr@1": float(hit_N[chosen].mean()), "auc": float(auc_N[chosen].mean())})
-    return rows

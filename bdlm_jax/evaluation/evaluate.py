@@ -6,12 +6,13 @@ per case are two integers, from which every metric follows. Ties count against t
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from bdlm_jax.data import twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import seen_mask
 from bdlm_jax.evaluation.metrics import METRICS, case_metric, count_better, count_catalogue
@@ -100,6 +101,26 @@ def result_rows(model: str, counts: Mapping[str, Counts], slices: Mapping[str, n
             row = {"metric": f"{metric}/{protocol}", "value": float(values.mean()), "users": int(where.sum())}
             rows.append({"model": model, "slice": name, **row})
     return rows
+
+
+def ceilings(world: twins.World, part: int, candidates: Iterable[Candidates]) -> list[dict]:
+    """Evaluates every oracle of the twins world on candidate sets of a part, by slice."""
+    slices, rows = {"all": np.ones(len(world.twin_of_I), bool), **world.item_slices}, []
+    for sees, one in itertools.product(twins.ORACLES, candidates):
+        c = evaluate_candidates(_oracle_scorer(world, part, sees), one)
+        for name, items_I in slices.items():
+            if (where := items_I[c.target]).any():
+                row = {"oracle": sees, "slice": name, "protocol": one.name, "users": int(where.sum())}
+                counts = c.better[where], c.equal[where], c.others[where]
+                rows.append(row | {metric: float(case_metric(metric, *counts).mean()) for metric in ("hr@1", "auc")})
+    return rows
+
+
+def _oracle_scorer(world: twins.World, part: int, sees: str) -> CandidateScorer:
+    (user_N, _), scores_NI = world.split.cases(part), twins.oracle_scores(world, part, sees)
+    row_of_U = np.zeros(world.split.interactions.n_users, np.int64)
+    row_of_U[user_N] = np.arange(len(user_N))
+    return CandidateScorer(lambda user_B, items_BC: scores_NI[row_of_U[user_B][:, None], items_BC])
 
 
 def mean_metric(counts: Counts, metric: str) -> float:

@@ -7,8 +7,7 @@ import zipfile
 
 import pytest
 
-from bdlm_jax.data import download as downloads
-from bdlm_jax.data.download import download, fetch_amazon, fetch_movielens, safe_unzip
+from bdlm_jax.data.download import _MOVIELENS_MD5, download, fetch_amazon, fetch_movielens, safe_unzip
 from bdlm_jax.types import InputError
 
 BODY = bytes(range(256)) * 4000
@@ -226,7 +225,7 @@ def test_movielens_is_checked_against_the_md5_that_is_known(server, movielens, m
     md5, _ = put("ml-1m")
     with pytest.raises(InputError, match="is not the file that its checksum names"):
         fetch("ml-1m")
-    monkeypatch.setitem(downloads._MOVIELENS_MD5, "ml-1m", md5)
+    monkeypatch.setitem(_MOVIELENS_MD5, "ml-1m", md5)
     folder = fetch("ml-1m")
     assert (folder / "ratings.csv").read_text().startswith("userId")
     n_asked = len(server.asked)

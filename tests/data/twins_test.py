@@ -6,8 +6,9 @@ import scipy.sparse.linalg
 
 from bdlm_jax.data.candidates import check_candidates, make_candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
-from bdlm_jax.data.twins import COLD, KNOWLEDGE, ORACLES, WARM, ceilings, make_world, oracle_scores, slice_candidates
+from bdlm_jax.data.twins import COLD, KNOWLEDGE, ORACLES, WARM, make_world, oracle_scores, slice_candidates
 from bdlm_jax.data.twins_words import CATEGORIES, MATERIALS, STYLES, frame_words
+from bdlm_jax.evaluation.evaluate import ceilings
 from bdlm_jax.types import InputError
 
 SMALL = dict(n_users=60, n_twins=20, n_singles=4, n_cold=10, n_knowledge=8, n_sentences=200)

@@ -7,12 +7,12 @@ import pytest
 import small_bdlm
 
 from bdlm_jax.mutual import domain_epoch
-from bdlm_jax.mutual import optimizer as optimizers
 from bdlm_jax.mutual.losses import ALIGN
+from bdlm_jax.mutual.optimizer import FROZEN
 from bdlm_jax.runtime.parallel import compile_step
 
-LM_OPTIMIZER = small_bdlm.make_optimizer(domain=optimizers.FROZEN)
-DOMAIN_OPTIMIZER = small_bdlm.make_optimizer(lm=optimizers.FROZEN)
+LM_OPTIMIZER = small_bdlm.make_optimizer(domain=FROZEN)
+DOMAIN_OPTIMIZER = small_bdlm.make_optimizer(lm=FROZEN)
 
 
 def contrast(shared, domain, user_B, item_B, weight_B, key):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from bdlm_jax.runtime import checkpoint, parallel
-from bdlm_jax.runtime import fit as fit_lib
-from bdlm_jax.runtime.fit import Arm, Phase, Stopped, fit
+from bdlm_jax.runtime.fit import LOOK_EVERY, Arm, Phase, Stopped, fit
 from bdlm_jax.runtime.log import read_metrics
 
 PHASES = [Phase("a", 3, "first"), Phase("b", 2, "second"), Phase("a", 2, "third")]
@@ -131,7 +130,7 @@ class Loss:
 
 @pytest.mark.parametrize("units", [1, 5])
 def test_the_next_batch_is_made_while_the_device_works(tmp_path, monkeypatch, units):
-    monkeypatch.setattr(fit_lib, "LOOK_EVERY", 2)
+    monkeypatch.setattr("bdlm_jax.runtime.fit.LOOK_EVERY", 2)
     told = []
 
     def tell(what, number):
@@ -164,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
     arm = arm._replace(compiled=arm.compiled._replace(run=lambda state, batch, *_: (state, {"loss": batch})))
     with pytest.raises(FloatingPointError) as error:
         start(tmp_path, [], phases=[Phase("a", 60, "BPR epochs")], arms={"a": arm})
-    units = f"between units {fit_lib.LOOK_EVERY + 1} and {2 * fit_lib.LOOK_EVERY}"
+    units = f"between units {LOOK_EVERY + 1} and {2 * LOOK_EVERY}"
     assert str(error.value).startswith(f"toy: loss is not finite in BPR epochs {units}")
     assert "learning rate of the a arm" in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
