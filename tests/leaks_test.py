@@ -34,6 +34,11 @@ def build_graph_over(*parts):
     return lambda run, patch: patch.setattr(build, "make_arm", lambda run, model, **_: right(run, model, parts=parts))
 
 
+def read_later_edges_once(run, patch):
+    right, wrong = Split.edges, iter([(TRAIN, VALIDATION)])
+    patch.setattr(Split, "edges", lambda self, *parts: right(self, *next(wrong, parts)))
+
+
 def believe(part, *parts):
     return lambda run, patch: patch.setitem(prepare.KNOWN, part, parts)
 
@@ -101,6 +106,7 @@ def read(part):
 @pytest.mark.parametrize(
     ("plant", "stage"),
     [
+        (read_later_edges_once, train_domain),
         (build_graph_over(TRAIN, TEST), train_domain),
         (build_graph_over(TRAIN, VALIDATION), train_domain),
         (build_graph_over(TRAIN, VALIDATION), train_bdlm),

@@ -92,12 +92,10 @@ def train_round(arm, meeting, params, trains, *, parallel="jit", accumulate=1, d
     compiled, packed = compile_step(step, parallel=parallel, **PARALLEL[parallel]), small_bdlm.make_rows()
     seen = []
 
-    def run(compiled, state, batches, view, constants):
-        state = compiled.place_state(state)
-        for batch in batches:
-            state, metrics = compiled.run(state, batch, view, constants)
-            seen.append({name: float(value) for name, value in metrics.items()})
-        return compiled.fetch_state(state)
+    def run(*inputs):
+        state, metrics = small_bdlm.run_steps(*inputs)
+        seen.extend(metrics)
+        return state
 
     def train_lm(state, start):
         batches = [packed.batch(start + n, batch_size=8, seed=0) for n in range(2)]

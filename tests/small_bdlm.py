@@ -116,6 +116,16 @@ def make_domain_epoch(arm, meeting, *, optimizer, weights=DOMAIN_ALL, kl_users=8
     return domain_epoch.make_domain_epoch(step, batch_size=16, kl_users=kl_users, kl_items=kl_items)
 
 
+def run_steps(compiled, state, batches, view, constants):
+    """Runs a compiled step from a state on the host to another, and returns that and the metrics of every step."""
+    state, seen = compiled.place_state(state), []
+    view, constants = compiled.place_constants(view), compiled.place_constants(constants)
+    for batch in batches:
+        state, metrics = compiled.run(state, batch, view, constants)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return compiled.fetch_state(state), seen
+
+
 def align_mse(z, e, table):
     """In units of the deviation of the domain arm's whole table."""
     return np.mean((z - e) ** 2, axis=-1) / np.std(table) ** 2

@@ -56,13 +56,9 @@ def attend_with_prefix(
     """Computes as `attend` for C continuations of each row; each sees the keys of its row's prefix before its own.
 
     Args:
-        q: (B, C, T, G, R, K).
-        k: (B, C, T, G, K).
-        v: (B, C, T, G, K).
-        mask: (B, C, T, T).
+        q, k, v: (B, C, T, G, R, K), and twice (B, C, T, G, K); the mask is (B, C, T, T).
         prefix: (keys, values), each (B, P, G, K): they are not copied for each continuation.
         prefix_mask: (B, C or 1, T or 1, P).
-        softcap: see `attend`.
     """
     prefix_k, prefix_v = prefix
     before = jnp.einsum("bctgrk,bpgk->bcgrtp", q, prefix_k, preferred_element_type=jnp.float32)

@@ -119,16 +119,9 @@ def continuation_log_likelihood(
 ) -> Array:
     """Scores C continuations of each prefix by sum_t log p(token t | prefix, tokens before t).
 
-    The prefix runs once; its keys and values are shared by its C continuations without a copy.
-
-    Args:
-        prefix_BP: padded on either side; every prefix has at least one token.
-        prefix_mask_BP: True at tokens.
-        continuation_BCT: text tokens (t < V), padded on the right.
-        continuation_mask_BCT: True at tokens.
-
-    Returns:
-        (B, C) float32; 0 for an empty continuation.
+    The prefix, of at least one token, runs once; its keys and values are shared by its C continuations without a copy.
+    A prefix is padded on either side, a continuation of text tokens (t < V) on the right; masks are True at tokens.
+    Returns (B, C) float32; 0 for an empty continuation.
     """
     prefix_mask_BP, continuation_mask_BCT = prefix_mask_BP.astype(bool), continuation_mask_BCT.astype(bool)
     params = lora.merge_tables(params)

@@ -49,13 +49,9 @@ def generate(
     """Writes text tokens behind prompts, until `eos` or `max_new`.
 
     Args:
-        tokens_BL: prompts, padded on either side; every prompt has at least one token.
-        mask_BL: True at tokens.
+        tokens_BL: prompts, padded on either side; every prompt has at least one token, and `mask_BL` is True there.
         max_new: T, the most tokens written.
-        eos: the token that ends a text.
-        pad: what stands behind it.
-        key: needed where the temperature is above 0.
-        temperature: divides the logits before drawing; 0 takes the likeliest token.
+        temperature: divides the logits before drawing, for which a key is needed; 0 takes the likeliest token.
         top_p: draws among the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020, section 3.1).
         allowed_V: the tokens that may be written, at least one; None: all.
         id_rows_XM: rows of the id tokens, where prompts hold some; they are read and never written.

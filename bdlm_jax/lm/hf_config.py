@@ -64,7 +64,7 @@ def lm_config_from_hf(source: str | Path | dict, *, vocab_size: int | None = Non
     Args:
         source: a folder with config.json, or its content.
         vocab_size: V where it shall exceed the checkpoint's (added tokens, rows that make it divisible).
-        **session: how we compute, of which a config.json says nothing: dtype, remat, dropout, attention.
+        **session: of _SESSION.
     """
     raw, where = _read(source)
     family = raw.get("model_type")

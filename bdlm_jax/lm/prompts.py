@@ -69,8 +69,7 @@ def history_prompt(
     Args:
         items: in time order.
         titles: the title tokens of all I items; not needed for "ids".
-        user: None for a new user, whom <user> stands for.
-        context: tokens of text about the user.
+        user: None for a new user, whom <user> stands for; `context` are tokens of text about them.
         read_user: the user's state is read at the last token.
         predict_first: the first item is a target (False: it was cut from the middle of a history, say).
     """

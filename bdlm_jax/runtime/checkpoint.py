@@ -19,12 +19,8 @@ from bdlm_jax.types import InputError, leaf_name
 def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -> Path:
     """Writes `folder`/`step`; when it returns the checkpoint is on disk, and before that the last one still stands.
 
-    An array that lies on several devices is written from where its parts are, never gathered.
-
-    Args:
-        step: orders the checkpoints of a folder; a new one each time.
-        tree: pytree of arrays, typed keys, and Python bool, int, float or str.
-        keep: how many of the newest stay; None: all.
+    An array that lies on several devices is written from where its parts are, never gathered. The tree holds arrays,
+    typed keys, and Python bool, int, float or str; the newest `keep` steps stay, or all.
     """
     import orbax.checkpoint as ocp
 

@@ -28,28 +28,18 @@ ARM = small_bdlm.make_arm()._replace(auxiliary=contrast)
 def train_lm(parallel, meeting, params, view, **options):
     step = small_bdlm.make_lm_step(ARM, meeting, optimizer=LM_OPTIMIZER)
     compiled = compile_step(step, parallel=parallel, **options)
-    rows = small_bdlm.make_rows()
+    rows, state = small_bdlm.make_rows(), small_bdlm.make_state(params, LM_OPTIMIZER)
     batches = [rows.batch(number, batch_size=8, seed=0) for number in range(4)]
-    return run(compiled, params, LM_OPTIMIZER, batches, view, small_bdlm.lm_constants())
+    return small_bdlm.run_steps(compiled, state, batches, view, small_bdlm.lm_constants())
 
 
 def train_domain(parallel, meeting, params, view):
     epoch = small_bdlm.make_domain_epoch(
         ARM, meeting, optimizer=DOMAIN_OPTIMIZER, kl_items=6 if meeting.align == "cosine" else 0
     )
-    compiled = compile_step(epoch, parallel=parallel)
+    compiled, state = compile_step(epoch, parallel=parallel), small_bdlm.make_state(params, DOMAIN_OPTIMIZER)
     batches = [domain_epoch.make_slots(batch_size=16, kl_users=8)] * 2
-    return run(compiled, params, DOMAIN_OPTIMIZER, batches, view, small_bdlm.domain_constants())
-
-
-def run(compiled, params, optimizer, batches, view, constants):
-    state = compiled.place_state(small_bdlm.make_state(params, optimizer))
-    view, constants = compiled.place_constants(view), compiled.place_constants(constants)
-    seen = []
-    for batch in batches:
-        state, metrics = compiled.run(state, batch, view, constants)
-        seen.append({name: float(value) for name, value in metrics.items()})
-    return compiled.fetch_state(state), seen
+    return small_bdlm.run_steps(compiled, state, batches, view, small_bdlm.domain_constants())
 
 
 # "infonce" alone gathers over the devices; a case costs three compilations of four seconds.

@@ -9,7 +9,6 @@ from bdlm_jax.lm import packing
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import rows
 from bdlm_jax.run.prepare import KNOWN, Texts
-from bdlm_jax.types import LeakError
 from experiments import tiny
 
 N_USERS, N_ITEMS, LENGTH = 12, 40, 16
@@ -117,19 +116,6 @@ def test_text_rows_name_no_item(run):
     packed = rows.training_rows(run, kind="text")
     assert packed.tokens.max() < VOCABULARY.n_text and not (packed.item_target >= 0).any()
     assert (packed.tokens == VOCABULARY.eos).sum() == len(SPLIT.edges(TRAIN)[0])
-
-
-def test_a_later_item_in_a_training_prompt_raises(run, monkeypatch):
-    right = rows._history_prompt
-
-    def wrong(run, user, items, kind, **options):
-        target = history(3, TEST)[0]
-        items = np.append(items, target) if user == 3 and options["read_user"] else items
-        return right(run, user, items, kind, **options)
-
-    monkeypatch.setattr(rows, "_history_prompt", wrong)
-    with pytest.raises(LeakError, match="user 3"):
-        rows.training_rows(run, kind="ids_titles")
 
 
 def test_cards_read_every_item_once_without_naming_it(run):
