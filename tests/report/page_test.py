@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from made_run import MODELS, make_run
 
+from bdlm_jax import compare
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.report.drawings import Bar, Curve, draw_curves, draw_forest, nice_ticks
 from bdlm_jax.report.finished_run import read_run
@@ -169,6 +170,14 @@ def test_groups_become_sections_with_a_head_each(tmp_path):
     assert len(curves) == 2 + 1  # a line for each seed
 
 
+def test_a_comparison_has_its_page(tmp_path):
+    runs = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    out = tmp_path / "compared.html"
+    assert compare.main([*map(str, runs), "--metric", HR, "--html", str(out)]) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.texts("h1") == ["Comparison"] and "50.0% above lightgcn" in page.texts("dd")[2]
+
+
 def test_the_map_turns_tables_onto_each_other_and_counts_common_neighbours(tmp_path):
     folder = make_run(tmp_path / "run")
     assert item_map(read_run(folder)) is None
@@ -182,6 +191,8 @@ def test_the_map_turns_tables_onto_each_other_and_counts_common_neighbours(tmp_p
     assert made.titles[0] == "item 59" and made.popularity_S[0] == 59  # the most popular first
     (folder / "ids_lm" / "best_lm.safetensors").unlink()
     assert "LM arm before" not in item_map(read_run(folder)).points
+    shutil.copytree(folder / "refresh", folder / "refit" / "refresh")  # with data.refit the tested tables lie there
+    assert set(item_map(read_run(folder)).points) == {"domain arm after", "LM arm after"}
 
 
 def test_ticks_are_round_and_cover_what_they_should():
