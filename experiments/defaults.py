@@ -155,6 +155,8 @@ def get_config() -> ml_collections.ConfigDict:
     sasrec.dropout = 0.2
     sasrec.std = 0.02  # as shared.std
     sasrec.learning_rate = 1e-3
+    sasrec.schedule = "constant"  # as lm.schedule
+    sasrec.warmup_steps = 0
     sasrec.weight_decay = 0.01
     sasrec.batch_size = 128  # windows
     sasrec.epochs = 40

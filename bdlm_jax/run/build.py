@@ -20,7 +20,7 @@ from bdlm_jax.lm import causal_lm, hf_weights, lora
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer
+from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer, make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import guards, prepare, store
 from bdlm_jax.run.prepare import KNOWN, PARTS, Data, Texts
@@ -324,13 +324,15 @@ def make_domain_arm(
     weights: DomainWeights,
     *,
     rate: float,
+    epochs: int | None = None,
     train_shared: bool = True,
     part: str = "validation",
 ) -> Arm:
     """Builds the domain arm: its compiled epoch over the training interactions, and which parameters move.
 
     `meeting` is None for an arm that trains alone. What is known when `part` is predicted is left out of the
-    score-level term as seen, and is all that the domain model may have been built over.
+    score-level term as seen, and is all that the domain model may have been built over. Where the model's settings
+    have a schedule, the rate follows it over the `epochs`.
     """
     data, m, c = run.data, run.config.mutual, functools.partial(prepare.training_setting, run.config, model)
     for (name, parts), made in run.arms.items():
@@ -344,13 +346,16 @@ def make_domain_arm(
     guards.check_epoch(data.split, constants)
     if weights.kl:
         constants["seen_UI"] = _seen(run, KNOWN[part])
-    rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
-    optimizer = make_optimizer(
-        rules=rules, groups={"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
-    )
-    step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
     n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
-    batch_size = min(c("batch_size"), -(-len(constants.get("window_WL", user_E)) // n) * n)
+    n_rows = len(constants.get("window_WL", user_E))
+    batch_size = min(c("batch_size"), -(-n_rows // n) * n)
+    if epochs and c("schedule"):
+        steps = epochs * -(-n_rows // batch_size)
+        rate = make_schedule(c("schedule"), rate, warmup=min(c("warmup_steps"), steps // 2), steps=steps)
+    rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
+    groups = {"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
+    optimizer = make_optimizer(rules=rules, groups=groups)
+    step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
     kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
     kl_items = m.kl_items if weights.kl else 0
     drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c("softmax_items") or 0}

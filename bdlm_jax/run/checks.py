@@ -78,7 +78,8 @@ RULES = {
     "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.cold_share": _from(0, below=1),
     "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
-    "sasrec.dropout": _from(0, below=1), "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
+    "sasrec.schedule": _word(SCHEDULES), "sasrec.dropout": _from(0, below=1),
+    "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
@@ -107,7 +108,7 @@ _MANY = {
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        sasrec.weight_decay sasrec.softmax_items item_knn.shrink runtime.checkpoint_seconds""",
+        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items item_knn.shrink runtime.checkpoint_seconds""",
 }
 RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
 

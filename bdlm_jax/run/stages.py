@@ -123,7 +123,8 @@ def train_domain(run: Run, model: str) -> Fitted:
     c, arm = functools.partial(training_setting, run.config, model), build.make_arm(run, model)
     weights = DomainWeights(regularisation=c("regularisation"))
     return _fit_domain(
-        run, model, arm, build.make_domain_arm(run, model, arm, None, weights, rate=c("learning_rate")),
+        run, model, arm,
+        build.make_domain_arm(run, model, arm, None, weights, rate=c("learning_rate"), epochs=c("epochs")),
         phases=_domain_phases(c("epochs"), "epochs alone", every=c("evaluate_every")),
         params=lambda: build.init_tables(run, model, arm, std=c("std")),
     )  # fmt: skip

@@ -79,6 +79,20 @@ def test_a_domain_model_has_the_settings_of_its_own_section_or_of_the_domain(run
     assert units == {"ncf": 3, "mf": 5}
 
 
+def test_a_rate_follows_the_schedule_of_its_section_over_all_epochs(run):
+    run.config.sasrec.update({"schedule": "linear", "epochs": 3, "batch_size": 64, "weight_decay": 0.0})
+    params = build.init_tables(run, "sasrec", build.make_arm(run, "sasrec"))
+    ones, steps = jax.tree.map(np.ones_like, params), 3 * -(-run.data.n_users // 64)
+    optimizer = stages.train_domain(run, "sasrec")["arms"]["domain"].optimizer
+    state, moved = optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = optimizer.update(ones, state, params)
+        moved.append(-float(updates["shared"]["item"][0, 0]))
+    # Adam moves by the rate where gradients stay the same; the last step's is the first above a tenth.
+    wanted = run.config.sasrec.learning_rate * np.linspace(1.0, 0.1, steps + 1)[:-1]
+    np.testing.assert_allclose(moved, wanted, rtol=1e-4)
+
+
 def test_stages_draw_from_keys_of_their_own(run):
     names = ("pretrain", "mf", "lightgcn", "text_lm", "ids_lm", "bdlm", "distill", "refresh", "bdlm/init", "mf/init")
     keys = {tuple(np.asarray(jax.random.key_data(run.stage_key(name)))) for name in names}
