@@ -22,7 +22,7 @@ import numpy as np
 from bdlm_jax import __version__
 from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.models import MODELS
-from bdlm_jax.run.prepare import Data, Texts
+from bdlm_jax.run.prepare import Data, Texts, lm_shape
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Stopped
 from bdlm_jax.types import leaf_name
@@ -83,7 +83,7 @@ def stage_inputs(
         "table": data.fingerprint["sha256"],
         "parts": _sha(data.split.part_E),
         "candidates": data.fingerprint["candidates"].get(f"validation/{protocol}", ""),
-        "words": None if stage in MODELS else _sha(_words(data, texts)),
+        "words": None if stage in MODELS else _sha(_words(config, data, texts)),
         "parents": _sha(parents),
         "select": select,
         **facts,
@@ -136,10 +136,12 @@ def _link(link: Path, folder: Path) -> None:
     os.replace(partial, link)
 
 
-def _words(data: Data, texts: Texts) -> dict:
+def _words(config: ml_collections.ConfigDict, data: Data, texts: Texts) -> dict:
+    """What LM stages read beside interactions; the decoder's shape, too, for it may come from a file."""
     known = sorted(texts.vocabulary.tokenizer.get_vocab().items())
     tokens = {"titles": texts.titles, "contexts": texts.contexts or []}
     return {
+        "shape": repr(lm_shape(config, texts.vocabulary.n_text)),
         "vocabulary": json.dumps([texts.vocabulary.n_text, known]),
         "corpus": "\x1e".join(data.corpus),
         **{name: np.concatenate([np.append(t, -1) for t in some]) for name, some in tokens.items() if some},

@@ -157,6 +157,15 @@ def test_data_counts_as_far_as_it_is_read(made, what, matters_to):
         assert same == (stage not in matters_to), stage
 
 
+def test_a_shape_from_a_file_counts_by_its_content(made, tmp_path):
+    path, hashes = tmp_path / "config.json", []
+    for layers in (1, 2):
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+        path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers, "rms_norm_eps": 1e-6, **sizes}))
+        hashes.append([stage_hash(made, stage, {"lm.config": str(path)}) for stage in ("mf", "bdlm")])
+    assert hashes[0][0] == hashes[1][0] and hashes[0][1] != hashes[1][1]
+
+
 def test_a_key_that_nobody_named_counts(made):
     changes = {"lm.dropout": 0.5, "seed": 3, "data.candidates_seed": 1}
     for key, value in changes.items():
