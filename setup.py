@@ -45,11 +45,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],
+        "tune": ["optuna>=4.0"],
         "test": [
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.10",
+            "optuna>=4.0",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "rax>=0.4",

@@ -18,10 +18,10 @@ FLOORS = [
     {"run"},
     {"report", "serving"},
     {"train", "recommend", "export", "compare"},
-    {"main", "sweep"},
+    {"main", "sweep", "tune"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
-READS_CONFIGS = {"run", "train", "main", "sweep"}  # below run/, functions take scalars
+READS_CONFIGS = {"run", "train", "main", "sweep", "tune"}  # below run/, functions take scalars
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -98,7 +98,7 @@ def test_experiments_import_only_configs_and_neighbours():
 def test_every_import_is_declared():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     (requirements,) = re.findall(r"install_requires=\[(.*?)\]", text, re.S)
-    declared = set(re.findall(r'"([\w-]+)>=', requirements)) | {"tensorboardX"}
+    declared = set(re.findall(r'"([\w-]+)>=', requirements)) | {"tensorboardX", "optuna"}
     used = {
         name.split(".")[0] for path in PACKAGE for name in imported(path.read_text(encoding="utf-8"), ("bdlm_jax",))
     }

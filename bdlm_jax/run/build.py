@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Run:
     stop: Any
     key: jax.Array
     first: "Run | None" = None  # of a refit: the run that chose on validation
+    watch: Callable[[str, int, dict[str, float]], None] | None = None  # told the stage, and what `fit` tells
 
     @functools.cached_property
     def lm(self) -> LMConfig:
@@ -101,6 +103,7 @@ class Run:
                 phases=phases,
                 stage=stage,
                 key=self.stage_key(stage),
+                watch=self.watch and functools.partial(self.watch, stage),
                 stop=self.stop,
                 checkpoint_seconds=runtime.checkpoint_seconds,
                 tensorboard=None if runtime.tensorboard else False,

@@ -77,6 +77,7 @@ def fit(
     validate: Callable[[str, Params], dict[str, float]] | None = None,
     select: str = "",
     keep: dict[str, int] | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
     stop: StopSignal | None = None,
     checkpoint_seconds: float = 30.0,
     tensorboard: bool | None = None,
@@ -91,6 +92,7 @@ def fit(
       validate: (arm, params) -> metrics; done for every judged arm after every phase.
       select: the metric, among those, that chooses the best phase (higher is better).
       keep: {arm: number of the phase after which its params are kept}, without any validation.
+      watch: told after every phase its number and each judged arm's best value so far; what it raises ends the stage.
       stop: a `runtime.log.StopSignal`; where it is requested the loop saves and raises `Stopped`.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
       tensorboard: see `MetricLog`.
@@ -111,6 +113,8 @@ def fit(
                         loop.keep(arm, 0.0, number)
                 cursor["phase"], cursor["unit"] = number + 1, 0
                 loop.save()
+                if watch:
+                    watch(number, {arm: best[arm]["value"] for arm in judged})
                 if any(distributed.agree(loop.stopping())):
                     raise Stopped(0)
         write_json(folder / "done.json", {"best": best, "units": cursor["units"]})
