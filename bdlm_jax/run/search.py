@@ -108,7 +108,7 @@ def tune(config: ml_collections.ConfigDict, workdir: str, *, word: str, n_trials
             if not done:
                 study.enqueue_trial(own)
             study.optimize(functools.partial(_try, run, word, tuple(own), decoder), n_trials=1)
-            value = _finished(study)[-1].value
+            value = _value(_finished(study)[-1])
             _LOG.info("trial %d of %d: %s", len(done) + 1, n_trials, "pruned" if value is None else f"{value:.4f}")
     return _write(study, folder / word, config, seconds=time.monotonic() - began)
 
@@ -181,10 +181,15 @@ def _finished(study: optuna.Study) -> list:
     return study.get_trials(deepcopy=False, states=states)
 
 
+def _value(trial: optuna.trial.FrozenTrial) -> float | None:
+    """None where it was pruned, of which Optuna keeps the last value that it reported."""
+    return trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None
+
+
 def _write(study: optuna.Study, folder: Path, config, *, seconds: float) -> dict[str, Any]:
     """Writes tuned.json, and settings.txt: lines for an experiment file."""
     done = _finished(study)
-    complete = [trial for trial in done if trial.value is not None]
+    complete = [trial for trial in done if _value(trial) is not None]
     if not complete:
         raise FloatingPointError(f"no trial of {folder.name} kept a finite loss; lower the config's learning rates.")
     best = max(complete, key=lambda trial: trial.value)
@@ -202,7 +207,7 @@ def _write(study: optuna.Study, folder: Path, config, *, seconds: float) -> dict
         "settings": rounded(best.params),
         "budget": {"trials": len(done), "pruned": len(done) - len(complete), "seed": config.seed, "epochs": epochs},
         "seconds_of_last_start": round(seconds),
-        "trials": [{"value": trial.value, "settings": rounded(trial.params)} for trial in done],
+        "trials": [{"value": _value(trial), "settings": rounded(trial.params)} for trial in done],
     }
     write_json(folder / "tuned.json", tuned)
     lines = [f"    c.{key} = {value!r}\n" for key, value in tuned["settings"].items()]
