@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bdlm_jax import export, recommend, sweep
+from bdlm_jax import compare, export, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 MAINS = {
+    "bdlm_jax.compare": compare.main,
     "bdlm_jax.recommend": recommend.main,
     "bdlm_jax.export": export.main,
     "bdlm_jax.report": report.main,
