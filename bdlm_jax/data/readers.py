@@ -56,12 +56,17 @@ def load_source(kind: str, path: str | Path, **options) -> Interactions | Split:
     """Reads `path` with the reader named `kind`, one of READERS, and its keyword options."""
     if kind not in READERS:
         raise InputError(f"the data kind is {kind!r}; use one of {', '.join(READERS)}.")
-    taken = inspect.signature(READERS[kind]).parameters
-    allowed = [*(name for name in taken if name not in ("path", "rest")), *(_OPTIONS if "rest" in taken else ())]
+    allowed = reader_options(kind)
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise InputError(f"the data kind {kind} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}.")
     return READERS[kind](path, **options)
+
+
+def reader_options(kind: str) -> list[str]:
+    """The keyword options of a reader of READERS."""
+    taken = inspect.signature(READERS[kind]).parameters
+    return [*(name for name in taken if name not in ("path", "rest")), *(_OPTIONS if "rest" in taken else ())]
 
 
 def read_table(

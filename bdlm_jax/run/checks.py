@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from bdlm_jax.data import twins
-from bdlm_jax.data.readers import READERS
+from bdlm_jax.data.readers import READERS, reader_options
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
@@ -35,7 +35,7 @@ from bdlm_jax.types import InputError
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
 SPLITS = ("leave_one_out", "global_time", "ratio", "cold_items")  # of data/splits.py
 SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
-_DATA = {"twins": twins.make_world, **READERS}
+_DATA = ("twins", *READERS)
 
 
 class Rule(NamedTuple):
@@ -73,6 +73,7 @@ def _is_pattern(text: str) -> bool:
 _ABOVE_0 = Rule(lambda v: 0 < v < math.inf, "a number above 0")
 _TYPES = _word(("float32", "bfloat16"))
 RULES = {
+    "tuned_on": Rule(lambda v: all(type(seed) is int and seed >= 0 for seed in v), "a tuple of seeds"),
     "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, (*MODELS, *OTHERS)),
     "data.kind": _word(_DATA), "data.split": _word(SPLITS), "data.refit": _word(("none", "validation")),
     "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.cold_share": _from(0, below=1),
@@ -139,7 +140,8 @@ def name_config(config: ml_collections.ConfigDict, path: str) -> ml_collections.
 
 
 def _check_data(data, models) -> None:
-    known = [name for name in inspect.signature(_DATA[data.kind]).parameters if name not in ("path", "seed")]
+    world = [name for name in inspect.signature(twins.make_world).parameters if name != "seed"]
+    known = world if data.kind == "twins" else reader_options(data.kind)
     for name in data.options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
