@@ -49,7 +49,8 @@ class DomainArm(NamedTuple):
       encode: (shared, domain) -> (user_UD, item_ID), the representations that are scored and aligned.
       score: (domain, user_BD, item_CD) -> (B, C), every pair.
       windows: None, or (indptr, item) of histories in time order -> (W, L), the rows from which the model learns, -1
-        after the end. Such a model learns all items of a row at once, by softmax over the catalogue, in BPR's place.
+        after the end. Such a model learns all items of a row at once, by softmax over the catalogue, in BPR's place,
+        and never reads shared["user"].
       states_before: None, or (shared, domain, window_BL, key_B) -> (B, L, D), the state before each item of such rows,
         whose inner product with an item's row is its logit; the keys are its dropout's, one a row.
       users: None, or (shared, domain, user_B) -> user_BD, rows of `encode` at the cost of these alone.

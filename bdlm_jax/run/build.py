@@ -356,6 +356,8 @@ def make_domain_arm(
         steps = epochs * -(-n_rows // batch_size)
         rate = make_schedule(c("schedule"), rate, warmup=min(c("warmup_steps"), steps // 2), steps=steps)
     rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
+    if arm.windows:  # no loss of theirs reads the table of users, which AdamW would decay
+        rules.insert(0, (r"shared/user", FROZEN))
     groups = {"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
     optimizer = make_optimizer(rules=rules, groups=groups)
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
