@@ -13,7 +13,7 @@ import small_bdlm
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain import negatives
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.run import build, prepare, stages
+from bdlm_jax.run import build, guards, prepare, stages
 from bdlm_jax.run.rows import prompts
 from bdlm_jax.types import LeakError
 from experiments import tiny
@@ -62,7 +62,8 @@ def train_on_a_later_pair(part):
 
 def forget_a_seen_item(run, patch):
     right = negatives.make_seen
-    patch.setattr(negatives, "make_seen", lambda user, item, *sizes: right(user[1:], item[1:], *sizes))
+    patch.setattr(negatives, "make_seen", lambda user, item, *sizes: right(user[:-1], item[:-1], *sizes))
+    patch.setattr(guards, "_DRAWN", 1)  # a draw that is too small to show it
 
 
 def draw_from_all(run, patch):
