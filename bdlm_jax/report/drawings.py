@@ -107,7 +107,7 @@ def draw_forest(bars: Sequence[Bar], caption: str) -> str:
 def draw_map(made: ItemMap) -> str:
     """The panels of one item map, with what a pointer needs to name an item and to find it in the other panels."""
     everything = np.concatenate(list(made.points.values()))
-    low, high = (np.quantile(everything, q) for q in (0.002, 0.998))
+    low, high = (np.quantile(everything, q) for q in (0.0005, 0.9995))
     scaled = {
         name: np.clip((xy_S2 - low) / max(high - low, 1e-12), 0, 1) * (SIDE - 16) + 8
         for name, xy_S2 in made.points.items()

@@ -104,7 +104,9 @@ def five_lines(runs: Sequence[Finished], claims: Sequence[Claim], metric: str, *
         "On what": f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
         f"interactions, split {first.config['data']['split']}; {n_targets(runs, 'all', metric):,} held-out items, each "
         f"among {among}.",
-        "How sure": f"{sure}; {hold} of {len(judged)} margins hold with p < {LEVEL} after Holm's correction over the "
+        "How sure": f"{sure}."
+        if not judged
+        else f"{sure}; {hold} of {len(judged)} margins hold with p < {LEVEL} after Holm's correction over the "
         f"{family} of this page, paired by user.",
     }
 
@@ -128,7 +130,7 @@ def _by_how_much(ranked: Sequence[str], claims: Sequence[Claim], domain_model: s
     arm = min((c.model for c in judged), key=lambda model: (model not in ARMS, ranked.index(model)), default=None)
     held = sorted((c for c in judged if c.model == arm), key=lambda claim: -claim.theirs)
     if not held:
-        return "Nothing was held against a model that is better than chance."
+        return "No arm was held against a model that is better than chance." if claims else "No margin was tested."
     said = []
     for claim in dict.fromkeys([held[0], *(claim for claim in held if claim.against == domain_model)]):
         what = "the strongest of the rest" if claim is held[0] else "its domain model alone"
@@ -189,7 +191,7 @@ def _curves(runs: Sequence[Finished]) -> str:
 def _map(runs: Sequence[Finished]) -> str:
     made = next((made for run in runs if (made := item_map(run))), None)
     if made is None:
-        return "<p>The trained tables are not kept here, so there is no map of the items.</p>"
+        return "<p>The tables of a trained BDLM are not kept here, so there is no map of the items.</p>"
     words = (
         "One plane for all panels: the first two principal components of all tables, each centred, scaled and turned "
         "towards the domain arm's last one. Before: each arm alone. After: as they stand at test."

@@ -96,7 +96,7 @@ def test_the_head_says_in_five_lines_what_the_counts_say(tmp_path):
     nobody = dict.fromkeys(MODELS, (0, 0))
     chance = head_of(page_of(make_run(tmp_path / "chance", wins=0, select=HR, models=nobody)))
     assert chance["Won"].startswith("No model: ")
-    assert chance["By how much"] == "Nothing was held against a model that is better than chance."
+    assert chance["By how much"] == "No arm was held against a model that is better than chance."
 
 
 def test_the_page_is_whole_by_itself_and_a_screen_reader_finds_its_way(tmp_path):
