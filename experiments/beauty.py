@@ -13,9 +13,9 @@ unixReviewTime alone, so that those of one day stay in the order of the file. Th
 The settings were found on another edition of Beauty (22,332 users, 12,086 items; docs/results.md) and are not tuned on
 this one yet.
 
-SASRec alone, seed 0, 24 epochs: test HR@10/full .0890, NDCG@10/full .0535; published are .0928 .0523 (eSASRec) and .0921
-.0531 (RAILS). On 6,000 of the validation cases NDCG@10/full was .023, .040, .057, .064, .066 and .068 after every fourth
-epoch: still rising. It reads 20 items, for 95 % of histories have no more and whole histories are cut into windows.
+SASRec alone, seed 0, 24 epochs: test HR@10/full .0890, NDCG@10/full .0535; published are .0928 and .0523 (eSASRec),
+.0921 and .0531 (RAILS). On 6,000 of the validation cases NDCG@10/full was .023, .040, .057, .064, .066 and .068 after
+every fourth epoch: still rising. It reads 20 items, for 95 % of histories have no more, and learns from windows.
 
 Both losses reach both shared tables, the LM's that of users by the propagation alone: <uid> is never shown.
 """
