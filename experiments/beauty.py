@@ -15,7 +15,8 @@ this one yet.
 
 SASRec alone, seed 0, 24 epochs: test HR@10/full .0890, NDCG@10/full .0535; published are .0928 and .0523 (eSASRec),
 .0921 and .0531 (RAILS). On 6,000 of the validation cases NDCG@10/full was .023, .040, .057, .064, .066 and .068 after
-every fourth epoch: still rising. It reads 20 items, for 95 % of histories have no more, and learns from windows.
+every fourth epoch: still rising. It reads 20 items, for 95 % of histories have no more. (Its windows were an item
+shorter then, so that the state after 20 items had learned nothing: what is there now is not measured yet.)
 
 Both losses reach both shared tables, the LM's that of users by the propagation alone: <uid> is never shown.
 """

@@ -52,10 +52,10 @@ def sasrec_arm(
 ) -> DomainArm:
     """Makes SASRec over the last `length` items of each history; score = state_u · shared item row.
 
-    It learns from windows of `length` items, into which whole histories are cut from their end. shared["user"] takes no
-    part. `chunk` users are encoded at a time. Source: Kang and McAuley 2018, section III, with pre-normalisation, a
-    learned start token and dropout only of what enters the sum over layers (ours); the softmax in place of their binary
-    loss is Klenitskiy and Vasilev 2023's.
+    It learns from windows of `length` + 1 items, into which whole histories are cut from their end. shared["user"]
+    takes no part. `chunk` users are encoded at a time. Source: Kang and McAuley 2018, section III, with
+    pre-normalisation, a learned start token and dropout only of what enters the sum over layers (ours); the softmax in
+    place of their binary loss is Klenitskiy and Vasilev 2023's.
     """
     if inputs.width % n_heads:
         raise InputError(f"sasrec's width {inputs.width} is no multiple of its {n_heads} heads: change one of them.")
@@ -77,12 +77,13 @@ def sasrec_arm(
         return users(shared, domain, slice(None)), jnp.asarray(shared["item"])
 
     def states_before(shared, domain, window_BL, key_B):
-        return states.apply({"params": domain}, shared["item"], window_BL, key_B)[:, :-1]
+        return states.apply({"params": domain}, shared["item"], window_BL[:, :-1], key_B)
 
     def read(domain, item_ID, history_n):
         return last_state(domain, item_ID, recent_history([0, len(history_n)], history_n, length=length)[0])
 
-    windows = functools.partial(cut_histories, length=length)
+    # One item more than is read, so that the state after a full history, which serves, has learned an item too.
+    windows = functools.partial(cut_histories, length=length + 1)
     return DomainArm(init, encode, windows=windows, states_before=states_before, users=users, read=read)
 
 

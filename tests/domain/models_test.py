@@ -146,23 +146,29 @@ def test_sasrec_reads_the_state_after(sasrec, shared):
 def test_sasrec_learns_from_states_that_never_see_their_item_or_padding(sasrec, shared):
     arm, domain, states_of = sasrec
     rows = jnp.asarray(arm.windows(*INPUTS.histories))
-    assert rows.tolist() == [
-        [0, 1, 2, 3, 4],
-        [5, 6, -1, -1, -1],
-        [2, 0, 6, -1, -1],
-        [1, -1, -1, -1, -1],
-        [3, 4, 5, 6, 0],
-    ]
+    assert rows.tolist() == [row + [-1] * (LENGTH + 1 - len(row)) for row in HISTORY if row]
     keys = jax.random.split(jax.random.key(0), len(rows))
     before = jax.jit(lambda rows, keys: arm.states_before(shared, domain, rows, keys))
     states = before(rows, keys)
-    for place in range(LENGTH):  # the item at a place, and what stands for padding behind it, moves no state up to it
+    for place in range(
+        LENGTH + 1
+    ):  # the item at a place, and what stands for padding behind it, moves no state up to it
         changed = before(rows.at[:, place:].set(6), keys)
         np.testing.assert_allclose(changed[:, : place + 1], states[:, : place + 1], atol=1e-6)
     np.testing.assert_allclose(before(rows[2:4], keys[2:4]), states[2:4], atol=1e-6)  # a row drops by its own key
     assert np.abs(before(rows, keys[::-1]) - states).max() > 0.1
     still = made("sasrec", dropout=0.0).states_before(shared, domain, rows, keys)
-    np.testing.assert_allclose(still, states_of(shared["item"], rows)[:, :-1], atol=1e-6)
+    np.testing.assert_allclose(still, states_of(shared["item"], rows[:, :-1]), atol=1e-6)
+
+
+def test_sasrec_learns_at_every_place_that_it_is_read_at(sasrec, shared):
+    arm, domain, _ = sasrec
+    row, keys = jnp.arange(LENGTH + 1)[None], jax.random.split(jax.random.key(0), 1)
+
+    def own_logits(domain):
+        return jnp.sum(arm.states_before(shared, domain, row, keys) * shared["item"][row])
+
+    assert np.abs(jax.grad(own_logits)(domain)["position"]).max(axis=1).all()
 
 
 def test_sasrec_drops_its_share_and_keeps_the_mean():
