@@ -77,7 +77,13 @@ CONTROLS = {
     ),
     "bdlm_on_mf": Control("the domain model is MF", _fixed({"domain.model": "mf"})),
     "bdlm_on_lightgcn": Control("the domain model is LightGCN", _fixed({"domain.model": "lightgcn"})),
-    "bdlm_on_sasrec": Control("the domain model is SASRec", _fixed({"domain.model": "sasrec"})),
+    "bdlm_on_sasrec": Control(
+        "the domain model is SASRec, at the learning rate that it has alone",
+        lambda config: {
+            "domain.model": "sasrec",
+            **{f"mutual.{phase}_learning_rate": config.sasrec.learning_rate for phase in ("domain", "distill")},
+        },
+    ),
 }
 ANSWERS = {word: control.asks for word, control in CONTROLS.items()} | {
     "ids_lm_distilled": "is it only the distillation? ids_lm's scores distilled into the domain model, nothing mutual",
