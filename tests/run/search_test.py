@@ -26,9 +26,9 @@ def validation_alone(monkeypatch):
         assert part == "validation", "tuning has scored the test part"
         return count(run, scorer, part, protocol, **options)
 
-    def guarded_reading(run, *, parts, **options):
-        assert parts == stages.KNOWN["validation"], "tuning has read what is known at test time"
-        return reading(run, parts=parts, **options)
+    def guarded_reading(run, *, part, **options):
+        assert part == "validation", "tuning has read what is known at test time"
+        return reading(run, part=part, **options)
 
     monkeypatch.setattr(stages, "count_cases", guarded_count)
     monkeypatch.setattr(stages.rows, "reading_rows", guarded_reading)
