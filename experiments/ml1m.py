@@ -17,6 +17,11 @@ directions, and the domain arm hears everything. Without text and cards it is .6
 `mutual.reads="propagated"`, which costs more. Batches of 32 rows: after 4 epochs on validation, the ids-only LM (not
 pretrained) had hr@1/cand100 .392, with 64 rows .348.
 
+Of the closed forms with the defaults, seed free, test HR@1/cand100 and NDCG@10/full: ItemPop .100 .019, ItemKNN .168
+.039, EASE .221 .054. SASRec's settings are not measured to their end: on validation NDCG@10/full was .102 after 3 of
+the 18 epochs (3,000 of the cases). At a constant 2e-3, with batches of 64 and the state after a full history not yet
+trained, it was .079, .125 and .133 after 3, 9 and 12, and rising.
+
 <uid> is never shown, and rows are read as they stand (`mutual.reads="layer0"`): the LM's loss reaches the item table
 alone. The user table is the domain arm's, which hears the LM's states of users through its own losses.
 """
