@@ -361,9 +361,9 @@ def make_domain_arm(
     groups = {"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
     optimizer = make_optimizer(rules=rules, groups=groups)
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)
-    # A batch of windows is one of few users, and so are its steps many: it hears the LM of as many as it learns from.
-    most = min(m.kl_users, batch_size) if arm.windows else m.kl_users
-    kl_users = min(most, data.n_users // n * n) if weights.kl or weights.align_user else 0
+    kl_users = min(m.kl_users, data.n_users // n * n) if weights.kl or weights.align_user else 0
+    if arm.windows:  # a batch of few users, and so many steps: it hears the LM of as many as it learns from
+        kl_users = min(kl_users, batch_size)
     kl_items = m.kl_items if weights.kl else 0
     drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c("softmax_items") or 0}
     epoch = domain_epoch.make_domain_epoch(step, batch_size=batch_size, **drawn)
