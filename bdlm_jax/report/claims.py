@@ -148,10 +148,7 @@ def _claim(runs, pair: tuple[str, str, str], margin: Margin, users: int, chance:
 
 def _counterparts(control: str, rows: Sequence[str]) -> list[str]:
     """The rows of the whole BDLM that a control's row is held against: of the same arm, and of the same staleness."""
-    kind, _, behind = control.rpartition("_")
-    if control.startswith("bdlm_domain_behind"):
-        return []  # itself what `cached` is held against
-    if kind == "cached" and f"bdlm_domain_behind_{behind}" in rows:
-        return [f"bdlm_domain_behind_{behind}"]
-    arms = ARMS if control.startswith("pool") else ARMS[1:] if behind == "lm" else ARMS[:1]
+    arms = ARMS if control.startswith("pool") else ARMS[1:] if control.endswith("_lm") else ARMS[:1]
+    if control == "cached_1":  # which has read no more than the LM that the unrefreshed domain arm learned from
+        arms = ("bdlm_domain_unrefreshed", *arms)
     return [arm for arm in arms if arm in rows]
