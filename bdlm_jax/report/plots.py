@@ -62,7 +62,7 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
     """Horizontal bars by model, a panel for each {title: (slice, metric)}."""
     if not panels:
         return None
-    rows = [row for row in sorted_models(runs) if not is_control(row)]
+    rows = [row for row in sorted_models(runs) if not is_control(row)] or sorted_models(runs)
     shown = {
         name: {row: cell for row in rows if (cell := mean_and_spread(runs, (row, *at)))[0] >= 0}
         for name, at in panels.items()

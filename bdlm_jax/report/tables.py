@@ -143,7 +143,7 @@ def model_table(
     """Means over seeds of given rows on a slice (all but BDLM's controls), with ceilings, chance and targets."""
     keys = {key for run in runs for key in run.cells}
     metrics = [metric for metric in metrics if any(key[1:] == (part, metric) for key in keys)]
-    rows = [row for row in sorted_models(runs) if not is_control(row)] if rows is None else rows
+    rows = rows or [row for row in sorted_models(runs) if not is_control(row)] or sorted_models(runs)
     models = [model for model in rows if any((model, part, metric) in keys for metric in metrics)]
     seeds = {model: sum(any(key[0] == model for key in run.cells) for run in runs) for model in models}
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}

@@ -124,6 +124,12 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, capsys, words, messag
     assert err.startswith("bdlm_jax: ") and message in err
 
 
+def test_a_run_of_controls_alone_has_a_page_too(tmp_path):
+    run = make_run(tmp_path / "run", models={"bdlm_warm_lm": (25, 0), "bdlm_warm_domain": (30, 0)})
+    report.write_report(run)
+    assert "bdlm_warm_lm" in (run / "results.md").read_text() and (run / "plots" / "models.png").is_file()
+
+
 def test_a_model_may_lack_a_metric(tmp_path):
     """As the text LM lacks the full ranking; here it is the only LM, and so the last row."""
     folder = make_run(tmp_path / "run")
