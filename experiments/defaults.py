@@ -97,6 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
     lm.batch_rows = 16
+    lm.softmax_items = 0  # items drawn beside the targets for a batch's softmax; 0: the whole catalogue
     lm.max_text_targets = 128  # of a row, drawn anew for every step
     lm.row_std = 0.1  # standard deviation of the <iid> rows as BDLM's LM first reads them; 0: as large as text rows
     lm.optimizer = "adamw"  # of the decoder (mutual/optimizer.py OPTIMIZERS); bridge and tables have adamw

@@ -107,8 +107,8 @@ def make_state(params, optimizer):
     return TrainState(params, optimizer.init(params), jnp.int32(0), jax.random.key(11))
 
 
-def make_lm_step(arm, meeting, *, optimizer, weights=LM_ALL):
-    return lm_step.make_lm_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer)
+def make_lm_step(arm, meeting, *, optimizer, weights=LM_ALL, **options):
+    return lm_step.make_lm_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, **options)
 
 
 def make_domain_epoch(arm, meeting, *, optimizer, weights=DOMAIN_ALL, kl_users=8, kl_items=0):

@@ -12,15 +12,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from bdlm_jax.domain import negatives
 from bdlm_jax.domain.arm import inner_products
 from bdlm_jax.lm import causal_lm, lora
 from bdlm_jax.mutual import sharing
-from bdlm_jax.mutual.losses import NEVER, align_loss, catalogue_loss, kl_loss, text_loss
+from bdlm_jax.mutual.losses import NEVER, align_loss, catalogue_loss, kl_loss, sampled_loss, text_loss
 from bdlm_jax.mutual.optimizer import update_state
 from bdlm_jax.mutual.options import LMWeights, Meeting
 from bdlm_jax.types import Array, TrainState
 
 TEXT_CHUNK = 1024  # text targets whose logits are held at a time
+NO_ROW = 2**32 - 1  # no row of a batch has this number
 
 
 def states_at(hidden_BLM: Array, index_BT: Array) -> Array:
@@ -29,12 +31,22 @@ def states_at(hidden_BLM: Array, index_BT: Array) -> Array:
 
 
 def lm_losses(
-    params, batch, view, constants, *, arm, meeting: Meeting, weights: LMWeights, keys_B=None, axis_name=None
+    params,
+    batch,
+    view,
+    constants,
+    *,
+    arm,
+    meeting: Meeting,
+    weights: LMWeights,
+    keys_B=None,
+    drawn_S=None,
+    axis_name=None,
 ):
     """Computes every weighted term of L_M as {name: (sum, count)}.
 
     Cold items take no part in the softmax of the next item: nothing is known of who wants them, so they must not be
-    everybody's negatives (ours).
+    everybody's negatives (ours). It runs over all the others, or over the items `drawn_S` beside each target.
     """
     view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
     lm = lora.merge_tables(params["lm"])
@@ -45,9 +57,12 @@ def lm_losses(
     align = functools.partial(align_loss, kind=meeting.align, axis_name=axis_name)
     terms = {}
     if weights.item:
-        bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
-        state_NM = states_at(hidden_BLM, batch["item_index"])
-        terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, batch["item_target"].reshape(-1))
+        state_NM, target_N = states_at(hidden_BLM, batch["item_index"]), batch["item_target"].reshape(-1)
+        if drawn_S is None:
+            bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
+            terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, target_N)
+        else:
+            terms["item"] = sampled_loss(state_NM, rows_IM, target_N, drawn_S, among=len(constants["warm_item_W"]))
     if weights.text:
         state_NM = states_at(hidden_BLM, batch["text_index"])
         terms["text"] = text_loss(lm, meeting.lm, state_NM, batch["text_target"].reshape(-1), chunk=TEXT_CHUNK)
@@ -73,24 +88,32 @@ def lm_losses(
     return terms
 
 
-def make_lm_step(*, arm, meeting: Meeting, weights: LMWeights, optimizer, rules=None, accumulate: int = 1):
+def make_lm_step(
+    *, arm, meeting: Meeting, weights: LMWeights, optimizer, rules=None, accumulate: int = 1, softmax_items: int = 0
+):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
     `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
-    change: warm_I, and seen_UI where the score-level term is on. With the optimiser's `rules` the gradient is taken of
-    what trains alone. A batch goes through the decoder in `accumulate` parts, one after the other, for the memory of
-    one: the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
+    change: warm_I, seen_UI where the score-level term is on, and warm_item_W where `softmax_items` of them are drawn
+    anew for each step's softmax (0: it runs over all). With the optimiser's `rules` the gradient is taken of what
+    trains alone. A batch goes through the decoder in `accumulate` parts, one after the other, for the memory of one:
+    the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
     """
 
     def lm_step(state: TrainState, batch, view, constants, *, axis_name=None):
         key, dropout_key = jax.random.split(state.key)
+        drawn_S = None
+        if softmax_items:
+            warm_W = constants["warm_item_W"]
+            draw_key = jax.random.fold_in(dropout_key, NO_ROW)
+            drawn_S = warm_W[negatives.random_order(draw_key, len(warm_W), first=min(softmax_items, len(warm_W)))]
 
         def losses(params, batch):
             # A key a row: no number depends on how a batch is split over devices or parts.
             fold = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))
             keys_B = fold(batch["row"]) if meeting.lm.dropout else None
             options = {"arm": arm, "meeting": meeting, "weights": weights, "keys_B": keys_B, "axis_name": axis_name}
-            return lm_losses(params, batch, view, constants, **options)
+            return lm_losses(params, batch, view, constants, drawn_S=drawn_S, **options)
 
         return update_state(
             state._replace(key=key), losses, batch, weights, optimizer, axis_name, rules=rules, parts=accumulate

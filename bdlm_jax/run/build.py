@@ -237,12 +237,14 @@ def init_params(run: Run, stage: str, tables: Tables, decoder: Decoder, *, train
     return {**tables.params, "lm": {**lm, "bridge": bridge}}
 
 
-def lm_rules(trains: str, *, train_shared: bool) -> Rules:
+def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True) -> Rules:
     """The optimiser's groups in the LM's phases.
 
     `trains` is "full" (the decoder), "lora" (its adapters) or "bridge" (neither); the bridge trains in all three.
+    Without `train_user` the table of users rests though that of items trains.
     """
     return [
+        (r"shared/user", "shared" if train_shared and train_user else FROZEN),
         (r"shared/.*", "shared" if train_shared else FROZEN),
         (r"domain/.*", FROZEN),
         (r"lm/bridge/.*", "bridge"),
@@ -291,7 +293,9 @@ def make_lm_arm(
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
     trains = trains or c.trains
-    rules = lm_rules(trains, train_shared="shared" in rates)
+    # Where no user is ever shown, only the propagation leads to their table.
+    train_user = meeting.reads == "propagated" or config.prompts.user_dropout < 1
+    rules = lm_rules(trains, train_shared="shared" in rates, train_user=train_user)
     groups = {name: {"learning_rate": rate} for name, rate in rates.items()}
     for name in ("lm", "bridge"):
         groups[name]["weight_decay"] = c.weight_decay
@@ -301,9 +305,11 @@ def make_lm_arm(
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
-        rules=None if trains == "full" else rules,
+        rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"seen_UI": _seen(run, (TRAIN,))} if weights.kl else {})
+    if c.softmax_items:
+        constants["warm_item_W"] = jnp.asarray(np.flatnonzero(run.warm_I))
 
     def batch(number):
         return rows.batch(

@@ -109,7 +109,8 @@ _MANY = {
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items item_knn.shrink runtime.checkpoint_seconds""",
+        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items lm.softmax_items item_knn.shrink
+        runtime.checkpoint_seconds""",
 }
 RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
 

@@ -26,11 +26,13 @@ ARM = small_bdlm.make_arm()._replace(auxiliary=contrast)
 
 
 def train_lm(parallel, meeting, params, view, **options):
-    step = small_bdlm.make_lm_step(ARM, meeting, optimizer=LM_OPTIMIZER)
+    drawn = 6 if meeting.align == "infonce" else 0
+    step = small_bdlm.make_lm_step(ARM, meeting, optimizer=LM_OPTIMIZER, softmax_items=drawn)
     compiled = compile_step(step, parallel=parallel, **options)
     rows, state = small_bdlm.make_rows(), small_bdlm.make_state(params, LM_OPTIMIZER)
     batches = [rows.batch(number, batch_size=8, seed=0) for number in range(4)]
-    return small_bdlm.run_steps(compiled, state, batches, view, small_bdlm.lm_constants())
+    constants = small_bdlm.lm_constants() | {"warm_item_W": np.delete(np.arange(small_bdlm.N_ITEMS), small_bdlm.COLD)}
+    return small_bdlm.run_steps(compiled, state, batches, view, constants)
 
 
 def train_domain(parallel, meeting, params, view):

@@ -78,3 +78,27 @@ def test_the_step_reports_the_weighted_sum_and_draws_new_dropout(params):
     assert state.step == 3
     _, again = step(small_bdlm.make_state(params, optimizer), batch, {}, small_bdlm.lm_constants())
     assert float(again["loss"]) == losses[0]
+
+
+def test_a_drawn_softmax_is_the_whole_ones_where_all_are_drawn_and_is_drawn_anew_each_step(params):
+    meeting = small_bdlm.make_meeting(reads="layer0")
+    weights, optimizer = LMWeights(text=0.0), small_bdlm.make_optimizer(rate=0.0)
+    batch = small_bdlm.make_rows().batch(0, batch_size=8, seed=0)
+    constants = small_bdlm.lm_constants() | {"warm_item_W": np.flatnonzero(WARM_I)}
+
+    def losses(softmax_items, steps=3):
+        options = {"weights": weights, "optimizer": optimizer, "softmax_items": softmax_items}
+        step, state = (
+            jax.jit(small_bdlm.make_lm_step(ARM, meeting, **options)),
+            small_bdlm.make_state(params, optimizer),
+        )
+        found = []
+        for _ in range(steps):
+            state, metrics = step(state, batch, {}, constants)
+            found.append((float(metrics["item"]), float(metrics["gradient_norm"])))
+        return np.array(found)
+
+    np.testing.assert_allclose(losses(1000), losses(0), rtol=1e-5)
+    few = losses(3, steps=40)
+    assert len(set(few[:, 0])) > 3
+    assert abs(few[:, 0].mean() - losses(0, steps=1)[0, 0]) < 0.05 * few[:, 0].mean()

@@ -29,8 +29,8 @@ TABLES = {"shared/user", "shared/item"}
     [("full", {"lm/embedding", "lm/layers/mlp/up_proj/kernel"}), ("lora", ADAPTERS), ("bridge", set())],
 )
 def test_one_word_says_what_trains(trains, own):
-    for train_shared, tables in ((True, TABLES), (False, set())):
-        labels = optimizer.label_params(TREE, build.lm_rules(trains, train_shared=train_shared))
+    for changes, tables in (({}, TABLES), ({"train_user": False}, {"shared/item"}), ({"train_shared": False}, set())):
+        labels = optimizer.label_params(TREE, build.lm_rules(trains, **{"train_shared": True} | changes))
         named = jax.tree_util.tree_flatten_with_path(labels)[0]
         found = {leaf_name(path) for path, label in named if label != optimizer.FROZEN}
         assert found == own | ALWAYS | tables
