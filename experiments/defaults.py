@@ -128,6 +128,9 @@ def get_config() -> ml_collections.ConfigDict:
     shared.width = 64
     shared.std = 0.1
     shared.trained_by = "both"  # both | lm | domain | none
+    shared.text = "none"  # none | words: whether an item's row has a part that its text says (data/text_vectors.py)
+    shared.text_width = 128
+    shared.text_head = False  # the LM's logits of items also weigh how like the last item's text theirs is
     shared.initial = "domain"  # domain | propagated (its representations) | random: what the tables start from
 
     c.domain = domain = ml_collections.ConfigDict()

@@ -86,6 +86,7 @@ RULES = {
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS), "prompts.user_dropout": _from(0, most=1),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
+    "shared.text": _word(("none", "words")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
@@ -98,10 +99,10 @@ _MANY = {
         sasrec.learning_rate sasrec.std lm_alone.ids_times lm_alone.text_epochs ease.l2
         mutual.learning_rate_bridge mutual.temperature mutual.domain_learning_rate mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank
-        lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width domain.batch_size
-        domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours sasrec.epochs sasrec.batch_size
-        sasrec.evaluate_every sasrec.length sasrec.n_blocks sasrec.n_heads mutual.kl_users mutual.distill_epochs
-        evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
+        lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width shared.text_width
+        domain.batch_size domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours sasrec.epochs
+        sasrec.batch_size sasrec.evaluate_every sasrec.length sasrec.n_blocks sasrec.n_heads mutual.kl_users
+        mutual.distill_epochs evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
     _from(0): """seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies

@@ -15,7 +15,7 @@ UNALIGNED = {f"mutual.{arm}.{term}": 0.0 for arm in ("lm", "domain") for term in
 NO_ROUNDS = {"mutual.domain_epochs_a_round": 0}  # the LM's phases, and with them the choice among them, stay
 NO_TEXT = {
     "mutual.lm.text": 0.0, "prompts.kind": "ids", "prompts.titled_share": 0.0, "prompts.card_copies": 0.0,
-    "pretrain.replay_share": 0.0,
+    "pretrain.replay_share": 0.0, "shared.text": "none", "shared.text_head": False,
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Reader(NamedTuple):
     def scorer(self, run: Run, params: Params) -> CatalogueScorer:
         """The LM arm as a scorer: one forward pass a user."""
         states = self.read(run, params, self.users)
-        return scorers.state_scorer(states["user"], states["rows_item"])
+        return scorers.state_scorer(states["query_user"], states["key_item"])
 
     def view(self, run: Run, params: Params) -> Params:
         """What the domain arm learns from."""
@@ -140,7 +140,8 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     for number, phase in enumerate(lm_phases[1:], 1):
         phases.append(Phase("domain", m.domain_epochs_a_round, f"round {number}, domain"))
         phases.append(phase._replace(name=f"round {number}, LM"))
-    tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
+    params = build.add_content(run, build.init_tables(run, "bdlm", arm, trained=domain_params))
+    tables = build.measure_tables(run, arm, params, reads=m.reads)
 
     def validate_arm(name, params):
         return validate(run, scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params))
@@ -156,17 +157,18 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm)
+    reads_text = run.content_IC is not None
+    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm, reads_text=reads_text)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
-    if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
+    if not reads_text and m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)
     domain_arm = _taught_arm(run, arm, meeting, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
-        parents=(decoder, domain_params),
+        parents=(decoder, domain_params, run.content_IC),
         phases=[phase for phase in phases if phase.units],
         arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
-        params=lambda: build.init_params(run, "bdlm", tables, decoder),
+        params=lambda: build.init_params(run, "bdlm", tables, decoder, text_head=config.shared.text_head),
         validate=validate_arm,
         select=config.select,
         judged=("domain", "lm"),
