@@ -101,7 +101,7 @@ def _serve(run: Run, bdlm: contenders.Bdlm) -> None:
         run.folder,
         Catalogue(**served.catalogue_fields(run)),
         ServedDomain(**served.domain_fields(bdlm.run, bdlm.domain)),
-        ServedLM(**served.lm_fields(bdlm.run, bdlm.lm)),
+        ServedLM(**served.lm_fields(bdlm.run, bdlm.lm, bdlm.texts)),
     )
 
 

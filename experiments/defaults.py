@@ -128,9 +128,6 @@ def get_config() -> ml_collections.ConfigDict:
     shared.width = 64
     shared.std = 0.1
     shared.trained_by = "both"  # both | lm | domain | none
-    shared.text = "none"  # none | words: whether an item's row has a part that its text says (data/text_vectors.py)
-    shared.text_width = 128
-    shared.text_head = False  # the LM's logits of items also weigh how like the last item's text theirs is
     shared.initial = "domain"  # domain | propagated (its representations) | random: what the tables start from
 
     c.domain = domain = ml_collections.ConfigDict()
@@ -180,6 +177,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what it moves
     mutual.align = "mse"  # mutual/losses.py ALIGN
     mutual.temperature = 1.0
+    mutual.text_head = "none"  # none | words: whether likeness of texts weighs in the LM's scores (lm/text_head.py)
+    mutual.text_width = 128  # dimensions of a text
     mutual.rounds = 3
     mutual.lm_epochs = 11.0  # the first LM phase
     mutual.lm_epochs_a_round = 4.0

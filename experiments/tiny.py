@@ -35,6 +35,8 @@ def get_config():
     c.mf.epochs = 2
     c.sasrec.epochs = 2
     c.lm_alone.text_epochs = 1.0
+    c.mutual.text_head = "words"
+    c.mutual.text_width = 16
     c.mutual.rounds = 1
     c.mutual.lm_epochs = 1.0
     c.mutual.lm_epochs_a_round = 1.0

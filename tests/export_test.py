@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bdlm_jax import export
+from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.serving.answers import recommend
 from bdlm_jax.serving.exports import EXAMPLE, export_domain, export_hf
@@ -98,14 +99,18 @@ def test_transformers_ranks_the_items_as_we_do(tiny_run, hf):
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(hf, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    texts = {name: torch.from_numpy(x) for name, x in load_safetensors(hf / "text_head.safetensors").items()}
     first, largest = served.vocabulary.item_tokens.start, 0.0
     for user in range(100):
         seen = catalogue.history(user)
         ours_I = scores.lm_scores(served, seen, user=user)
         text = "<bos><user>" + "".join(f"<iid_{item}>" for item in seen)
         tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        said = texts["content"][torch.from_numpy(seen)]
         with torch.no_grad():
-            theirs_I = model(tokens).logits[0, -1, first : first + len(catalogue.item_ids)].numpy()
+            theirs_I = model(tokens).logits[0, -1, first : first + len(catalogue.item_ids)]
+            theirs_I += texts["content"] @ (texts["last"] * said[-1] + texts["mean"] * said.mean(0))
+        theirs_I = theirs_I.numpy()
         largest = max(largest, float(np.abs(theirs_I - ours_I).max()))
         best = scores.top_items(ours_I, seen=seen, k=10)
         assert scores.top_items(theirs_I, seen=seen, k=10).tolist() == best.tolist()

@@ -98,32 +98,26 @@ def read_states(
     n_items: int,
     batch_rows: int = 64,
 ) -> dict[str, np.ndarray]:
-    """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero.
-
-    Beside them stand what ranks items for users, "query_user" and "key_item" of `sharing`.
-    """
+    """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero."""
     params = _near(params)
     rows_XM, rows_IM = _id_rows(params, meeting=meeting, arm=arm)
     state_UM = np.zeros((n_users, meeting.lm.width), np.float32)
     state_IM = np.zeros((n_items, meeting.lm.width), np.float32)
-    last_U, first = np.full(n_users, -1), meeting.lm.vocab_size + n_users
     batch_rows = min(batch_rows, max(len(packed), 1))
     for start in progress(range(0, len(packed), batch_rows), description="reading states"):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
         placed = sharding.spread_rows(batch, params["lm"]["embedding"])
-        read = _read(params["lm"], placed, rows_XM, config=meeting.lm, first=first, n_items=n_items)
-        for target, states, out in zip(("user", "card_item", "user"), read, (state_UM, state_IM, last_U)):
+        user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=meeting.lm)
+        for target, states, out in (("user", user_BTM, state_UM), ("card_item", card_BTM, state_IM)):
             where = batch[target] >= 0
-            out[batch[target][where]] = np.asarray(states, out.dtype)[where]
-    query_UM = sharing.item_queries(params["lm"]["bridge"], params["shared"].get("content"), state_UM, last_U)
-    rows = {"query_user": query_UM, "key_item": sharing.item_keys(params, rows_IM)}
-    return {"user": state_UM, "item": state_IM, **{name: np.asarray(value, np.float32) for name, value in rows.items()}}
+            out[batch[target][where]] = np.asarray(states, np.float32)[where]
+    return {"user": state_UM, "item": state_IM, "rows_item": np.asarray(rows_IM, np.float32)}
 
 
 def lm_view(params: Params, states: dict[str, np.ndarray], cards: dict[str, np.ndarray] | None) -> Params:
     """What the domain arm learns from: the LM's user states and item rows, and both read in the sharing width."""
     bridge = params["lm"]["bridge"]
-    view = {"state_user": states["query_user"], "rows_item": states["key_item"]}
+    view = {"state_user": states["user"], "rows_item": states["rows_item"]}
     view["z_user"] = sharing.bridge_out(bridge, states["user"])
     return view if cards is None else view | {"z_item": sharing.bridge_out(bridge, cards["item"])}
 
@@ -154,17 +148,14 @@ def _pair_scores(view, user_B, *, score):
 @partial(jax.jit, static_argnames="arm")
 @_exact
 def _encode(shared, domain, *, arm: DomainArm):
-    return arm.encode(sharing.whole(shared), domain)
+    return arm.encode(shared, domain)
 
 
 _id_rows = partial(jax.jit, static_argnames=("meeting", "arm"))(_exact(sharing.id_rows))
 _title_likelihood = partial(jax.jit, static_argnums=1)(causal_lm.continuation_log_likelihood)
 
 
-@partial(jax.jit, static_argnames=("config", "first", "n_items"))
-def _read(lm, batch, rows_XM, *, config: causal_lm.LMConfig, first: int, n_items: int):
-    tokens, segments, index_BT = batch["tokens"], batch["segments"], batch["user_index"]
-    hidden_BLM = causal_lm.lm_hidden(lm, config, tokens, batch["positions"], segments, rows_XM)
-    last_N = sharing.last_items(tokens, segments, index_BT, first=first, n_items=n_items)
-    user_BTM, card_BTM = (causal_lm.gather_positions(hidden_BLM, at) for at in (index_BT, batch["card_index"]))
-    return user_BTM, card_BTM, last_N.reshape(index_BT.shape)
+@partial(jax.jit, static_argnames="config")
+def _read(lm, batch, rows_XM, *, config: causal_lm.LMConfig):
+    hidden_BLM = causal_lm.lm_hidden(lm, config, batch["tokens"], batch["positions"], batch["segments"], rows_XM)
+    return tuple(causal_lm.gather_positions(hidden_BLM, batch[name]) for name in ("user_index", "card_index"))

@@ -15,7 +15,6 @@ import numpy as np
 
 from bdlm_jax.domain import negatives
 from bdlm_jax.domain.arm import inner_products
-from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.losses import NEVER, align_loss, bpr_loss, catalogue_loss, kl_loss, sampled_loss
 from bdlm_jax.mutual.optimizer import update_state
 from bdlm_jax.mutual.options import DomainWeights, Meeting
@@ -29,7 +28,7 @@ def domain_losses(params, batch, view, constants, *, arm, meeting, weights: Doma
     user's unseen items of the catalogue, or of a drawn part of it (ours).
     """
     view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
-    shared, domain = sharing.whole(params["shared"]), params["domain"]
+    shared, domain = params["shared"], params["domain"]
     user_UD, item_ID = arm.encode(shared, domain)
     terms = {}
     if weights.bpr and arm.states_before:

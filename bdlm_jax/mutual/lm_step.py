@@ -51,27 +51,18 @@ def lm_losses(
     view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
     lm = lora.merge_tables(params["lm"])
     rows_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=arm)
-    keys_IM = sharing.item_keys(params, rows_IM)
-    first, content_IC = meeting.lm.vocab_size + len(params["shared"]["user"]), params["shared"].get("content")
-
-    def queries(state_NM, index_BT):
-        spot = {"first": first, "n_items": len(rows_IM)}
-        last_N = sharing.last_items(batch["tokens"], batch["segments"], index_BT, **spot)
-        return sharing.item_queries(lm["bridge"], content_IC, state_NM, last_N)
-
     hidden_BLM = causal_lm.lm_hidden(
         lm, meeting.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
     )
     align = functools.partial(align_loss, kind=meeting.align, axis_name=axis_name)
     terms = {}
     if weights.item:
-        query_NM = queries(states_at(hidden_BLM, batch["item_index"]), batch["item_index"])
-        target_N = batch["item_target"].reshape(-1)
+        state_NM, target_N = states_at(hidden_BLM, batch["item_index"]), batch["item_target"].reshape(-1)
         if drawn_S is None:
             bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
-            terms["item"] = catalogue_loss(query_NM, keys_IM, bias_I, target_N)
+            terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, target_N)
         else:
-            terms["item"] = sampled_loss(query_NM, keys_IM, target_N, drawn_S, among=len(constants["warm_item_W"]))
+            terms["item"] = sampled_loss(state_NM, rows_IM, target_N, drawn_S, among=len(constants["warm_item_W"]))
     if weights.text:
         state_NM = states_at(hidden_BLM, batch["text_index"])
         terms["text"] = text_loss(lm, meeting.lm, state_NM, batch["text_target"].reshape(-1), chunk=TEXT_CHUNK)
@@ -92,7 +83,7 @@ def lm_losses(
         if weights.kl:
             allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
             teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
-            student_NI = jnp.where(allowed_NI, inner_products(queries(state_NM, batch["user_index"]), keys_IM), NEVER)
+            student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
     return terms
 

@@ -60,9 +60,11 @@ def _tables(run: Finished) -> dict[str, np.ndarray] | None:
     found = {name: load_safetensors(path) for name, path in paths.items() if path.is_file()}
     if not {"domain arm after", "LM arm after"} <= found.keys():
         return None
-    tables = {}
+    tables, m = {}, run.config["mutual"]
+    texts = m["text_width"] if m.get("text_head", "none") != "none" else 0  # the last columns of the LM's rows
     for name, tree in found.items():
-        table = tree["rows_item"] if name == "LM arm after" else tree["shared"]["item"]
+        rows = tree.get("rows_item")
+        table = rows[:, : rows.shape[1] - texts] if name == "LM arm after" else tree["shared"]["item"]
         tables[name] = table @ tree["lm"]["bridge"]["into"] if name == "LM arm before" else table
     return tables
 

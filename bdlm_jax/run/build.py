@@ -15,7 +15,6 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data.splits import TEST, TRAIN, check_training_edges, merge_validation, seen_mask
-from bdlm_jax.data.text_vectors import text_vectors
 from bdlm_jax.domain import models
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, hf_weights, lora
@@ -56,12 +55,6 @@ class Run:
     def warm_I(self) -> np.ndarray:
         """Items with a training interaction."""
         return self.data.split.degree(TRAIN) > 0
-
-    @functools.cached_property
-    def content_IC(self) -> np.ndarray | None:
-        """What the items' texts say, where `shared.text` reads them."""
-        c = self.config.shared
-        return text_vectors(self.data.item_texts, width=c.text_width) if c.text == "words" else None
 
     @functools.cached_property
     def arms(self) -> dict[tuple, DomainArm]:
@@ -185,14 +178,6 @@ def init_tables(
     return {"shared": shared, "domain": domain}
 
 
-def add_content(run: Run, params: Params) -> Params:
-    """Parts the items' rows into their own and their texts', where `shared.text` says so."""
-    if run.content_IC is None:
-        return params
-    shared = sharing.add_content(params["shared"], jnp.asarray(run.content_IC), jnp.asarray(run.warm_I))
-    return {**params, "shared": shared}
-
-
 def measure_tables(run: Run, arm: DomainArm, params: Params, *, reads: str) -> Tables:
     """Measures the tables with which an LM stage starts; no decoder is needed for it."""
     warm_I = jnp.asarray(run.warm_I)
@@ -233,9 +218,7 @@ def make_decoder(run: Run, params: Params | None, *, row_std: float | None = Non
     return Decoder(params, scale * norm / min(run.config.shared.width, run.lm.width) ** 0.5)
 
 
-def init_params(
-    run: Run, stage: str, tables: Tables, decoder: Decoder, *, trains: str | None = None, text_head: bool = False
-) -> Params:
+def init_params(run: Run, stage: str, tables: Tables, decoder: Decoder, *, trains: str | None = None) -> Params:
     """Makes the whole tree: the tables, the decoder (drawn where there is none yet), adapters and the bridge."""
     c, lm = run.config.lm, decoder.params
     *_, lm_key, bridge_key = _init_keys(run, stage)
@@ -250,7 +233,7 @@ def init_params(
         lm = {**lm, lora.LORA: lora.init_lora(jax.random.fold_in(lm_key, 1), lm, **options)}
     gain = decoder.row_std / tables.read_std
     sizes = {"width": run.config.shared.width, "lm_width": run.lm.width}
-    bridge = sharing.init_bridge(bridge_key, **sizes, gain=gain, out_std=tables.out_std, text_head=text_head)
+    bridge = sharing.init_bridge(bridge_key, **sizes, gain=gain, out_std=tables.out_std)
     return {**tables.params, "lm": {**lm, "bridge": bridge}}
 
 
@@ -261,7 +244,6 @@ def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True) -> Rul
     Without `train_user` the table of users rests though that of items trains.
     """
     return [
-        (r"shared/content", FROZEN),
         (r"shared/user", "shared" if train_shared and train_user else FROZEN),
         (r"shared/.*", "shared" if train_shared else FROZEN),
         (r"domain/.*", FROZEN),
@@ -301,7 +283,6 @@ def make_lm_arm(
     *,
     arm: DomainArm = DOT_ARM,
     trains: str | None = None,
-    reads_text: bool = False,
 ) -> Arm:
     """Builds the LM arm: its compiled step, its batches, and which parameters move.
 
@@ -309,7 +290,6 @@ def make_lm_arm(
       rates: of `lm_rates`.
       arm: the domain arm, where the LM reads or hears it.
       trains: default `lm.trains`.
-      reads_text: whether the tables have content, which never trains.
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
     trains = trains or c.trains
@@ -323,10 +303,9 @@ def make_lm_arm(
     if trains == "full" and c.param_dtype != "float32":
         groups["lm"]["master"] = c.master_weights
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
-    all_train = trains == "full" and train_user and not reads_text
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
-        rules=None if all_train else rules, softmax_items=c.softmax_items,
+        rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"seen_UI": _seen(run, (TRAIN,))} if weights.kl else {})
     if c.softmax_items:
@@ -382,12 +361,7 @@ def make_domain_arm(
     if epochs and c("schedule"):
         steps = epochs * -(-n_rows // batch_size)
         rate = make_schedule(c("schedule"), rate, warmup=min(c("warmup_steps"), steps // 2), steps=steps)
-    rules = [
-        (r"shared/content", FROZEN),
-        (r"shared/.*", "domain" if train_shared else FROZEN),
-        (r"domain/.*", "domain"),
-        (r"lm/.*", FROZEN),
-    ]
+    rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
     if arm.windows:  # no loss of theirs reads the table of users, which AdamW would decay
         rules.insert(0, (r"shared/user", FROZEN))
     groups = {"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}

@@ -86,7 +86,7 @@ RULES = {
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS), "prompts.user_dropout": _from(0, most=1),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
-    "shared.text": _word(("none", "words")),
+    "mutual.text_head": _word(("none", "words")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
@@ -99,7 +99,7 @@ _MANY = {
         sasrec.learning_rate sasrec.std lm_alone.ids_times lm_alone.text_epochs ease.l2
         mutual.learning_rate_bridge mutual.temperature mutual.domain_learning_rate mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank
-        lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width shared.text_width
+        lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width mutual.text_width
         domain.batch_size domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours sasrec.epochs
         sasrec.batch_size sasrec.evaluate_every sasrec.length sasrec.n_blocks sasrec.n_heads mutual.kl_users
         mutual.distill_epochs evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",

@@ -12,6 +12,7 @@ from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
+from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.run import build, stages
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
@@ -33,13 +34,22 @@ class Entry(NamedTuple):
 
 
 class Bdlm(NamedTuple):
-    """A trained BDLM: the run that is tested, what was chosen, what is tested (of a refit, another), the domain arm."""
+    """A trained BDLM: the run that is tested, what was chosen, what is tested (of a refit, another), the domain arm.
+
+    texts: what their texts add to the LM's scores of items.
+    """
 
     run: Run
     chosen: Fitted
     best: Fitted
     distilled: Fitted
     refreshed: Fitted
+    texts: TextHead | None
+
+    def reader(self, *, chosen: bool = False, behind: int = 0) -> stages.Reader:
+        """Reads the LM arm for its test, or for the validation that chose it."""
+        run, part = (self.run.first or self.run, "validation") if chosen else (self.run, "test")
+        return stages.bdlm_reader(run, part, behind=behind, texts=self.texts)
 
     @property
     def lm(self) -> Params:
@@ -68,15 +78,17 @@ def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> 
         return stages.train_bdlm(own, decoder(), alone.params["domain"])
 
     chosen = rounds(run, own)
-    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"])
+    texts = stages.weigh_texts(own, chosen.params["lm"])
+    reader = functools.partial(stages.bdlm_reader, texts=texts)
+    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
     best = chosen if own.final is own else rounds(run.final, own.final)
-    refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled)
-    return Bdlm(own.final, chosen, best, distilled, refreshed)
+    refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled, reader=reader)
+    return Bdlm(own.final, chosen, best, distilled, refreshed, texts)
 
 
 def _bdlm(run: Run, decoder, word: str) -> Iterator[Entry]:
     made = train_bdlm(run, decoder, word)
-    yield Entry(f"{word}_lm", lambda: stages.bdlm_reader(made.run, "test").scorer(made.run, made.lm))
+    yield Entry(f"{word}_lm", lambda: made.reader().scorer(made.run, made.lm))
     model = made.run.config.domain.model
     yield Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain))
     if word == "bdlm":
@@ -132,7 +144,7 @@ def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:
 def _cached(run: Run, decoder) -> Iterator[Entry]:
     made = train_bdlm(run, decoder)
     for behind in BEHIND:
-        reader = functools.partial(stages.bdlm_reader, made.run, "test", behind=behind)
+        reader = functools.partial(made.reader, behind=behind)
         yield Entry(f"cached_{behind}", lambda reader=reader: reader().scorer(made.run, made.lm))
 
 
@@ -141,11 +153,11 @@ def _pool(run: Run, decoder) -> Iterator[Entry]:
     made, model = train_bdlm(run, decoder), run.config.domain.model
 
     def at_validation():
-        yield stages.bdlm_reader(run, "validation").scorer(run, made.chosen.params["lm"])
+        yield made.reader(chosen=True).scorer(run, made.chosen.params["lm"])
         yield scorers.domain_scorer(build.make_arm(run, model), made.distilled.params["domain"])
 
     def at_test():
-        yield stages.bdlm_reader(made.run, "test").scorer(made.run, made.lm)
+        yield made.reader().scorer(made.run, made.lm)
         yield _domain_scorer(made.run, model, made.domain)
 
     yield _weighted(run, "pool", at_validation, at_test)

@@ -15,7 +15,7 @@ UNALIGNED = {f"mutual.{arm}.{term}": 0.0 for arm in ("lm", "domain") for term in
 NO_ROUNDS = {"mutual.domain_epochs_a_round": 0}  # the LM's phases, and with them the choice among them, stay
 NO_TEXT = {
     "mutual.lm.text": 0.0, "prompts.kind": "ids", "prompts.titled_share": 0.0, "prompts.card_copies": 0.0,
-    "pretrain.replay_share": 0.0, "shared.text": "none", "shared.text_head": False,
+    "pretrain.replay_share": 0.0, "mutual.text_head": "none",
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ CONTROLS = {
         "is it only the text? the warm start and the items' text, no mutual term for the LM",
         lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | _start(config),
     ),
+    "bdlm_headless": Control("what texts add to the LM's scores: nothing", _fixed({"mutual.text_head": "none"})),
     "bdlm_to_lm": Control("one-way teaching: domain → LM alone", _fixed(DEAF_DOMAIN)),
     # Without the LM's own alignment nothing fits the projection of its states: the score-level term is what teaches.
     "bdlm_to_domain": Control("one-way teaching: LM → domain alone", _fixed(DEAF_LM | UNALIGNED)),

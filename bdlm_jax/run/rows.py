@@ -39,8 +39,7 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
     The prompt shows <user> in place of <uid> unless `prompts.read_named`: a row that was trained on the whole history
     has seen every target, so an LM that trusts it learns to look up and not to foresee (ours).
     """
-    unnamed = not run.config.prompts.read_named
-    histories = [history[: max(1, len(history) - behind)] for history in _histories(run, part)]
+    unnamed, histories = not run.config.prompts.read_named, known_histories(run, part, behind=behind)
     made = {user: [_history_prompt(run, user, h, kind, unnamed=unnamed)] for user, h in enumerate(histories)}
     return _pack_histories(run, made, part)
 
@@ -130,6 +129,11 @@ def prompt_options(run: Run, kind: str, *, unnamed: bool = False) -> prompts.Pro
     """How the run writes histories."""
     c = run.config.prompts
     return prompts.PromptOptions(kind, c.user_token, unnamed, max_items=c.max_items, max_tokens=c.length)
+
+
+def known_histories(run: Run, part: str, *, behind: int = 0) -> list[np.ndarray]:
+    """Every user's items before `part`, without the last ones, but for one at least."""
+    return [history[: max(1, len(history) - behind)] for history in _histories(run, part)]
 
 
 def _histories(run: Run, part: str) -> list[np.ndarray]:

@@ -153,7 +153,8 @@ def _train(run: Run, own: Run, word: str, decoder: Callable[[], Decoder]) -> flo
         return train(own, start).value["lm"]
     alone = stages.train_domain(run, run.config.domain.model).params["domain"]
     chosen = stages.train_bdlm(own, start, alone)
-    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"])
+    reader = functools.partial(stages.bdlm_reader, texts=stages.weigh_texts(own, chosen.params["lm"]))
+    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
     return (chosen.value["lm"] + distilled.value["domain"]) / 2
 
 

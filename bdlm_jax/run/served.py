@@ -6,6 +6,7 @@ import numpy as np
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import lora
+from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
 from bdlm_jax.run.build import Run, make_arm, make_meeting, parts_at_test
 from bdlm_jax.run.prepare import domain_settings
@@ -38,8 +39,8 @@ def domain_fields(run: Run, params: Params) -> dict:
     }
 
 
-def lm_fields(run: Run, params: Params) -> dict:
-    """The decoder with its adapters merged, the rows of the id tokens, and what makes prompts."""
+def lm_fields(run: Run, params: Params, texts: TextHead | None) -> dict:
+    """The decoder with its adapters merged, the rows of the id tokens, what makes prompts, and what texts add."""
     c = run.config
     id_rows = jax.jit(sharing.id_rows, static_argnames=("meeting", "arm"))
     meeting = make_meeting(run, reads=c.mutual.reads)
@@ -51,5 +52,6 @@ def lm_fields(run: Run, params: Params) -> dict:
         "vocabulary": run.texts.vocabulary,
         "titles": run.texts.titles,
         "contexts": run.texts.contexts,
+        "texts": texts,
         "prompts": prompt_options(run, c.prompts.kind, unnamed=not c.prompts.read_named),
     }

@@ -4,25 +4,29 @@ A stage names its arms, its phases and its validation, and hands them to the one
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bdlm_jax.data.candidates import check_unchanged, draw_cases
+from bdlm_jax.data.text_vectors import text_vectors
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
 from bdlm_jax.lm.packing import Packed
+from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.prepare import KNOWN, PARTS, training_setting
+from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
 
+TEXT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # tried, of the text head's terms
 _TEXT_ONLY, _ITEMS_ONLY = LMWeights(item=0.0, text=1.0), LMWeights(item=1.0, text=0.0)
 
 
@@ -33,6 +37,8 @@ class Reader(NamedTuple):
     meeting: Meeting
     users: Packed
     cards: Packed | None = None
+    texts: TextHead | None = None
+    histories: Sequence[np.ndarray] = ()  # of everyone, where texts are read
 
     def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
         sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
@@ -41,12 +47,18 @@ class Reader(NamedTuple):
     def scorer(self, run: Run, params: Params) -> CatalogueScorer:
         """The LM arm as a scorer: one forward pass a user."""
         states = self.read(run, params, self.users)
-        return scorers.state_scorer(states["query_user"], states["key_item"])
+        return scorers.state_scorer(*self._widen(states))
 
     def view(self, run: Run, params: Params) -> Params:
         """What the domain arm learns from."""
         cards = self.read(run, params, self.cards) if self.cards else None
-        return scorers.lm_view(params, self.read(run, params, self.users), cards)
+        states = self.read(run, params, self.users)
+        view = scorers.lm_view(params, states, cards)
+        return view | dict(zip(("state_user", "rows_item"), self._widen(states)))
+
+    def _widen(self, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        pair = states["user"], states["rows_item"]
+        return self.texts.widen(*pair, self.histories) if self.texts else pair
 
 
 def ids_reader(run: Run, part: str) -> Reader:
@@ -55,12 +67,13 @@ def ids_reader(run: Run, part: str) -> Reader:
     return Reader(DOT_ARM, Meeting(run.lm), users)
 
 
-def bdlm_reader(run: Run, part: str, *, behind: int = 0) -> Reader:
+def bdlm_reader(run: Run, part: str, *, behind: int = 0, texts: TextHead | None = None) -> Reader:
     """Reads BDLM's LM, whose id rows are always those of the training interactions; `behind` as in `reading_rows`."""
     c = run.config
     users = rows.reading_rows(run, kind=c.prompts.kind, part=part, behind=behind)
     meeting = build.make_meeting(run, reads=c.mutual.reads)
-    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run))
+    read = rows.known_histories(run, part, behind=behind) if texts else ()
+    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run), texts, read)
 
 
 def pretrain_lm(run: Run) -> Decoder:
@@ -140,8 +153,7 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     for number, phase in enumerate(lm_phases[1:], 1):
         phases.append(Phase("domain", m.domain_epochs_a_round, f"round {number}, domain"))
         phases.append(phase._replace(name=f"round {number}, LM"))
-    params = build.add_content(run, build.init_tables(run, "bdlm", arm, trained=domain_params))
-    tables = build.measure_tables(run, arm, params, reads=m.reads)
+    tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
 
     def validate_arm(name, params):
         return validate(run, scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params))
@@ -157,22 +169,49 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    reads_text = run.content_IC is not None
-    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm, reads_text=reads_text)
+    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
-    if not reads_text and m.domain.align_item and trained_by != "none" and not run.warm_I.all():
+    if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)
     domain_arm = _taught_arm(run, arm, meeting, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
-        parents=(decoder, domain_params, run.content_IC),
+        parents=(decoder, domain_params),
         phases=[phase for phase in phases if phase.units],
         arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
-        params=lambda: build.init_params(run, "bdlm", tables, decoder, text_head=config.shared.text_head),
+        params=lambda: build.init_params(run, "bdlm", tables, decoder),
         validate=validate_arm,
         select=config.select,
         judged=("domain", "lm"),
     )
+
+
+def weigh_texts(run: Run, lm: Params) -> TextHead | None:
+    """Chooses on validation how much the items' texts weigh beside the LM, where `mutual.text_head` reads them.
+
+    One weight after the other, twice; what each pair reached is kept in text_head.json.
+    """
+    c = run.config.mutual
+    if c.text_head == "none":
+        return None
+    content_IC = text_vectors(run.data.item_texts, width=c.text_width)
+    reader = bdlm_reader(run, "validation", texts=TextHead(content_IC))
+    states, reached = reader.read(run, lm, reader.users), {}
+
+    def value(last: float, mean: float) -> float:
+        if (last, mean) not in reached:
+            head = TextHead(content_IC, last, mean)
+            pair = head.widen(states["user"], states["rows_item"], reader.histories)
+            reached[last, mean] = validate(run, scorers.state_scorer(*pair))[run.config.select]
+        return reached[last, mean]
+
+    last = mean = 0.0
+    for _ in range(2):
+        last = max(TEXT_WEIGHTS, key=lambda weight: value(weight, mean))
+        mean = max(TEXT_WEIGHTS, key=lambda weight: value(last, weight))
+    tried = [{"last": a, "mean": b, run.config.select: reached[a, b]} for a, b in sorted(reached)]
+    write_json(run.folder / "text_head.json", {"last": last, "mean": mean, "validation": tried})
+    return TextHead(content_IC, last, mean)
 
 
 def distill_domain(
@@ -274,7 +313,8 @@ def _distill(
 ) -> Fitted:
     taught = _taught_arm(run, arm, reader.meeting, rate=run.config.mutual.distill_learning_rate, part=part)
     taught = taught._replace(view=lambda _: reader.view(run, lm))
-    return _fit_domain(run, stage, arm, taught, phases=phases, parents=(lm, start), params=lambda: start, **choice)
+    parents = lm, start, reader.texts
+    return _fit_domain(run, stage, arm, taught, phases=phases, parents=parents, params=lambda: start, **choice)
 
 
 def _fit_domain(

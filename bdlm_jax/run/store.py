@@ -32,21 +32,21 @@ _LOG = logging.getLogger(__name__)
 # Settings that no training reads, as patterns of whole keys. Data and words are hashed by their content.
 _NEVER = r"""name models tuned_on runtime\..* dry_run\..* distributed\..* tokenizer\..* data\.(?!candidates_seed).*
     evaluate\.(protocols|text_protocols)"""
-_ALONE = r"""domain\..* shared\.(trained_by|text.*) pretrain\.(corpus|epochs|learning_rate)
+_ALONE = r"""domain\..* shared\.trained_by pretrain\.(corpus|epochs|learning_rate)
     prompts\.(kind|titled_share|card_copies|max_title_tokens) """
 _TAUGHT = r"lm_alone\..* pretrain\.(corpus|epochs|learning_rate) domain\.epochs evaluate\.text_history "
 # Those that a stage does not read besides; what is not named here is hashed.
 UNREAD = {
-    "pretrain": r"""shared\.text.* lm_alone\..* mutual\..* domain\..* select evaluate\..* lm\.learning_rate_shared
+    "pretrain": r"""lm_alone\..* mutual\..* domain\..* select evaluate\..* lm\.learning_rate_shared
         shared\.trained_by
         prompts\.(?!(length|user_dropout)$).* pretrain\.replay_share""",
     "text_lm": _ALONE + r"mutual\..* lm_alone\.(?!text_epochs$).* prompts\.read_named",
     "ids_lm": _ALONE + r"mutual\.(?!(lm_epochs.*|rounds)$).* lm_alone\.text_epochs evaluate\.text_history",
-    "bdlm": _TAUGHT + r"mutual\.distill_.* domain\.test_graph",
-    "distill": _TAUGHT + r"domain\.test_graph",
-    "refresh": _TAUGHT + r"evaluate\..*",
+    "bdlm": _TAUGHT + r"mutual\.(distill_|text_).* domain\.test_graph",
+    "distill": _TAUGHT + r"mutual\.text_.* domain\.test_graph",
+    "refresh": _TAUGHT + r"mutual\.text_.* evaluate\..*",
     **dict.fromkeys(MODELS, r"""lm\..* pretrain\..* lm_alone\..* mutual\..* prompts\.(?!max_items$).*
-        shared\.(trained_by|text.*) domain\.test_graph evaluate\.text_history"""),
+        shared\.trained_by domain\.test_graph evaluate\.text_history"""),
 }  # fmt: skip
 
 

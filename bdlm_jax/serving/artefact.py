@@ -54,6 +54,7 @@ class ServedLM:
     titles: list[np.ndarray]  # tokens of every item
     contexts: list[np.ndarray] | None  # tokens of every user
     prompts: Any  # `PromptOptions`
+    texts: Any = None  # `TextHead`, where items' texts weigh in the scores
 
 
 def is_served(workdir: str | os.PathLike) -> bool:
@@ -66,6 +67,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
     """Writes workdir/serving, from which `load_*` give the same records back; whole or not at all."""
     tables = {"user": domain.user_UD, "item": domain.item_ID, "degree": domain.degree_I, "domain": domain.domain}
     tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
+    tokens |= {"content": lm.texts.content_IC} if lm.texts else {}
     manifest = {
         "format": FORMAT,
         "domain": {name: getattr(domain, name) for name in _FACTS},
@@ -73,6 +75,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
             "config": dataclasses.asdict(lm.config),
             "vocabulary": {"n_users": lm.vocabulary.n_users, "n_items": lm.vocabulary.n_items},
             "prompts": dataclasses.asdict(lm.prompts),
+            "texts": {"last": lm.texts.last, "mean": lm.texts.mean} if lm.texts else None,
         },
     }
     with replacing(Path(workdir, "serving")) as folder:
@@ -104,6 +107,7 @@ def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:
 def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
     from bdlm_jax.lm.config import LMConfig
     from bdlm_jax.lm.prompts import PromptOptions
+    from bdlm_jax.lm.text_head import TextHead
     from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer
 
     folder, manifest = _open(workdir)
@@ -117,6 +121,7 @@ def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
         titles=_cut(tree["titles"]),
         contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
         prompts=PromptOptions(**facts["prompts"]),
+        texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
     )
 
 

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from bdlm_jax.runtime.files import replacing, save_safetensors
 from bdlm_jax.serving.artefact import ServedLM, load_catalogue, load_domain_arm, load_lm_arm
 from bdlm_jax.serving.catalogue import Catalogue
@@ -51,8 +53,9 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Writes the LM arm as a Hugging Face directory, whose item logits after a history are our scores; returns it.
 
     `out`, new or empty, holds config.json, generation_config.json, model.safetensors (or shards and their index), the
-    tokenizer with a token for every user and item, ids.json (raw ids and titles; item i is <iid_i>) and README.md with
-    the way to prompt it. It loads with transformers' AutoModelForCausalLM and AutoTokenizer.
+    tokenizer with a token for every user and item, ids.json (raw ids and titles; item i is <iid_i>), README.md with the
+    way to prompt it, and text_head.safetensors where the items' texts weigh in the scores. It loads with transformers'
+    AutoModelForCausalLM and AutoTokenizer.
     """
     from bdlm_jax.lm.hf_folder import write_hf_folder
 
@@ -65,6 +68,9 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike) -> Path:
         write_hf_folder(
             folder, arm.params, arm.config, arm.vocabulary, arm.id_rows_XM, max_tokens=arm.prompts.max_tokens
         )
+        if arm.texts:
+            head = {name: np.asarray(value, np.float32) for name, value in arm.texts._asdict().items()}
+            save_safetensors(folder / "text_head.safetensors", head | {"content": head.pop("content_IC")})
         (folder / "ids.json").write_text(json.dumps(names), encoding="utf-8")
         (folder / "README.md").write_text(_model_card(Path(workdir), arm, catalogue), encoding="utf-8")
     return Path(out)
@@ -106,7 +112,7 @@ What it writes as text is generated, not looked up; the terms of its base model 
 """
 _CARD_CODE = """import json
 
-import torch
+{imports}import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file lies
@@ -118,9 +124,14 @@ prompt = tokenizer.convert_tokens_to_ids({head})
 for i in history:
     prompt += {piece}
 {tail}logits = model(torch.tensor([prompt])).logits[0, -1, {first}:{stop}].detach()
-logits[history] = -float("inf")
+{texts}logits[history] = -float("inf")
 for i in logits.topk({k}).indices.tolist():
     print(ids["item_ids"][i], ids["titles"][i])
+"""
+_CARD_TEXTS = """# What the items' texts add, which no weight of the model holds:
+texts = safetensors.torch.load_file(f"{folder}/text_head.safetensors")
+said = texts["content"][history]
+logits += texts["content"] @ (texts["last"] * said[-1] + texts["mean"] * said.mean(0))
 """
 _CARD_METRICS = ("hr@1", "hr@10", "ndcg@10")
 
@@ -137,6 +148,8 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
         head=[vocabulary.tokenizer.bos_token] + [UNNAMED_USER] * (shows_user == "start"),
         piece=pieces[prompts.kind],
         tail=f"prompt += tokenizer.convert_tokens_to_ids([{UNNAMED_USER!r}])\n" if shows_user == "end" else "",
+        imports="import safetensors.torch\n" if arm.texts else "",
+        texts=_CARD_TEXTS if arm.texts else "",
         first=vocabulary.item_tokens.start,
         stop=vocabulary.item_tokens.start + n_items,
         k=min(10, max(1, n_items - 2)),

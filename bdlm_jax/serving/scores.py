@@ -50,7 +50,8 @@ def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.n
     hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
     state_M = np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, len(prompt) - 1], np.float32)
     first = arm.vocabulary.item_tokens.start - arm.vocabulary.n_text
-    return arm.id_rows_XM[first : first + len(arm.titles)] @ state_M
+    scores_I = arm.id_rows_XM[first : first + len(arm.titles)] @ state_M
+    return scores_I if arm.texts is None else scores_I + arm.texts.content_IC @ arm.texts.read(history)
 
 
 def lm_words(

@@ -31,7 +31,7 @@ def test_state_scores_are_the_logits_computed_the_long_way(params, states):
     h = small_bdlm.hidden_alone(params, small_bdlm.history_prompt(user), ARM, MEETING)[-1]
     _, item_ID = ARM.encode(params["shared"], params["domain"])
     wanted = [h @ (np.asarray(item_ID[i]) @ np.asarray(params["lm"]["bridge"]["into"])) for i in range(N_ITEMS)]
-    scores = scorers.state_scorer(states["query_user"], states["key_item"]).score(np.array([0, user]))
+    scores = scorers.state_scorer(states["user"], states["rows_item"]).score(np.array([0, user]))
     np.testing.assert_allclose(scores[1], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_a_later_validation_compiles_nothing(params, texts, caplog):
         caplog.clear()
         with jax.log_compiles():
             states = scorers.read_states(params, small_bdlm.make_rows(), **SIZES)
-            scorers.state_scorer(states["query_user"], states["key_item"]).score(USERS)
+            scorers.state_scorer(states["user"], states["rows_item"]).score(USERS)
             scorers.domain_scorer(ARM, params).score(USERS)
             scorers.text_scorer(params["lm"], MEETING.lm, *texts).score(USERS, np.tile(np.arange(7), (N_USERS, 1)))
         return [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]

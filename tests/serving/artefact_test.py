@@ -43,7 +43,10 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     split = Split(run.data.split.interactions, np.full_like(run.data.split.part_E, TRAIN))
     past = dataclasses.replace(run, data=run.data._replace(split=split))
     users = rows.reading_rows(past, kind=config.prompts.kind, part="test")
-    reader = stages.bdlm_reader(run, "test")._replace(users=users)
+    texts = stages.weigh_texts(run, params)
+    assert texts.last or texts.mean
+    reader = stages.bdlm_reader(run, "test", texts=texts)
+    reader = reader._replace(users=users, histories=rows.known_histories(past, "test"))
     expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
     for user in (0, 7, run.data.n_users - 1):
