@@ -15,7 +15,7 @@ Chosen on validation alone (10,000 of its cases, NDCG@10/full, seed 7, which the
   the epochs .061, and at twice the rate (4e-3) .063 in 281 s. Here it has thrice those of BDLM, whose rows are more.
 * BDLM's LM, 1,024 drawn, 20 epochs in two rounds: .069, at twice the rate .070; 10 epochs without rounds .068. There,
   with `lm.kl` and `lm.align_user` at .01 .068, at a third more time; with .2 of the cards .068, at an eighth less.
-* Distillation, 10 epochs at the rate 1e-2 .042, at 1e-1 .063.
+* Distillation, 10 epochs at the rate 1e-2 .042, at 1e-1 .063; there .068 after 40, and less after 60.
 * SASRec, 24 epochs: .024, .042, .056, .065, .068, .068 after every fourth. It reads 20 items, for 95 % of histories
   have no more. LightGCN, 100 epochs: .036, and no more after 80.
 
