@@ -15,21 +15,31 @@ def save_compact(
 ) -> None:
     """Writes {model: {protocol: Counts}} and the slices (I,) of items to one npz, in the smallest integers.
 
-    Users, targets and others stand once for a protocol, and again for a model where they differ.
+    Users, targets and others stand once for all, again for a protocol where they differ, and again for a model where
+    they differ from its protocol's. Users stand as differences, which are small and all alike as a rule.
     """
-    arrays, first = {f"slice/{name}": items_I for name, items_I in slices.items()}, {}
+    arrays, common = {f"slice/{name}": items_I for name, items_I in slices.items()}, {}
     for model, protocols in counts.items():
         for protocol, c in protocols.items():
-            before = first.setdefault(protocol, c)
             for field, value_N in c._asdict().items():
-                small_N = value_N.astype(np.min_scalar_type(int(value_N.max(initial=0))))
-                if field not in _SHARED:
-                    arrays[f"{model}/{protocol}/{field}"] = small_N
-                elif before is c:
-                    arrays[f"*/{protocol}/{field}"] = small_N
-                elif not np.array_equal(value_N, getattr(before, field)):
-                    arrays[f"{model}/{protocol}/{field}"] = small_N
+                place = f"{model}/{protocol}"
+                if field in _SHARED:
+                    if protocol_is_new := (protocol, field) not in common:
+                        common[protocol, field] = value_N
+                    if field not in common:
+                        common[field], place = value_N, "*/*"
+                    elif np.array_equal(value_N, common[field if protocol_is_new else (protocol, field)]):
+                        place = None
+                    elif protocol_is_new:
+                        place = f"*/{protocol}"
+                if place:
+                    arrays[f"{place}/{field}"] = _smallest(np.diff(value_N, prepend=0) if field == "user" else value_N)
     save_arrays(path, arrays)
+
+
+def _smallest(value_N: np.ndarray) -> np.ndarray:
+    least, most = int(value_N.min(initial=0)), int(value_N.max(initial=0))
+    return value_N.astype(np.result_type(np.min_scalar_type(least), np.min_scalar_type(most)))
 
 
 def load_compact(path: str | os.PathLike) -> tuple[dict[str, dict[str, Counts]], dict[str, np.ndarray]]:
@@ -37,10 +47,12 @@ def load_compact(path: str | os.PathLike) -> tuple[dict[str, dict[str, Counts]],
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     slices = {name.removeprefix("slice/"): arrays.pop(name) for name in list(arrays) if name.startswith("slice/")}
+    # Metrics subtract counts; unsigned numbers would wrap.
+    arrays = {name: value.astype(np.int64) for name, value in arrays.items()}
+    arrays |= {name: np.cumsum(value) for name, value in arrays.items() if name.endswith("/user")}
     counts: dict[str, dict[str, Counts]] = {}
     for model, protocol in dict.fromkeys(tuple(name.split("/")[:2]) for name in arrays if not name.startswith("*")):
-        own, shared = f"{model}/{protocol}/", f"*/{protocol}/"
-        fields = {field: arrays.get(own + field, arrays.get(shared + field)) for field in Counts._fields}
-        # Metrics subtract counts; unsigned numbers would wrap.
-        counts.setdefault(model, {})[protocol] = Counts(**{f: v.astype(np.int64) for f, v in fields.items()})
+        places = (f"{model}/{protocol}", f"*/{protocol}", "*/*")
+        fields = {f: next(arrays[f"{p}/{f}"] for p in places if f"{p}/{f}" in arrays) for f in Counts._fields}
+        counts.setdefault(model, {})[protocol] = Counts(**fields)
     return counts, slices

@@ -87,11 +87,16 @@ def test_counts_survive_where_models_differ_in_their_cases(tmp_path):
     user, others = np.arange(300), np.full(300, 70_000)
     one = Counts(user, user % 7, np.full(300, 66_000), user * 0, others)
     two = Counts(user[:5], user[:5] % 7, user[:5], user[:5] * 0, others[:5] - 1)
-    save_compact(tmp_path / "c.npz", {"a": {"full": one}, "b": {"full": two}}, {"all": np.ones(7, bool)})
+    few = one._replace(user=user[::-1].copy(), target=one.target.copy(), others=others * 0 + 99)
+    given = {"a": {"full": one, "cand100": few}, "b": {"full": two, "cand100": one}, "c": {"full": few, "cand100": few}}
+    save_compact(tmp_path / "c.npz", given, {"all": np.ones(7, bool)})
     counts, slices = load_compact(tmp_path / "c.npz")
-    for made, kept in ((one, counts["a"]["full"]), (two, counts["b"]["full"])):
-        assert all(np.array_equal(x, y) for x, y in zip(made, kept, strict=True))
+    for model, protocols in given.items():
+        for protocol, made in protocols.items():
+            assert all(np.array_equal(x, y) for x, y in zip(made, counts[model][protocol], strict=True))
     assert slices["all"].all() and counts["a"]["full"].equal.dtype == np.int64  # unsigned differences would wrap
     with np.load(tmp_path / "c.npz") as arrays:
         assert arrays["a/full/equal"].dtype == np.uint8 and arrays["a/full/better"].dtype == np.uint32
-        assert "a/full/user" not in arrays and "b/full/user" in arrays
+        shared = {name for name in arrays if name.startswith("*")}
+        assert shared == {"*/*/user", "*/*/target", "*/*/others", "*/cand100/user", "*/cand100/others"}
+        assert "a/full/user" not in arrays and "b/full/user" in arrays and arrays["*/*/user"].dtype == np.uint8
