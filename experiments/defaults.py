@@ -32,7 +32,7 @@ def product(*sweeps):
 
 def whole_table(config):
     """Returns every word of the judge's table: baselines, BDLM, and those controls that are not BDLM itself here."""
-    models = ("item_pop", "item_knn", "ease", "mf", "lightgcn", "ncf", "sasrec", "text_lm", "ids_lm", "bdlm")
+    models = ("item_pop", "item_knn", "ease", "mf", "lightgcn", "ncf", "sasrec", "itemgcn", "text_lm", "ids_lm", "bdlm")
     settings = {word: control.settings(config) for word, control in CONTROLS.items()}
     others = [word for word, changes in settings.items() if any(_value(config, k) != v for k, v in changes.items())]
     return (*models, *others, "ids_lm_distilled", "cached", "pool", "pool_alone")
@@ -163,6 +163,21 @@ def get_config() -> ml_collections.ConfigDict:
     sasrec.epochs = 40
     sasrec.evaluate_every = 2
     sasrec.softmax_items = 0  # items drawn beside the target for a batch's softmax; 0: the whole catalogue
+
+    c.itemgcn = itemgcn = ml_collections.ConfigDict()
+    itemgcn.length = 50  # items of a window
+    itemgcn.n_layers = 2
+    itemgcn.text_neighbours = 5  # others whose texts are most alike that an item is joined to; 0: texts play no part
+    itemgcn.dropout = 0.4
+    itemgcn.std = 0.02  # as shared.std
+    itemgcn.learning_rate = 4e-3
+    itemgcn.schedule = "cosine"  # as lm.schedule
+    itemgcn.warmup_steps = 100
+    itemgcn.weight_decay = 0.01
+    itemgcn.batch_size = 256  # windows
+    itemgcn.epochs = 20
+    itemgcn.evaluate_every = 2
+    itemgcn.softmax_items = 0  # as sasrec.softmax_items
 
     c.item_knn = ml_collections.ConfigDict({"neighbours": 100, "shrink": 10.0})
     c.ease = ml_collections.ConfigDict({"l2": 250.0})

@@ -39,3 +39,20 @@ def text_vectors(texts: Sequence[str], *, width: int) -> np.ndarray:
     vectors[:, :rank] = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-6)
     vectors[length_I == 0] = 0
     return vectors
+
+
+def nearest(content_IC: np.ndarray, k: int, *, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (left, right) of every item with a text and the k others whose rows have the largest cosine with its own.
+
+    Rows are of length 1, or zero where nothing is said: such an item has no pairs. Only cosines above 0 count.
+    """
+    left, right = [], []
+    for start in range(0, len(content_IC), chunk):
+        cosine_BI = content_IC[start : start + chunk] @ content_IC.T
+        rows = np.arange(len(cosine_BI))
+        cosine_BI[rows, start + rows] = 0.0
+        best_Bk = np.argpartition(-cosine_BI, min(k, cosine_BI.shape[1] - 1), axis=1)[:, :k]
+        row, column = np.nonzero(np.take_along_axis(cosine_BI, best_Bk, axis=1) > 0)
+        left.append(start + row)
+        right.append(best_Bk[row, column])
+    return np.concatenate(left), np.concatenate(right)

@@ -11,7 +11,7 @@ from bdlm_jax.types import Array, Params
 
 
 class Inputs(NamedTuple):
-    """What any domain model may be built from: the tables' sizes, and the interactions it may know, oldest first.
+    """What any domain model may be built from: sizes, the interactions it may know (oldest first), vectors of texts.
 
     The defaults are a served model's, which scores and reads but knows nobody.
     """
@@ -21,6 +21,7 @@ class Inputs(NamedTuple):
     n_items: int = 0
     user_E: Array = np.zeros(0, np.int64)
     item_E: Array = np.zeros(0, np.int64)
+    content_IC: Array | None = None
 
     @property
     def histories(self) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,18 @@ def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> j
     pairs = np.unique(user * n_items + item)
     user, item = pairs // n_items, pairs % n_items + n_users
     n_nodes = n_users + n_items
+    return _normalised(user, item, n_nodes)
+
+
+def make_item_graph(left_E: Array, right_E: Array, *, n_items: int) -> jraph.GraphsTuple:
+    """Builds the normalised graph of items that are joined in pairs: as `make_graph`, its users being none."""
+    left, right = _checked(left_E, "left_E", n_items), _checked(right_E, "right_E", n_items)
+    apart = left != right
+    pairs = np.unique(np.minimum(left, right)[apart] * n_items + np.maximum(left, right)[apart])
+    return _normalised(pairs // n_items, pairs % n_items, n_items)
+
+
+def _normalised(user: np.ndarray, item: np.ndarray, n_nodes: int) -> jraph.GraphsTuple:
     degree = np.bincount(np.concatenate([user, item]), minlength=n_nodes)
     weight = 1.0 / np.sqrt(degree[user] * degree[item])
     alone = np.flatnonzero(degree == 0)
@@ -67,6 +79,8 @@ def make_propagate(
         raise InputError(f"propagation backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
     if int(graph.n_node[0]) != n_users + n_items:
         raise InputError(f"the graph has {int(graph.n_node[0])} nodes, not {n_users} users and {n_items} items.")
+    if not n_users and backend in ("auto", "dense"):  # a graph of items is no matrix of users by items
+        backend = "gather" if jax.default_backend() == "cpu" else "segment"
     if backend == "auto":
         backend = choose_backend(n_users=n_users, n_items=n_items, n_edges=int(graph.n_edge[0]) // 2)
     apply = _MAKE[backend](graph, n_users, n_items)

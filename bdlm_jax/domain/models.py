@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bdlm_jax.domain.arm import DomainArm, Inputs
+from bdlm_jax.domain.itemgcn import itemgcn_arm
 from bdlm_jax.domain.lightgcn import lightgcn_arm
 from bdlm_jax.domain.mf import mf_arm
 from bdlm_jax.domain.ncf import ncf_arm
@@ -17,6 +18,7 @@ MODELS: dict[str, Callable[..., DomainArm]] = {
     "mf": mf_arm,
     "ncf": ncf_arm,
     "sasrec": sasrec_arm,
+    "itemgcn": itemgcn_arm,
 }
 # What a config says for every model, each taking those that its signature names; the rest of a signature are options.
 SETTINGS = ("n_layers", "layer_weights", "backend")

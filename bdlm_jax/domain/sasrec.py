@@ -8,12 +8,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bdlm_jax.domain.arm import DomainArm, Inputs
-from bdlm_jax.types import Array, InputError
+from bdlm_jax.domain.histories import PAD, cut_histories, drop_entries, recent_history
+from bdlm_jax.types import InputError
 
-PAD = -1
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 POSITION = nn.initializers.normal(0.02)
 
@@ -31,7 +30,7 @@ class States(nn.Module):
         sites = iter(range(1 + 2 * self.n_blocks))
 
         def drop(x_BLD):
-            return x_BLD if key_B is None or not self.dropout else _drop(x_BLD, key_B, self.dropout, next(sites))
+            return x_BLD if key_B is None or not self.dropout else drop_entries(x_BLD, key_B, self.dropout, next(sites))
 
         # An item row of LightGCN's scale (0.1) would drown in the positions; √D is the transformer's own remedy.
         item_BLD = item_ID[jnp.maximum(history_BL, 0)] * width**0.5
@@ -85,32 +84,3 @@ def sasrec_arm(
     # One item more than is read, so that the state after a full history, which serves, has learned an item too.
     windows = functools.partial(cut_histories, length=length + 1)
     return DomainArm(init, encode, windows=windows, states_before=states_before, users=users, read=read)
-
-
-def recent_history(indptr: Array, item: Array, *, length: int) -> np.ndarray:
-    """Keeps each user's last `length` items: rows in time order -> (U, length) int32, -1 after the end."""
-    indptr = np.asarray(indptr)
-    return _rows(item, np.maximum(indptr[:-1], indptr[1:] - length), indptr[1:], length)
-
-
-def cut_histories(indptr: Array, item: Array, *, length: int) -> np.ndarray:
-    """Cuts each user's items into windows of `length` from the end, the first one shorter -> (W, length) int32."""
-    indptr = np.asarray(indptr)
-    pieces_U = -(-np.diff(indptr) // length)
-    nth_W = np.arange(pieces_U.sum()) - np.repeat(np.cumsum(pieces_U) - pieces_U, pieces_U)
-    stop_W = np.repeat(indptr[1:], pieces_U) - nth_W * length
-    return _rows(item, np.maximum(np.repeat(indptr[:-1], pieces_U), stop_W - length), stop_W, length)
-
-
-def _drop(x_BLD: Array, key_B: Array, rate: float, site: int) -> Array:
-    """Drops entries by a key a row, so that a batch drops the same on any number of devices."""
-
-    def draw(key):  # 16 bits decide as well as a float's 32, at half the cost
-        return jax.random.bits(jax.random.fold_in(key, site), x_BLD.shape[1:], jnp.uint16)
-
-    return jnp.where(jax.vmap(draw)(key_B) < round(rate * 2**16), 0.0, x_BLD / (1.0 - rate))
-
-
-def _rows(item: Array, start_N: np.ndarray, stop_N: np.ndarray, length: int) -> np.ndarray:
-    item, at_NL = np.append(np.asarray(item, np.int32), PAD), start_N[:, None] + np.arange(length)
-    return item[np.where(at_NL < stop_N[:, None], at_NL, -1)]

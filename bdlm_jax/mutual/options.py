@@ -42,9 +42,12 @@ class Meeting:
     """How the two arms meet: static facts of the model that every step needs.
 
     `reads` is one of `sharing.READS`, `align` one of `losses.ALIGN`, `temperature` the T of the score-level term.
+    Without `shows_users` no prompt has a <uid>, and their rows are left at zero: a model that reads histories would
+    read everybody's for them.
     """
 
     lm: LMConfig
     reads: str = "layer0"
     align: str = "mse"
     temperature: float = 1.0
+    shows_users: bool = True

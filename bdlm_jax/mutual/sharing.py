@@ -50,6 +50,8 @@ def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[
 def id_rows(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, Array]:
     """Returns the rows (X, M) of `<uid>` and `<iid>` that the LM reads, users first, and its output rows (I, M)."""
     tables = read_tables(params["shared"], params["domain"], encode=arm.encode, reads=meeting.reads)
+    if not meeting.shows_users:
+        tables = jnp.zeros_like(tables[0]), tables[1]
     rows_XM = jnp.concatenate([table @ params["lm"]["bridge"]["into"] for table in tables])
     rows_IM = rows_XM[len(tables[0]) :]
     # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.

@@ -3,6 +3,8 @@
 A run is read from its own directory or from the copy of it that `kept_run.keep` makes.
 """
 
+import functools
+import importlib
 import json
 import math
 import os
@@ -13,6 +15,8 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bdlm_jax.domain.closed_form import CLOSED_FORM
+from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
@@ -101,16 +105,25 @@ def portable(config: dict) -> dict:
 def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     """Groups runs that differ in seed and models alone; headings tell apart groups of one name.
 
-    A group leaves out seeds of `config.tuned_on`, if it has others: their test tables were seen before it was judged.
+    A setting that an older run does not have is taken at its default, and the section of a model counts for the runs
+    that have that model. A group leaves out seeds of `config.tuned_on`, if it has others: their test tables were seen
+    before it was judged.
     """
-    groups: dict[str, list[Finished]] = {}
+    groups: list[tuple[dict, list[Finished]]] = []
     for run in runs:
-        groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+        settings = _settings(run)
+        for known, members in groups:
+            if _agree(known, settings):
+                known |= settings
+                members.append(run)
+                break
+        else:
+            groups.append((settings, [run]))
     headed, first = {}, {}
-    for text, members in groups.items():
-        settings, name = json.loads(text), members[0].name
+    for settings, members in groups:
+        name = members[0].name
         before = first.setdefault(name, settings)
-        other = [f"{n} = {settings.get(n)}" for n in sorted(settings | before) if settings.get(n) != before.get(n)]
+        other = [f"{n} = {settings[n]}" for n in sorted(settings) if settings[n] != before.get(n, settings[n])]
         by_seed: dict[int, Finished] = {}
         for run in members:
             by_seed[run.seed] = _join(by_seed[run.seed], run) if run.seed in by_seed else run
@@ -217,10 +230,28 @@ def _join(run: Finished, other: Finished) -> Finished:
     return run._replace(cells=run.cells | other.cells, counts=run.counts | other.counts, facts=facts)
 
 
+@functools.cache
+def default_settings() -> dict:
+    """The settings of experiments/defaults.py, flat, as JSON has them; none where that file is not at hand."""
+    try:
+        config = importlib.import_module("experiments.defaults").get_config()
+    except ModuleNotFoundError:
+        return {}
+    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+
+
 def _settings(run: Finished) -> dict:
-    """The config as flat settings, without what does not change the experiment."""
+    """The config as flat settings, without what does not change the experiment or is of models that it has not."""
+    rows = {key[0].removeprefix("bdlm_on_").removesuffix("_lm").removesuffix("_domain") for key in run.cells}
+    others = tuple(f"{name}." for name in (*MODELS, *CLOSED_FORM) if name not in rows | {run.domain_model})
     flat = flatten_dict({**run.config, "name": run.name}, sep=".").items()
-    return {name: value for name, value in flat if not name.startswith(_ASIDE)}
+    return {name: value for name, value in flat if not name.startswith((*_ASIDE, *others))}
+
+
+def _agree(settings: dict, other: dict) -> bool:
+    usual = {n: v for n, v in default_settings().items() if n.split(".")[0] not in (*MODELS, *CLOSED_FORM)}
+    both = settings | other
+    return all(settings.get(n, usual.get(n, v)) == other.get(n, usual.get(n, v)) for n, v in both.items())
 
 
 def _curves(stage: Path, metric: str) -> dict[str, list[float]]:

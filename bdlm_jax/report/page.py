@@ -3,7 +3,6 @@
 The sections are those of `tables.group_lines`, so that page and Markdown say the same; every word of a run is escaped.
 """
 
-import importlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from bdlm_jax.report.drawings import Bar, Curve
 from bdlm_jax.report.finished_run import (
     Finished,
     chance_of,
+    default_settings,
     distill_epochs,
     is_control,
     mean_and_spread,
@@ -218,11 +218,8 @@ def _settings(runs: Sequence[Finished]) -> tuple[str, list[tuple[str, str, str]]
     flat = flatten_dict(runs[0].config, sep=".")
     if len(runs) > 1:
         flat["seed"] = ", ".join(str(run.seed) for run in runs)
-    try:
-        config = importlib.import_module("experiments.defaults").get_config()
-    except ModuleNotFoundError:
+    if not (usual := default_settings()):
         return "All settings", [(name, _plain(value), "") for name, value in sorted(flat.items())]
-    usual = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
     differ = sorted(name for name, value in flat.items() if name not in usual or usual[name] != value)
     rows = [(name, _plain(flat[name]), _plain(usual.get(name, "none"))) for name in differ]
     return "Settings that differ from experiments/defaults.py", rows

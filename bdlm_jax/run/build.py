@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data.splits import TEST, TRAIN, check_training_edges, merge_validation, seen_mask
+from bdlm_jax.data.text_vectors import text_vectors
 from bdlm_jax.domain import models
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, hf_weights, lora
@@ -55,6 +56,11 @@ class Run:
     def warm_I(self) -> np.ndarray:
         """Items with a training interaction."""
         return self.data.split.degree(TRAIN) > 0
+
+    @functools.cached_property
+    def content_IC(self) -> np.ndarray:
+        """What the items' texts say (`data.text_vectors`)."""
+        return text_vectors(self.data.item_texts, width=self.config.mutual.text_width)
 
     @functools.cached_property
     def arms(self) -> dict[tuple, DomainArm]:
@@ -138,8 +144,9 @@ def start_run(config: ml_collections.ConfigDict, folder: Path, stop=None) -> Run
 
 def make_meeting(run: Run, *, reads: str) -> Meeting:
     """The static facts of how the arms meet."""
-    m = run.config.mutual
-    return Meeting(run.lm, reads=reads, align=m.align, temperature=m.temperature)
+    m, p = run.config.mutual, run.config.prompts
+    shown = p.user_dropout < 1 or p.read_named
+    return Meeting(run.lm, reads=reads, align=m.align, temperature=m.temperature, shows_users=shown)
 
 
 def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation"]) -> DomainArm:
@@ -148,9 +155,14 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation
         data = run.data
         user_E, item_E = data.split.edges(*parts)
         check_training_edges(data.split, user_E, item_E, allowed=[part for part in parts if part != TEST])
-        inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E)
+        inputs = Inputs(run.config.shared.width, data.n_users, data.n_items, user_E, item_E, content(run, model))
         run.arms[model, parts] = models.make_arm(model, inputs, prepare.domain_settings(run.config, model))
     return run.arms[model, parts]
+
+
+def content(run: Run, model: str) -> np.ndarray | None:
+    """Vectors of the items' texts, for a model that joins items by them."""
+    return run.content_IC if prepare.domain_settings(run.config, model).get("text_neighbours") else None
 
 
 def parts_at_test(config: ml_collections.ConfigDict) -> tuple[int, ...]:
@@ -271,7 +283,8 @@ def shared_rate(run: Run, decoder: Decoder, *, read_std: float, reads: str) -> f
     """
     c = run.config.lm
     scale = c.learning_rate_shared / c.learning_rate * read_std / decoder.row_std
-    return scale * (run.config.domain.n_layers + 1) if reads == "propagated" else scale
+    n_layers = prepare.domain_settings(run.config, run.config.domain.model)["n_layers"]
+    return scale * (n_layers + 1) if reads == "propagated" else scale
 
 
 def make_lm_arm(
@@ -294,7 +307,7 @@ def make_lm_arm(
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
     trains = trains or c.trains
     # Where no user is ever shown, only the propagation leads to their table.
-    train_user = meeting.reads == "propagated" or config.prompts.user_dropout < 1
+    train_user = (meeting.reads == "propagated" and not arm.windows) or config.prompts.user_dropout < 1
     rules = lm_rules(trains, train_shared="shared" in rates, train_user=train_user)
     groups = {name: {"learning_rate": rate} for name, rate in rates.items()}
     for name in ("lm", "bridge"):

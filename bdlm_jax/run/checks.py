@@ -80,6 +80,7 @@ RULES = {
     "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
     "sasrec.schedule": _word(SCHEDULES), "sasrec.dropout": _from(0, below=1),
+    "itemgcn.schedule": _word(SCHEDULES), "itemgcn.dropout": _from(0, below=1),
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
@@ -96,12 +97,14 @@ RULES = {
 }  # fmt: skip
 _MANY = {
     _ABOVE_0: """lm.learning_rate lm.lora_alpha pretrain.learning_rate shared.std domain.learning_rate mf.learning_rate
-        sasrec.learning_rate sasrec.std lm_alone.ids_times lm_alone.text_epochs ease.l2
-        mutual.learning_rate_bridge mutual.temperature mutual.domain_learning_rate mutual.distill_learning_rate""",
+        sasrec.learning_rate sasrec.std itemgcn.learning_rate itemgcn.std lm_alone.ids_times
+        lm_alone.text_epochs ease.l2 mutual.learning_rate_bridge mutual.temperature mutual.domain_learning_rate
+        mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width mutual.text_width
         domain.batch_size domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours sasrec.epochs
         sasrec.batch_size sasrec.evaluate_every sasrec.length sasrec.n_blocks sasrec.n_heads mutual.kl_users
+        itemgcn.epochs itemgcn.batch_size itemgcn.evaluate_every itemgcn.length
         mutual.distill_epochs evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
     _from(0): """seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
@@ -110,7 +113,8 @@ _MANY = {
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items lm.softmax_items item_knn.shrink
+        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items itemgcn.n_layers itemgcn.text_neighbours
+        itemgcn.warmup_steps itemgcn.weight_decay itemgcn.softmax_items lm.softmax_items item_knn.shrink
         runtime.checkpoint_seconds""",
 }
 RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
@@ -246,6 +250,7 @@ def _check_devices(config, *, n_devices: int) -> None:
         ("lm", "batch_rows"),
         ("domain", "batch_size"),
         ("sasrec", "batch_size"),
+        ("itemgcn", "batch_size"),
         ("mutual", "kl_users"),
     ):
         if (size := config[section][name]) % n_devices:

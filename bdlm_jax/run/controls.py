@@ -44,6 +44,11 @@ def _rounds(number: int, config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _on(model: str, config: ConfigDict) -> dict[str, Any]:
+    rates = {f"mutual.{phase}_learning_rate": config[model].learning_rate for phase in ("domain", "distill")}
+    return {"domain.model": model} | rates
+
+
 def _fixed(settings: dict[str, Any]) -> Callable[[ConfigDict], dict[str, Any]]:
     return lambda config: settings
 
@@ -79,11 +84,10 @@ CONTROLS = {
     "bdlm_on_mf": Control("the domain model is MF", _fixed({"domain.model": "mf"})),
     "bdlm_on_lightgcn": Control("the domain model is LightGCN", _fixed({"domain.model": "lightgcn"})),
     "bdlm_on_sasrec": Control(
-        "the domain model is SASRec, at the learning rate that it has alone",
-        lambda config: {
-            "domain.model": "sasrec",
-            **{f"mutual.{phase}_learning_rate": config.sasrec.learning_rate for phase in ("domain", "distill")},
-        },
+        "the domain model is SASRec, at the learning rate that it has alone", lambda config: _on("sasrec", config)
+    ),
+    "bdlm_on_itemgcn": Control(
+        "the domain model is ItemGCN, at the learning rate that it has alone", lambda config: _on("itemgcn", config)
     ),
 }
 ANSWERS = {word: control.asks for word, control in CONTROLS.items()} | {

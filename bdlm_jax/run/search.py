@@ -55,6 +55,14 @@ SPACES: dict[str, dict[str, Range]] = {
     "mf": _TABLES | {"mf.learning_rate": Range(1e-3, 0.1, log=True), "mf.regularisation": Range(1e-6, 1e-2, log=True)},
     "lightgcn": _DOMAIN | {"domain.n_layers": Range(1, 4)},
     "ncf": _DOMAIN,
+    "itemgcn": {
+        "itemgcn.learning_rate": Range(3e-4, 1e-2, log=True),
+        "itemgcn.weight_decay": Range(1e-3, 0.3, log=True),
+        "itemgcn.dropout": Range(0.0, 0.6),
+        "itemgcn.std": Range(0.005, 0.1, log=True),
+        "itemgcn.n_layers": Range(0, 3),
+        "itemgcn.text_neighbours": Range(0, 20),
+    },
     "sasrec": {
         "sasrec.learning_rate": Range(3e-4, 1e-2, log=True),
         "sasrec.weight_decay": Range(1e-3, 0.3, log=True),

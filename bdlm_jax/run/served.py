@@ -1,5 +1,7 @@
 """What a finished run hands to serving: the fields of its records, as plain arrays and facts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -43,7 +45,7 @@ def lm_fields(run: Run, params: Params, texts: TextHead | None) -> dict:
     """The decoder with its adapters merged, the rows of the id tokens, what makes prompts, and what texts add."""
     c = run.config
     id_rows = jax.jit(sharing.id_rows, static_argnames=("meeting", "arm"))
-    meeting = make_meeting(run, reads=c.mutual.reads)
+    meeting = dataclasses.replace(make_meeting(run, reads=c.mutual.reads), shows_users=True)
     rows_XM, _ = id_rows(params, meeting=meeting, arm=make_arm(run, c.domain.model))
     return {
         "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdlm_jax.data.candidates import check_unchanged, draw_cases
-from bdlm_jax.data.text_vectors import text_vectors
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
@@ -140,6 +139,7 @@ def train_domain(run: Run, model: str) -> Fitted:
         build.make_domain_arm(run, model, arm, None, weights, rate=c("learning_rate"), epochs=c("epochs")),
         phases=_domain_phases(c("epochs"), "epochs alone", every=c("evaluate_every")),
         params=lambda: build.init_tables(run, model, arm, std=c("std")),
+        parents=build.content(run, model),
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def weigh_texts(run: Run, lm: Params) -> TextHead | None:
     c = run.config.mutual
     if c.text_head == "none":
         return None
-    content_IC = text_vectors(run.data.item_texts, width=c.text_width)
+    content_IC = run.content_IC
     reader = bdlm_reader(run, "validation", texts=TextHead(content_IC))
     states, reached = reader.read(run, lm, reader.users), {}
 

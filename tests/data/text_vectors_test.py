@@ -1,6 +1,6 @@
 import numpy as np
 
-from bdlm_jax.data.text_vectors import text_vectors
+from bdlm_jax.data.text_vectors import nearest, text_vectors
 
 TEXTS = ["Rose soap, red", "rose soap blue", "Lavender oil", "lavender oil large", "the only word", "rose oil", ""]
 
@@ -31,3 +31,14 @@ def test_with_all_axes_the_cosines_are_those_of_the_weighted_words():
 
 def test_a_catalogue_without_common_words_has_no_vectors():
     assert not text_vectors(["x", "y", "z"], width=4).any()
+
+
+def test_each_text_has_its_nearest_others_whatever_the_chunk():
+    rows_IC = text_vectors(TEXTS, width=16)
+    cosine = rows_IC @ rows_IC.T - 2 * np.eye(len(TEXTS), dtype=np.float32)
+    for k, chunk in ((1, 1024), (2, 3), (50, 1)):
+        left, right = nearest(rows_IC, k, chunk=chunk)
+        for item in range(len(TEXTS)):
+            best = np.argsort(-cosine[item])[:k]
+            assert set(right[left == item]) == set(best[cosine[item, best] > 0])
+    assert not {4, 6} & {*left, *right}  # of the text with no common word, and of none, nothing is said

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bdlm_jax.domain.arm import Inputs
+from bdlm_jax.domain.histories import cut_histories, drop_entries, recent_history
 from bdlm_jax.domain.models import MODELS, check_options, make_arm
-from bdlm_jax.domain.sasrec import States, _drop, cut_histories, recent_history
+from bdlm_jax.domain.sasrec import States
 from bdlm_jax.types import InputError
 
 N_USERS, N_ITEMS, WIDTH, LENGTH = 6, 7, 4, 5
@@ -17,6 +18,7 @@ INPUTS = Inputs(WIDTH, N_USERS, N_ITEMS, USER_E, ITEM_E)
 SETTINGS = {"n_layers": 2, "layer_weights": "uniform", "backend": "dense"}
 OPTIONS = {
     "ncf": {"hidden": (6, 3)},
+    "itemgcn": {"length": LENGTH, "dropout": 0.5, "chunk": 4},
     "sasrec": {"length": LENGTH, "n_blocks": 1, "n_heads": 2, "dropout": 0.5, "chunk": 4},
 }
 
@@ -55,7 +57,7 @@ def test_every_arm_keeps_the_contract(shared, name):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("svd", {}, "'svd' is unknown: choose one of lightgcn, mf, ncf, sasrec"),
+        ("svd", {}, "'svd' is unknown: choose one of lightgcn, mf, ncf, sasrec, itemgcn"),
         ("ncf", {"hiden": (8,)}, "did you mean hidden"),
         ("mf", {"depth": 2}, "no option of the domain model mf; it has none"),
         ("ncf", {"hidden": ()}, "hidden"),
@@ -172,5 +174,5 @@ def test_sasrec_learns_at_every_place_that_it_is_read_at(sasrec, shared):
 
 
 def test_sasrec_drops_its_share_and_keeps_the_mean():
-    kept = np.asarray(_drop(jnp.ones((40, 50, 20)), jax.random.split(jax.random.key(0), 40), 0.3, 1))
+    kept = np.asarray(drop_entries(jnp.ones((40, 50, 20)), jax.random.split(jax.random.key(0), 40), 0.3, 1))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.7)} and kept.mean() == pytest.approx(1.0, abs=0.02)

@@ -117,6 +117,17 @@ def test_id_rows_are_both_tables_through_the_bridge_users_first(scales):
     np.testing.assert_allclose(rows_IM, rows_XM[N_USERS:] * (M**-0.5 if scales else 1.0), rtol=1e-6)
 
 
+def test_users_whom_no_prompt_shows_are_not_computed():
+    meeting = small_bdlm.make_meeting(reads="propagated")
+    params = small_bdlm.make_params(ARM, meeting)
+    shown, rows_IM = sharing.id_rows(params, meeting=meeting, arm=ARM)
+    hidden = dataclasses.replace(meeting, shows_users=False)
+    rows_XM, same_IM = sharing.id_rows(params, meeting=hidden, arm=ARM)
+    assert np.any(shown[:N_USERS]) and not np.any(rows_XM[:N_USERS])
+    np.testing.assert_array_equal(rows_XM[N_USERS:], shown[N_USERS:])
+    np.testing.assert_array_equal(same_IM, rows_IM)
+
+
 def test_write_back_replaces_the_cold_rows_only():
     shared = {"user": jnp.ones((2, 1)), "item": jnp.array([[1.0], [2.0], [3.0]])}
     made = sharing.write_back(shared, jnp.array([[7.0], [8.0], [9.0]]), jnp.array([False, True, False]))

@@ -1,5 +1,7 @@
 """What pages claim, and what they must not."""
 
+import uuid
+
 import numpy as np
 import pytest
 from made_run import MODELS, make_run
@@ -11,6 +13,7 @@ from bdlm_jax.report.finished_run import group_runs, read_run, sorted_models
 from bdlm_jax.report.tables import control_word, group_lines
 from bdlm_jax.run.controls import ANSWERS
 from bdlm_jax.types import InputError
+from experiments import defaults
 
 HIGHER = ("bdlm_lm", "lightgcn", "hr@1/cand100")
 
@@ -123,6 +126,25 @@ def test_runs_of_one_seed_join_their_models_and_the_same_run_twice_is_refused(tm
         assert report.main(["--collect", *map(str, pair), "--out", str(tmp_path / "page.md")]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_what_a_run_does_not_have_keeps_no_other_from_joining_it(tmp_path):
+    def group(*changes):
+        made = [make_run(tmp_path / str(uuid.uuid4()), models=models, **settings) for models, settings in changes]
+        return group_runs(map(read_run, made))
+
+    sasrec, ease = {"sasrec": (20, 0)}, {"ease": (25, 0)}
+    assert len(group((sasrec, {"sasrec.length": 7}), (ease, {"sasrec.length": 8}))) == 1
+    assert len(group((sasrec, {"sasrec.length": 7}), (ease, {}), (sasrec, {"sasrec.length": 8, "seed": 1}))) == 2
+    assert len(group((ease, {"sasrec.length": 7, "domain.model": "sasrec"}), ({"bdlm_on_sasrec_lm": (9, 0)}, {}))) == 2
+
+
+def test_a_setting_that_an_older_run_does_not_know_is_at_its_default(tmp_path):
+    older = read_run(make_run(tmp_path / "0"))
+    older = older._replace(config={name: value for name, value in older.config.items() if name != "lm_alone"})
+    newer = [read_run(make_run(tmp_path / f"{n}", seed=n, **{"lm_alone.ids_times": 1.0 + n})) for n in (1, 2)]
+    assert defaults.get_config().lm_alone.ids_times == 2.0
+    assert [[run.seed for run in group] for group in group_runs([older, *newer]).values()] == [[0, 1], [2]]
 
 
 def test_rows_of_fewer_seeds_say_so(tmp_path):

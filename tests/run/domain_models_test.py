@@ -12,7 +12,7 @@ from bdlm_jax.serving.answers import ARMS, recommend
 from bdlm_jax.train import train_and_evaluate
 from experiments import tiny
 
-OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1, "length": 8}}
+OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1, "length": 8}, "itemgcn": {"length": 8}}
 
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lightgcn"}))
@@ -22,7 +22,8 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     config.data.options.update({"n_users": 60, "history": 8})
     config.pretrain.epochs, config.prompts.card_copies = 0.0, 2.0
     config.domain.epochs, config.domain.options = 2, OPTIONS.get(model, {})
-    config.sasrec.update({"epochs": 2, "batch_size": 32})
+    for section in (config.sasrec, config.itemgcn):
+        section.update({"epochs": 2, "batch_size": 32})
     config.mutual.update({"domain_epochs_a_round": 1, "distill_epochs": 2})
     config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
     results = train_and_evaluate(config, str(tmp_path))
