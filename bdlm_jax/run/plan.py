@@ -324,7 +324,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
         given.n_users, given.n_items = data.n_users, data.n_items
     split = SimpleNamespace(
         degree=lambda *parts: np.ones(given.n_items, np.int64),
-        histories=lambda *parts: (np.zeros(given.n_users + 1, np.int64), np.zeros(0, np.int32)),
+        edges=lambda *parts: (np.arange(given.n_users), np.arange(given.n_users) % given.n_items),
     )
     data = SimpleNamespace(n_users=given.n_users, n_items=given.n_items, split=split)
     n_text = -(-lm_shape(config).vocab_size // 8) * 8
