@@ -33,21 +33,22 @@ def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> j
     user, item = _checked(user_E, "user_E", n_users), _checked(item_E, "item_E", n_items)
     if user.shape != item.shape:
         raise InputError(f"user_E has {user.size} rows and item_E {item.size}: give one item to each user.")
-    pairs = np.unique(user * n_items + item)
-    user, item = pairs // n_items, pairs % n_items + n_users
     n_nodes = n_users + n_items
-    degree = np.bincount(np.concatenate([user, item]), minlength=n_nodes)
-    weight = 1.0 / np.sqrt(degree[user] * degree[item])
+    item = item + n_users
+    degree = np.bincount(user, minlength=n_nodes) + np.bincount(item, minlength=n_nodes)
     alone = np.flatnonzero(degree == 0)
-    senders = np.concatenate([item, user, alone])
-    receivers = np.concatenate([user, item, alone])
-    weights = np.concatenate([weight, weight, np.ones(alone.size)])
-    order = np.lexsort((senders, receivers))
+    # Sorted as whole numbers, receiver before sender: many times faster than by two columns, for millions of edges.
+    edge = np.concatenate([user * n_nodes + item, item * n_nodes + user, alone * n_nodes + alone])
+    edge.sort()
+    edge = edge[np.diff(edge, prepend=-1) > 0]
+    receivers, senders = np.divmod(edge, n_nodes)
+    degree = np.bincount(receivers, minlength=n_nodes)
+    weights = 1.0 / np.sqrt(degree[receivers] * degree[senders])
     return jraph.GraphsTuple(
         nodes=None,
-        edges=weights[order].astype(np.float32),
-        senders=senders[order].astype(np.int32),
-        receivers=receivers[order].astype(np.int32),
+        edges=weights.astype(np.float32),
+        senders=senders.astype(np.int32),
+        receivers=receivers.astype(np.int32),
         globals=None,
         n_node=np.array([n_nodes], np.int32),
         n_edge=np.array([senders.size], np.int32),
