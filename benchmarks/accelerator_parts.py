@@ -4,7 +4,6 @@ A part is `part(rows, given)`; it adds a row for every figure as it comes, and l
 """
 
 import contextlib
-import functools
 import statistics
 import tempfile
 import time
@@ -115,44 +114,63 @@ def agreement(rows, given) -> None:
 
 
 def lm_step(rows, given) -> None:
-    """The decoder's step at equal work beside torch's, eager and compiled: tokens/s, FLOPs and MFU."""
+    """The decoder's step at equal work beside torch's, eager and compiled: tokens/s, FLOPs and MFU; ours first."""
     import lm_step as beside
 
-    torch_device = cuda_of_torch()
     peak, said = peak_flops()
     rows.add("MFU is", said)
-    on_gpu = jax.default_backend() == "gpu"
-    for size, n_rows in {"tiny": 2}.items() if given.tiny else {"135m": 16, "0.5b": 16, "1b": 8}.items():
-        if rows.left < 40 and not given.tiny:
-            rows.add(f"{size}", "not begun: no time was left")
-            continue
-        length = 32 if given.tiny else 1024
-        config = LMConfig(
-            beside.VOCABULARIES.get(size, 256), dtype="float32" if given.tiny else "bfloat16",
-            attention="cudnn" if on_gpu else "einsum", **beside.SIZES[size],
-        )  # fmt: skip
-        tokens_SBL = np.random.default_rng(0).integers(0, config.vocab_size, (4, n_rows, length), dtype=np.int32)
-        flops = beside.count_flops(config, batch_size=n_rows, length=length)
-        sides = {"ours": functools.partial(beside.make_equal_ours, config, tokens_SBL)}
-        if torch_device or given.tiny:
-            theirs = functools.partial(beside.make_equal_theirs, config, tokens_SBL, device=torch_device or "cpu")
-            sides["torch, SDPA"] = functools.partial(theirs, compile_it=False)
-            if not given.tiny:  # its compiler takes longer than the whole tiny run
-                sides["torch.compile, SDPA"] = functools.partial(theirs, compile_it=True)
-        else:
-            rows.add(f"{size}, torch", "torch sees no such device here")
-        for word, make in sides.items():
-            label = f"{size}, {n_rows} x {length} tokens, {config.dtype}, {word}"
-            try:
-                step, n_tokens, _ = make()
-                seconds = statistics.median(times(step, 3 if given.tiny else 8))
-            except Exception as error:  # one side's failure leaves the others their rows
-                rows.add(label, f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    sizes = {"tiny": 2} if given.tiny else {"135m": 16, "0.5b": 16, "1b": 8}  # rows of a batch
+    length, n_steps = (32, 1) if given.tiny else (1024, 8)
+    where, sides = cuda_of_torch() or ("cpu" if given.tiny else ""), {"ours": None}
+    if where:  # torch's compiler takes longer than the whole tiny run
+        sides |= {"torch, SDPA": False} | ({} if given.tiny else {"torch.compile, SDPA": True})
+    else:
+        rows.add("torch", "sees no such device here")
+    for word, compile_it in sides.items():
+        for size, n_rows in sizes.items():
+            label = f"{size}, {n_rows} x {length} tokens, {word}"
+            if rows.left < 30 and not given.tiny:
+                rows.add(label, "not begun: no time was left")
                 continue
-            finally:
-                step = None  # its arrays go before the next side's come
-            rows.add(label, n_tokens / seconds, "tokens/s")
+
+            def measure(kind, size=size, n_rows=n_rows, compile_it=compile_it):
+                config = LMConfig(
+                    beside.VOCABULARIES.get(size, 256), dtype="float32" if given.tiny else "bfloat16", attention=kind,
+                    **beside.SIZES[size],
+                )  # fmt: skip
+                tokens_SBL = np.random.default_rng(0).integers(0, config.vocab_size, (4, n_rows, length), np.int32)
+                if compile_it is None:
+                    step, n_tokens, _ = beside.make_equal_ours(config, tokens_SBL)
+                else:
+                    step, n_tokens, _ = beside.make_equal_theirs(
+                        config, tokens_SBL, device=where, compile_it=compile_it
+                    )
+                flops = beside.count_flops(config, batch_size=n_rows, length=length)
+                return n_tokens, flops, statistics.median(times(step, n_steps))
+
+            kind, found = first_that_runs(measure, attentions() if compile_it is None else ["einsum"])
+            if kind is None:
+                rows.add(label, found)
+                continue
+            n_tokens, flops, seconds = found
+            rows.add(f"{label}{f', attention {kind}' if compile_it is None else ''}", n_tokens / seconds, "tokens/s")
             rows.add("  MFU", flops / seconds / peak, "", MFU_WANTED.get(size, "") if word == "ours" else "")
+
+
+def attentions() -> list[str]:
+    """The ways to compute attention, the fastest on this device first."""
+    return ["cudnn", "xla", "einsum"] if jax.default_backend() == "gpu" else ["einsum"]
+
+
+def first_that_runs(function, choices):
+    """(choice, result) of the first choice that does not fail; (None, what was said) where all do."""
+    said = ""
+    for choice in choices:
+        try:
+            return choice, function(choice)
+        except Exception as error:  # what one library cannot do is a result, and leaves the others their rows
+            said = f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return None, said
 
 
 def llm(rows, given) -> None:
@@ -178,8 +196,6 @@ def llm(rows, given) -> None:
         changes = changes | {"parallel": "jit", "dry_run.devices": 1}
         if name is None:
             changes |= {"dry_run.n_users": 40, "dry_run.n_items": 30}
-        elif jax.default_backend() == "gpu":
-            changes["lm.attention"] = "cudnn"
         config.update_from_flattened_dict(changes)
         made = plan.make_plan(config)
         foretold = sum(plan.bytes_per_device(made).values())
@@ -187,13 +203,17 @@ def llm(rows, given) -> None:
         if limit and foretold > limit:
             rows.add(word, f"does not fit: {foretold / 1e9:.0f} GB of {limit / 1e9:.0f} GB, says the dry run")
             continue
-        try:
-            seconds = statistics.median(planned_steps(made, n_steps))
-        except Exception as error:
-            rows.add(word, f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+
+        def measure(kind, config=config, n_steps=n_steps):
+            config.lm.attention = kind
+            return statistics.median(planned_steps(plan.make_plan(config), n_steps))
+
+        kind, seconds = first_that_runs(measure, attentions())
+        if kind is None:
+            rows.add(word, seconds)
             continue
         n_tokens = made.batch["tokens"].size
-        rows.add(f"{word}: {made.batch['tokens'].shape[0]} rows, a step", seconds, "s")
+        rows.add(f"{word}: {made.batch['tokens'].shape[0]} rows, attention {kind}, a step", seconds, "s")
         rows.add("  tokens/s", n_tokens / seconds)
         wanted = {"7B, LoRA": "≥ 55 %"}.get(word, "")
         rows.add("  MFU", plan.flops_per_step(made)["model"] / seconds / peak, wanted=wanted)

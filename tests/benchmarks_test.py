@@ -33,7 +33,7 @@ def test_every_part_of_the_accelerator_benchmark_runs_and_is_written_down(tmp_pa
     values = {row["what"].strip(): row["value"] for rows in found["parts"].values() for row in rows}
     assert values["its sums are right"] is True and values["LightGCN: the furthest that a target moved"] == 0
     assert values["epochs"] == 4 and 0 < values["MFU"] < 1
-    assert re.search(r"tiny, LoRA: \d+ rows, a step", page) and "from the start to the report" in page
+    assert re.search(r"tiny, LoRA: \d+ rows, attention einsum, a step", page) and "from the start to the report" in page
 
 
 def test_a_part_without_time_is_told_and_not_begun(tmp_path):
