@@ -13,7 +13,7 @@ from bdlm_jax.types import Array, InputError
 
 POPULARITY_TOTAL = 2**30
 ORDER_ROUNDS = 8
-MARKED = 2**16  # seen items that `mark_seen` looks at together
+MARKED = 2**16  # seen items that `mark_seen` looks at together, at most
 
 
 @flax.struct.dataclass
@@ -67,7 +67,8 @@ def mark_seen(seen: Seen, user_N: Array, pick_C: Array | None = None) -> Array:
     """
     start_N, count_N = seen.indptr[user_N], seen.indptr[user_N + 1] - seen.indptr[user_N]
     n_rows, width = len(user_N), seen.n_items if pick_C is None else len(pick_C)
-    part = min(MARKED, max(len(seen.item), 1))
+    usual = 2 * n_rows * len(seen.item) // (len(seen.indptr) - 1)  # twice the mean: mostly one part is enough
+    part = min(MARKED, max(usual, 1))
     end_N = jnp.cumsum(count_N)
     # An item that was not picked is placed behind the last column, where nothing is written.
     place_I = None if pick_C is None else jnp.full(seen.n_items, width).at[pick_C].set(jnp.arange(width))
