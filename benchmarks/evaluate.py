@@ -3,7 +3,9 @@
     python benchmarks/evaluate.py --data ml-1m=movielens=DIR --data gowalla=adjacency=DIR [--peer-users 2000]
 
 Both rank every test case of the same histories from the same random tables of LightGCN: the time does not depend on
-what a table holds. Ours includes the propagation, the peer is given its result. Linux only (peak memory from /proc).
+what a table holds. Where that would be more than 10^10 scores it is a fixed draw of the cases, as in a run, unless
+`--cases 0` asks for all. Ours includes the propagation, the peer is given its result. Linux only (peak memory from
+/proc).
 """
 
 import argparse
@@ -17,14 +19,16 @@ import jax
 import numpy as np
 
 from bdlm_jax.data import splits
+from bdlm_jax.data.candidates import draw_cases
 from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.readers import load_source
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.models import make_arm
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.evaluation.evaluate import evaluate_full
+from bdlm_jax.evaluation.evaluate import chunk_users, evaluate_full
 from bdlm_jax.mutual.sharing import init_shared
+from bdlm_jax.run.prepare import MOST_SCORES
 
 WIDTH = 64
 
@@ -44,12 +48,17 @@ def rank_user_by_user(user_UD, item_ID, user_N, target_N, seen) -> np.ndarray:
     return rank_N
 
 
-def measure(name: str, kind: str, path: str, *, repeats: int, peer_users: int, chunk: int) -> list[str]:
+def measure(name: str, kind: str, path: str, *, repeats: int, peer_users: int, chunk: int, cases: int) -> list[str]:
     """Times both on one data set and returns the table's rows."""
     data = load_source(kind, path)
     split = splits.leave_one_out(data) if isinstance(data, Interactions) else data
     n_users, n_items = split.interactions.n_users, split.interactions.n_items
     (user_N, target_N), seen = split.cases(TEST), split.histories(TRAIN, VALIDATION)
+    whole, chunk = len(user_N), chunk_users(chunk, n_items)
+    most = max(1, MOST_SCORES // n_items) if cases < 0 else cases or whole
+    if whole > most:
+        drawn = draw_cases(whole, most, seed=0, part=TEST)
+        user_N, target_N = user_N[drawn], target_N[drawn]
     arm = make_arm("lightgcn", Inputs(WIDTH, n_users, n_items, *split.edges(TRAIN)), {})
     params = {"shared": init_shared(jax.random.key(0), n_users=n_users, n_items=n_items, width=WIDTH), "domain": {}}
 
@@ -81,6 +90,7 @@ def measure(name: str, kind: str, path: str, *, repeats: int, peer_users: int, c
     moved = np.abs(rank_N - counts.better[some] - counts.equal[some])
     assert np.mean(moved > 2) < 1e-3, "the two do not rank alike"
     label = f"{name} ({len(users):,} users, {len(user_N):,} cases × {n_items:,} items)"
+    label += f", drawn of {whole:,} cases" if len(user_N) < whole else ""
     ratio = statistics.median(times[1]) / statistics.median(times[0])
     return [
         f"| {label} | seconds | {_spread(times[0])} | {_spread(times[1])} | {ratio:.1f} |",
@@ -95,8 +105,9 @@ def main():
     parser.add_argument("--peer-users", type=int, default=0, help="time the peer on so many and scale; 0: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=512, help="users that ours scores at once")
+    parser.add_argument("--cases", type=int, default=-1, help="so many at most; 0: all; -1: up to 10^10 scores")
     arguments = parser.parse_args()
-    options = {"repeats": arguments.repeats, "peer_users": arguments.peer_users, "chunk": arguments.chunk}
+    options = {name: getattr(arguments, name) for name in ("repeats", "peer_users", "chunk", "cases")}
     rows = [row for entry in arguments.data for row in measure(*entry.split("=", 2), **options)]
     scaled = f"timed on {arguments.peer_users:,} users and scaled" if arguments.peer_users else "over all users"
     print(

@@ -213,6 +213,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.protocols = ("cand20", "cand100", "full")
     evaluate.text_protocols = ("cand20", "cand100")  # of text_lm, whose cost grows with the candidates
+    evaluate.cases = -1  # of a part that are judged, a fixed draw; 0: all; -1: all up to 10^10 scores of a model
     evaluate.validation_users = 10_000  # cases of validation's full ranking at most, a fixed draw; 0: all
     evaluate.chunk = 512
     evaluate.text_history = 8  # titles that text_lm reads
@@ -232,6 +233,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.runtime = runtime = ml_collections.ConfigDict()
     runtime.checkpoint_seconds = 30.0
     runtime.tensorboard = True
+    runtime.kept_data = (
+        ""  # a folder where what was read is kept, found again by the files' hash; empty: read each time
+    )
     runtime.store = ""  # a folder of stages that several runs share (run/store.py); empty: each run has its own
     c.lock()
     for free in (data.options, data.candidates, domain.options):  # whose keys an experiment chooses

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
-from bdlm_jax.domain import lightgcn
+from bdlm_jax.domain import lightgcn, negatives
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import causal_lm, packing, prompts
@@ -81,8 +81,8 @@ def whole_batch():
 
 
 def lm_constants():
-    seen_UI = jnp.zeros((N_USERS, N_ITEMS), bool).at[make_edges()].set(True)
-    return {"warm_I": jnp.arange(N_ITEMS) != COLD, "seen_UI": seen_UI}
+    known = negatives.make_seen(*make_edges(), N_USERS, N_ITEMS)
+    return {"warm_I": jnp.arange(N_ITEMS) != COLD, "known": known}
 
 
 def domain_constants():

@@ -32,12 +32,20 @@ class Candidates:
 
 
 def make_candidates(
-    split: Split, part: int, *, n_negatives: int, seed: int, name: str, pool: np.ndarray | None = None
+    split: Split,
+    part: int,
+    *,
+    n_negatives: int,
+    seed: int,
+    name: str,
+    pool: np.ndarray | None = None,
+    case_M: np.ndarray | None = None,
 ) -> Candidates:
     """Draws, for every case of `part`, negatives uniformly without replacement among the items unseen by its user.
 
     An item is seen if the user has it in any part, so that neither the target nor another positive is a negative.
-    `pool` holds the items to draw from (None: all); targets need not be in it. Each (seed, part, name) has a stream of
+    `pool` holds the items to draw from (None: all); targets need not be in it. `case_M` numbers the cases to draw for
+    (None: all). Each (seed, part, name) has a stream of
     its own: what is chosen on validation meets other negatives at test. Raw PCG64 bits make the draw the same on every
     platform. Source: ours (Floyd's subset sampling, Bentley & Floyd 1987, over all cases at once).
     """
@@ -48,6 +56,8 @@ def make_candidates(
     if not len(pool_P) or pool_P[0] < 0 or pool_P[-1] >= n_items:
         raise InputError(f"the pool of candidates {name} must hold item indices between 0 and {n_items - 1}.")
     user_N, target_N = split.cases(part)
+    if case_M is not None:
+        user_N, target_N = user_N[case_M], target_N[case_M]
     indptr, seen = _seen_in_pool(split, pool_P)
     n_unseen_N = len(pool_P) - np.diff(indptr)[user_N]
     rank_NC = _draw_subsets(np.random.PCG64(stream_seed(seed, part, name)), n_unseen_N, n_negatives)
@@ -66,18 +76,16 @@ def make_candidates(
     return candidates
 
 
-def make_pool_candidates(
-    split: Split, part: int, *, pool: np.ndarray, n_negatives: int, seed: int, name: str
-) -> Candidates:
+def make_pool_candidates(split: Split, part: int, *, pool: np.ndarray, **options) -> Candidates:
     """As `make_candidates`, for the cases alone whose targets are in `pool` themselves."""
-    drawn = make_candidates(split, part, n_negatives=n_negatives, seed=seed, name=name, pool=pool)
+    drawn = make_candidates(split, part, pool=pool, **options)
     inside_N = np.isin(drawn.items_NC[:, 0], pool)
-    return freeze_candidates(name, drawn.user_N[inside_N], drawn.items_NC[inside_N])
+    return freeze_candidates(drawn.name, drawn.user_N[inside_N], drawn.items_NC[inside_N])
 
 
-def draw_cases(n_cases: int, most: int, *, seed: int) -> np.ndarray:
-    """Indices, in order, of `most` of `n_cases` cases (or of all) of validation, drawn alike on every platform."""
-    raw_N = np.random.PCG64(stream_seed(seed, VALIDATION, "full")).random_raw(n_cases)
+def draw_cases(n_cases: int, most: int, *, seed: int, part: int = VALIDATION) -> np.ndarray:
+    """Indices, in order, of `most` of the `n_cases` cases of a part (or of all), drawn alike on every platform."""
+    raw_N = np.random.PCG64(stream_seed(seed, part, "full")).random_raw(n_cases)
     return np.sort(np.argsort(raw_N, kind="stable")[:most])
 
 

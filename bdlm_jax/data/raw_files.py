@@ -16,16 +16,18 @@ import warnings
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from bdlm_jax.runtime.log import progress
 from bdlm_jax.types import InputError
 
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 _ZIP_MEMBER_LIMIT = 4 << 30
+_ROWS = 1_000_000  # of a table that are parsed together
 _SEPARATORS = ("::", "\t", ",", ";", "|")
 _LONG = "\x1f"  # stands for a separator of several characters, which pandas' fast parser does not know
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
@@ -87,6 +89,27 @@ def clean_text(text: str) -> str:
     return " ".join(html.unescape(text).split())
 
 
+class Column:
+    """A column that comes in parts: numbers, or ids, each of which is kept once."""
+
+    def __init__(self, is_id: bool):
+        self.is_id, self._parts, self._code = is_id, [], {}
+
+    def add(self, values: np.ndarray, ids: Iterable | None = None) -> None:
+        """Adds values; of ids, each row's number among those of `ids` (-1: none)."""
+        if self.is_id:
+            code = self._code
+            numbers = np.array([*(code.setdefault(value, len(code)) for value in ids), -1], np.int32)
+            values = numbers[values]
+        self._parts.append(values)
+
+    def joined(self) -> np.ndarray | pd.Categorical:
+        """The whole column; its parts are gone then."""
+        parts, self._parts = self._parts, []
+        values = np.concatenate(parts)
+        return pd.Categorical.from_codes(values, list(self._code)) if self.is_id else values
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A delimited text, utf-8 by now, whose rows have `width` fields each; blank lines count for nothing.
@@ -105,16 +128,19 @@ class Table:
     def columns(self, wanted: Mapping[str, int]) -> dict:
         """{role: column at this position}: "user" and "item" as categories, others as numbers if all of them are."""
         ids = {wanted[role]: str for role in ("user", "item")}  # as "category", pandas would read "007" as 7
-        frame = self._read(usecols=sorted(set(wanted.values())), dtype=ids)
+        gathered = {position: Column(position in ids) for position in set(wanted.values())}
+        bar = progress(description=f"reading {self.label}", total=max(self.text.count(b"\n"), 1))
+        for frame in self._parts(usecols=sorted(gathered), dtype=ids):
+            for position, column in gathered.items():
+                column.add(*(pd.factorize(frame[position]) if column.is_id else (frame[position].to_numpy(),)))
+            bar.update(len(frame))
+        bar.close()
         columns = {}
         for role, position in wanted.items():
-            column = frame[position]
-            if position in ids:
-                columns[role] = pd.Categorical.from_codes(*pd.factorize(column))
-            elif column.dtype.kind in "iuf":
-                columns[role] = column.to_numpy()
-            else:  # as it is written, for whoever refuses it
-                columns[role] = self._read(usecols=[position], dtype=str)[position].to_numpy()
+            column = gathered[position].joined()
+            if position not in ids and column.dtype.kind not in "iuf":  # as it is written, for whoever refuses it
+                column = self._read(usecols=[position], dtype=str)[position].to_numpy()
+            columns[role] = column
         return columns
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -150,13 +176,17 @@ class Table:
         return csv.QUOTE_MINIMAL if self.separator in ",; " else csv.QUOTE_NONE
 
     def _read(self, **options) -> pd.DataFrame:
+        return pd.concat(self._parts(**options))
+
+    def _parts(self, **options) -> Iterator[pd.DataFrame]:
+        """Frames of `_ROWS` rows at most, so that text becomes numbers a part at a time; one at least."""
         options |= {"sep": self.separator, "quoting": self._quoting, "header": 0 if self.header else None}
         options |= {"names": range(self.width), "index_col": False}
         try:
             with warnings.catch_warnings():  # a column of numbers and words is refused later, with its line
                 warnings.simplefilter("ignore", pd.errors.DtypeWarning)
                 # "NA" is an id, a title or a mistake, as everything else
-                return pd.read_csv(io.BytesIO(self.text), na_filter=False, **options)
+                yield from pd.read_csv(io.BytesIO(self.text), na_filter=False, chunksize=_ROWS, **options)
         except (ValueError, OverflowError) as error:
             raise InputError(f"{self.label} cannot be read as a table ({error}); correct it.") from error
 
@@ -183,13 +213,15 @@ def open_table(
     encodings: Sequence[str] = ("utf-8-sig",),
 ) -> Table:
     """Reads a delimited text, in the first of `encodings` that fits; None means what the first line shows most."""
-    text = _decode(file.read(), file.label, encodings)
+    text = file.read()
+    if not (text.isascii() and encodings[0].startswith("utf-8")):  # a large table is not copied without need
+        text = _decode(text, file.label, encodings).encode()
     if separator is None:
-        first_line = text[:65536].split("\n", 1)[0]
+        first_line = text[:65536].split(b"\n", 1)[0].decode(errors="replace")
         separator = max(_SEPARATORS, key=first_line.count) if any(map(first_line.count, _SEPARATORS)) else ","
     if len(separator) > 1:
-        text, separator = text.replace(separator, _LONG), _LONG
-    table = Table(file.label, text.encode(), separator, header, names=[], width=0, lines=None)
+        text, separator = text.replace(separator.encode(), _LONG.encode()), _LONG
+    table = Table(file.label, text, separator, header, names=[], width=0, lines=None)
     _, first = next(table._lines(), (0, []))
     if not first:
         raise InputError(f"{file.label}, line 1: the table is empty; check the file.")

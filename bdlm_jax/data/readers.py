@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bdlm_jax.data.interactions import Interactions, make_interactions
+from bdlm_jax.data.parquet import ParquetTable, open_parquet
 from bdlm_jax.data.raw_files import File, Table, clean_text, id_lists, json_lines, list_files, open_atomic, open_table
 from bdlm_jax.data.splits import Split, from_parts
 from bdlm_jax.types import InputError
@@ -85,7 +86,8 @@ def read_table(
     """Reads a delimited table of interactions, .gz or not, and optionally tables that describe items and users.
 
     Args:
-        path: the table, or a folder with interactions.csv/.tsv and optionally items.* and users.* (each may be .gz).
+        path: the table, or a folder with interactions.csv/.tsv and optionally items.* and users.* (each may be .gz, or
+            .parquet: a file or a folder of parts, with the extra `parquet`).
         columns: {"user", "item", and of "time" or "order", "rating": the column's name, or its position from 0};
             None: known names are recognised (user_id, item_id, timestamp, order, rating, …).
         items, users: tables; a relative path may also stand beside `path`.
@@ -95,18 +97,23 @@ def read_table(
     path = Path(path)
     if path.is_dir():
         found = {Path(n).stem: file.path for n, file in list_files(path).items() if n.endswith((".csv", ".tsv"))}
+        found = {entry.stem: entry for entry in path.glob("*.parquet")} | found
         if "interactions" not in found:
-            raise InputError(f"{path} has no interactions.csv or interactions.tsv; name the table itself.")
+            raise InputError(f"{path} has no interactions.csv, .tsv or .parquet; name the table itself.")
         path, items, users = found["interactions"], items or found.get("items"), users or found.get("users")
     return make_interactions(
-        **_columns(open_table(File(path), separator=sep, header=header, encodings=(encoding,)), columns),
+        **_columns(_open(path, separator=sep, header=header, encodings=(encoding,)), columns),
         item_fields=_read_fields(items, path, item_columns, encoding, _ITEM_COLUMNS),
         user_fields=_read_fields(users, path, user_columns, encoding, _USER_COLUMNS),
         **rest,
     )
 
 
-def _columns(table: Table, columns: Mapping[str, str | int] | None) -> dict:
+def _open(path: Path, **options) -> Table | ParquetTable:
+    return open_parquet(path) if path.suffix == ".parquet" else open_table(File(path), **options)
+
+
+def _columns(table: Table | ParquetTable, columns: Mapping[str, str | int] | None) -> dict:
     """What `make_interactions` takes of a table, found as `columns` says or by the columns' own names."""
     names, known = table.names, ", ".join(table.names)
     if columns is None:
@@ -140,7 +147,7 @@ def _read_fields(path, beside: Path, columns, encoding: str, known) -> dict[str,
     if path is None:
         return {}
     path = path if Path(path).exists() or not (beside.parent / path).exists() else beside.parent / path
-    table = open_table(File(Path(path)), encodings=(encoding,))
+    table = _open(Path(path), encodings=(encoding,))
     names = table.names
     if columns is None:
         columns = _recognised(names, known)
@@ -154,7 +161,7 @@ def _read_fields(path, beside: Path, columns, encoding: str, known) -> dict[str,
     return _fields(table, positions.pop("id"), positions)
 
 
-def _fields(table: Table, key: int, positions: dict[str, int]) -> dict[str, dict[str, str]]:
+def _fields(table: Table | ParquetTable, key: int, positions: dict[str, int]) -> dict[str, dict[str, str]]:
     return {row[key]: {field: clean_text(row[at]) for field, at in positions.items()} for row in table.rows()}
 
 

@@ -31,6 +31,7 @@ class Split:
         part_E = part_E.astype(np.int8)
         part_E.setflags(write=False)
         object.__setattr__(self, "part_E", part_E)
+        object.__setattr__(self, "_pairs", {})
 
     def edges(self, *parts: int) -> tuple[np.ndarray, np.ndarray]:
         """(user, item) int32 rows of these parts, sorted by (user, time)."""
@@ -50,9 +51,15 @@ class Split:
 
     def pairs(self, *parts: int) -> np.ndarray:
         """The different `user * n_items + item` (int64) of these parts, sorted."""
-        user, item = self.edges(*parts)
-        pair = np.sort(user.astype(np.int64) * self.interactions.n_items + item)
-        return pair[np.diff(pair, prepend=-1) > 0]  # np.unique hashes first, which is ten times slower here
+        parts = tuple(sorted(set(parts)))
+        if parts not in self._pairs:  # every guard asks for some
+            user, item = self.edges(*parts)
+            pair = user.astype(np.int64) * self.interactions.n_items + item
+            pair.sort()
+            pair = pair[np.diff(pair, prepend=-1) > 0]  # np.unique hashes first, which is ten times slower here
+            pair.setflags(write=False)
+            self._pairs[parts] = pair
+        return self._pairs[parts]
 
     def degree(self, *parts: int) -> np.ndarray:
         """(I,) int64 number of interactions of each item in these parts."""

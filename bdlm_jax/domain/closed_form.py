@@ -17,7 +17,8 @@ BLOCK_ENTRIES = 2**26  # similarities that ItemKNN holds before it keeps the nea
 
 def interaction_matrix(user_E: np.ndarray, item_E: np.ndarray, *, n_users: int, n_items: int) -> csr_matrix:
     """Returns the (U, I) float32 matrix of who had what; a repeated pair counts once."""
-    pairs = np.unique(np.asarray(user_E, np.int64) * n_items + np.asarray(item_E, np.int64))
+    pairs = np.sort(np.asarray(user_E, np.int64) * n_items + np.asarray(item_E, np.int64))
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # as in `Split.pairs`
     ones = np.ones(len(pairs), np.float32)
     return csr_matrix((ones, (pairs // n_items, pairs % n_items)), shape=(n_users, n_items))
 

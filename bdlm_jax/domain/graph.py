@@ -33,33 +33,32 @@ def make_graph(user_E: Array, item_E: Array, *, n_users: int, n_items: int) -> j
     user, item = _checked(user_E, "user_E", n_users), _checked(item_E, "item_E", n_items)
     if user.shape != item.shape:
         raise InputError(f"user_E has {user.size} rows and item_E {item.size}: give one item to each user.")
-    pairs = np.unique(user * n_items + item)
-    user, item = pairs // n_items, pairs % n_items + n_users
     n_nodes = n_users + n_items
-    return _normalised(user, item, n_nodes)
+    return _normalised(user, item + n_users, n_nodes)
 
 
 def make_item_graph(left_E: Array, right_E: Array, *, n_items: int) -> jraph.GraphsTuple:
     """Builds the normalised graph of items that are joined in pairs: as `make_graph`, its users being none."""
     left, right = _checked(left_E, "left_E", n_items), _checked(right_E, "right_E", n_items)
     apart = left != right
-    pairs = np.unique(np.minimum(left, right)[apart] * n_items + np.maximum(left, right)[apart])
-    return _normalised(pairs // n_items, pairs % n_items, n_items)
+    return _normalised(left[apart], right[apart], n_items)
 
 
-def _normalised(user: np.ndarray, item: np.ndarray, n_nodes: int) -> jraph.GraphsTuple:
-    degree = np.bincount(np.concatenate([user, item]), minlength=n_nodes)
-    weight = 1.0 / np.sqrt(degree[user] * degree[item])
+def _normalised(left: np.ndarray, right: np.ndarray, n_nodes: int) -> jraph.GraphsTuple:
+    degree = np.bincount(left, minlength=n_nodes) + np.bincount(right, minlength=n_nodes)
     alone = np.flatnonzero(degree == 0)
-    senders = np.concatenate([item, user, alone])
-    receivers = np.concatenate([user, item, alone])
-    weights = np.concatenate([weight, weight, np.ones(alone.size)])
-    order = np.lexsort((senders, receivers))
+    # Sorted as whole numbers, receiver before sender: many times faster than by two columns, for millions of edges.
+    edge = np.concatenate([left * n_nodes + right, right * n_nodes + left, alone * n_nodes + alone])
+    edge.sort()
+    edge = edge[np.diff(edge, prepend=-1) > 0]
+    receivers, senders = np.divmod(edge, n_nodes)
+    degree = np.bincount(receivers, minlength=n_nodes)
+    weights = 1.0 / np.sqrt(degree[receivers] * degree[senders])
     return jraph.GraphsTuple(
         nodes=None,
-        edges=weights[order].astype(np.float32),
-        senders=senders[order].astype(np.int32),
-        receivers=receivers[order].astype(np.int32),
+        edges=weights.astype(np.float32),
+        senders=senders.astype(np.int32),
+        receivers=receivers.astype(np.int32),
         globals=None,
         n_node=np.array([n_nodes], np.int32),
         n_edge=np.array([senders.size], np.int32),

@@ -1,4 +1,4 @@
-"""Negatives drawn on the device, exactly and without rejection, never an item that the user has seen.
+"""What each user has seen, as sorted rows on the device; negatives drawn past it, exactly and without rejection.
 
 In a user's sorted row of seen items a_0 < a_1 < …, a_j - j unseen items stand below a_j. That count never falls, so the
 r-th unseen item is found by a binary search of fixed depth: item r + #{j: a_j - j ≤ r}.
@@ -13,6 +13,7 @@ from bdlm_jax.types import Array, InputError
 
 POPULARITY_TOTAL = 2**30
 ORDER_ROUNDS = 8
+MARKED = 2**16  # seen items that `mark_seen` looks at together, at most
 
 
 @flax.struct.dataclass
@@ -34,15 +35,19 @@ class Popularity:
     unseen_U: Array
 
 
-def make_seen(user: Array, item: Array, n_users: int, n_items: int) -> Seen:
-    """Sorts the items that each user has seen into rows on the device; pairs may repeat and come in any order."""
+def make_seen(user: Array, item: Array, n_users: int, n_items: int, *, negatives: bool = True) -> Seen:
+    """Sorts the items that each user has seen into rows on the device; pairs may repeat and come in any order.
+
+    Where `negatives` shall be drawn, a user who has seen everything is refused.
+    """
     user, item = np.asarray(user, np.int64), np.asarray(item, np.int64)
     for name, index, size in (("user", user, n_users), ("item", item, n_items)):
         if index.size and (index.min() < 0 or index.max() >= size):
             raise InputError(f"{name} indices reach from {index.min()} to {index.max()}, outside 0…{size - 1}.")
-    pairs = np.unique(user * n_items + item)
+    pairs = np.sort(user * n_items + item)
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique hashes first, which is ten times slower here
     count_U = np.bincount(pairs // n_items, minlength=n_users)
-    if n_users and count_U.max() >= n_items:
+    if negatives and n_users and count_U.max() >= n_items:
         raise InputError(
             f"user {int(count_U.argmax())} has seen all {n_items} items, so no negative exists: leave that user out."
         )
@@ -52,6 +57,33 @@ def make_seen(user: Array, item: Array, n_users: int, n_items: int) -> Seen:
         n_items=n_items,
         depth=int(count_U.max(initial=0)).bit_length(),
     )
+
+
+def mark_seen(seen: Seen, user_N: Array, pick_C: Array | None = None) -> Array:
+    """Marks what each of some users has seen: (N, I) bool, or (N, C) of the different items `pick_C`.
+
+    The rows are gone through in parts of `MARKED` items, as many as there are: no array of users × items is kept, and a
+    long row among short ones costs its own length alone (ours).
+    """
+    start_N, count_N = seen.indptr[user_N], seen.indptr[user_N + 1] - seen.indptr[user_N]
+    n_rows, width = len(user_N), seen.n_items if pick_C is None else len(pick_C)
+    usual = 2 * n_rows * len(seen.item) // (len(seen.indptr) - 1)  # twice the mean: mostly one part is enough
+    part = min(MARKED, max(usual, 1))
+    end_N = jnp.cumsum(count_N)
+    # An item that was not picked is placed behind the last column, where nothing is written.
+    place_I = None if pick_C is None else jnp.full(seen.n_items, width).at[pick_C].set(jnp.arange(width))
+
+    def mark(carry):
+        first, seen_NC = carry
+        entry_P = first + jnp.arange(part)
+        row_P = jnp.searchsorted(end_N, entry_P, side="right")
+        at_P = jnp.minimum(row_P, n_rows - 1)
+        item_P = seen.item.at[entry_P - (end_N - count_N - start_N)[at_P]].get(mode="fill", fill_value=seen.n_items)
+        column_P = item_P if place_I is None else place_I.at[item_P].get(mode="fill", fill_value=width)
+        return first + part, seen_NC.at[row_P, column_P].set(True, mode="drop")
+
+    empty_NC = jnp.zeros((n_rows, width), bool)
+    return jax.lax.while_loop(lambda carry: carry[0] < end_N[-1], mark, (jnp.int32(0), empty_NC))[1]
 
 
 def make_popularity(seen: Seen, degree_I: Array, *, alpha: float = 0.75) -> Popularity:

@@ -19,6 +19,8 @@ from bdlm_jax.evaluation.metrics import METRICS, case_metric, count_better, coun
 from bdlm_jax.runtime.files import replacing
 from bdlm_jax.types import Array, LeakError
 
+MOST_AT_ONCE = 2**26  # scores that lie in memory together: a chunk has fewer users where the catalogue is large
+
 
 class Counts(NamedTuple):
     """Per case (N,): the user, the target item, candidates above it, level with it, and all others there were."""
@@ -89,6 +91,11 @@ def evaluate_full(
             raise LeakError(f"item {target_N[case]} is to be found for user {user_N[case]}, {known}.")
         counted_3N[:, case_BT] = np.stack(count_catalogue(scores_BI, closed_BI, item_BT))
     return Counts(user_N, target_N, *counted_3N)
+
+
+def chunk_users(most: int, n_items: int) -> int:
+    """How many users are scored at once: `most`, or fewer so that their scores stay below `MOST_AT_ONCE`."""
+    return min(most, max(1, MOST_AT_ONCE // n_items))
 
 
 def result_rows(model: str, counts: Mapping[str, Counts], slices: Mapping[str, np.ndarray]) -> list[dict]:

@@ -61,12 +61,10 @@ def domain_losses(params, batch, view, constants, *, arm, meeting, weights: Doma
     if weights.align_user:
         terms["align_user"] = align(user_ND, view["z_user"][n], jnp.ones(n.shape), table=user_UD)
     if weights.kl:
-        seen_NC, rows_CM, item_CD = constants["seen_UI"][n], view["rows_item"], item_ID
-        if "kl_item" in batch:
-            pick_C = batch["kl_item"]
-            seen_NC, rows_CM, item_CD = constants["seen_UI"][n[:, None], pick_C], rows_CM[pick_C], item_CD[pick_C]
-        # The compiler would gather again for each of its many uses: on a CPU a whole step takes twice as long.
-        allowed_NC = jax.lax.optimization_barrier(~seen_NC)
+        pick_C, rows_CM, item_CD = batch.get("kl_item"), view["rows_item"], item_ID
+        if pick_C is not None:
+            rows_CM, item_CD = rows_CM[pick_C], item_CD[pick_C]
+        allowed_NC = ~negatives.mark_seen(constants["known"], n, pick_C)
         teacher_NC = jnp.where(allowed_NC, inner_products(view["state_user"][n], rows_CM), NEVER)
         student_NC = jnp.where(allowed_NC, arm.score(domain, user_ND, item_CD), NEVER)
         terms["kl"] = kl_loss(student_NC, teacher_NC, jnp.ones(n.shape), temperature=meeting.temperature)
@@ -97,7 +95,7 @@ def make_domain_epoch(domain_step, *, batch_size: int, kl_users: int = 0, kl_ite
     for a batch's softmax, 0 takes all.
 
     Every device draws the same whole batch and keeps the rows of its own `slots`, so that jit, pmap and mesh see the
-    same numbers. `constants` comes from `make_epoch_constants`, with seen_UI (U, I) where the score-level term is on:
+    same numbers. `constants` comes from `make_epoch_constants`, with known, a `Seen`, where the score-level term is on:
     it compares kl_users users a step on kl_items items, none of them twice; 0 takes the whole catalogue.
     """
 

@@ -81,7 +81,7 @@ def lm_losses(
             z_ND = sharing.bridge_out(lm["bridge"], state_NM)
             terms["align_user"] = align(z_ND, e_ND, known_N, table=view["user"])
         if weights.kl:
-            allowed_NI = constants["warm_I"] & ~constants["seen_UI"][user_N]
+            allowed_NI = constants["warm_I"] & ~negatives.mark_seen(constants["known"], user_N)
             teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
             student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
@@ -94,8 +94,8 @@ def make_lm_step(
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
     `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
-    change: warm_I, seen_UI where the score-level term is on, and warm_item_W where `softmax_items` of them are drawn
-    anew for each step's softmax (0: it runs over all). With the optimiser's `rules` the gradient is taken of what
+    change: warm_I, known (a `Seen`) where the score-level term is on, and warm_item_W where `softmax_items` of them are
+    drawn anew for each step's softmax (0: it runs over all). With the optimiser's `rules` the gradient is taken of what
     trains alone. A batch goes through the decoder in `accumulate` parts, one after the other, for the memory of one:
     the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
     """

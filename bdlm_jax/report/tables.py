@@ -101,12 +101,19 @@ def _header(runs: Sequence[Finished]) -> list[str]:
     revisions = sorted({run.environment.get("git", "unknown") for run in runs})
     return [
         f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
-        f"interactions ({parts}); split {config['data']['split']}.",
+        f"interactions ({parts}); split {config['data']['split']}." + _judged(data),
         f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation."
         + _seen(runs),
         f"* Hashes (data; candidates of test): {'; '.join(_hashes(run.data) for run in runs)}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
     ]
+
+
+def _judged(data: Mapping) -> str:
+    """Says where a drawn part of the cases stands for all."""
+    drawn, parts = data.get("judged", {}), data["parts"]
+    said = ", ".join(f"{n:,} of {parts[part]:,} of {part}" for part, n in drawn.items())
+    return f" Judged on a fixed draw of the cases: {said}." if said else ""
 
 
 def _seen(runs: Sequence[Finished]) -> str:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from bdlm_jax.data.splits import TEST, TRAIN, check_training_edges, merge_validation, seen_mask
+from bdlm_jax.data.splits import TEST, TRAIN, check_training_edges, merge_validation
 from bdlm_jax.data.text_vectors import text_vectors
-from bdlm_jax.domain import models
+from bdlm_jax.domain import models, negatives
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.lm import causal_lm, hf_weights, lora
 from bdlm_jax.lm.config import LMConfig
@@ -320,7 +320,7 @@ def make_lm_arm(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
         rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
     )  # fmt: skip
-    constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"seen_UI": _seen(run, (TRAIN,))} if weights.kl else {})
+    constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"known": _known(run, (TRAIN,))} if weights.kl else {})
     if c.softmax_items:
         constants["warm_item_W"] = jnp.asarray(np.flatnonzero(run.warm_I))
 
@@ -367,7 +367,7 @@ def make_domain_arm(
         constants["window_WL"] = jnp.asarray(arm.windows(*data.split.histories(TRAIN)))
     guards.check_epoch(data.split, constants)
     if weights.kl:
-        constants["seen_UI"] = _seen(run, KNOWN[part])
+        constants["known"] = _known(run, KNOWN[part])
     n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
     n_rows = len(constants.get("window_WL", user_E))
     batch_size = min(c("batch_size"), -(-n_rows // n) * n)
@@ -408,6 +408,6 @@ def _decoder_shardings(run: Run):
     return found and found["lm"]
 
 
-def _seen(run: Run, parts) -> jax.Array:
-    everyone = np.arange(run.data.n_users)
-    return jnp.asarray(seen_mask(run.data.split.histories(*parts), everyone, run.data.n_items))
+def _known(run: Run, parts) -> negatives.Seen:
+    sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items}
+    return negatives.make_seen(*run.data.split.edges(*parts), **sizes, negatives=False)

@@ -93,6 +93,7 @@ RULES = {
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
     "mutual.align": _word(ALIGN), "evaluate.protocols": _words(1),
     "evaluate.text_protocols": _words(0),
+    "evaluate.cases": _from(-1),
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
 _MANY = {

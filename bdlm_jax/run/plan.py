@@ -116,14 +116,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     config = ml_collections.ConfigDict(config.to_dict())
     config.parallel, config.mesh = "jit", sizes  # the arm is only asked for its optimiser here
     run = _pretended_run(config)
-    arm = _lm_arm(run)
-
-    def make_state():
-        tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
-        params = build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
-        return TrainState(params, arm.optimizer.init(params), jnp.int32(0), run.key)
-
-    state = jax.eval_shape(make_state)
+    arm = make_arm(run)
+    state = jax.eval_shape(lambda: make_state(run, arm))
     named = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(sharding.state_layout(state, sizes)))
     leaves = [Leaf(leaf_name(path), leaf.dtype, layout) for (path, leaf), layout in named]
     kept = [leaf for leaf in leaves if leaf.name.startswith("opt_state/")]
@@ -134,7 +128,22 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     ]
     constants = state.params["shared"], jax.eval_shape(lambda: arm.constants)
     config.parallel = "mesh"
-    return Plan(run, sizes, DEVICES[given.device], state, _abstract_batch(config), constants, leaves, kept)
+    return Plan(run, sizes, DEVICES[given.device], state, abstract_batch(config), constants, leaves, kept)
+
+
+def make_arm(run: Run) -> Arm:
+    """The LM arm of a plan's run, without rows."""
+    weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
+    shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
+    rates = build.lm_rates(lambda step: rate, shared=shared)
+    return build.make_lm_arm(run, None, build.make_meeting(run, reads="layer0"), weights, rates)
+
+
+def make_state(run: Run, arm: Arm) -> TrainState:
+    """Draws the state in which a plan's step starts: for its shapes, or to run it (`benchmarks/accelerator.py`)."""
+    tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
+    params = build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
+    return TrainState(params, arm.optimizer.init(params), jnp.int32(0), run.key)
 
 
 def compile_plan(plan: Plan) -> dict[str, float]:
@@ -145,7 +154,7 @@ def compile_plan(plan: Plan) -> dict[str, float]:
     n = math.prod(plan.sizes.values())
     if parallel.device_count() != n:
         raise InputError(f"the dry run needs {n} pretended devices, but there are {parallel.device_count()}.")
-    arm, began = _lm_arm(plan.run), time.monotonic()
+    arm, began = make_arm(plan.run), time.monotonic()
     compiled = arm.compiled.lower(plan.state, plan.batch, *plan.constants).compile()
     memory = compiled.memory_analysis()
     return {
@@ -308,13 +317,6 @@ def _size(shapes: str) -> int:
     )
 
 
-def _lm_arm(run: Run) -> Arm:
-    weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
-    shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
-    rates = build.lm_rates(lambda step: rate, shared=shared)
-    return build.make_lm_arm(run, None, build.make_meeting(run, reads="layer0"), weights, rates)
-
-
 def _pretended_run(config: ml_collections.ConfigDict) -> Run:
     """A run that has counts in place of data and of a tokenizer."""
     given = config.dry_run
@@ -324,7 +326,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
         given.n_users, given.n_items = data.n_users, data.n_items
     split = SimpleNamespace(
         degree=lambda *parts: np.ones(given.n_items, np.int64),
-        histories=lambda *parts: (np.zeros(given.n_users + 1, np.int64), np.zeros(0, np.int32)),
+        edges=lambda *parts: (np.arange(given.n_users), np.arange(given.n_users) % given.n_items),
     )
     data = SimpleNamespace(n_users=given.n_users, n_items=given.n_items, split=split)
     n_text = -(-lm_shape(config).vocab_size // 8) * 8
@@ -332,7 +334,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
     return Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
 
 
-def _abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The shapes of `Packed.batch` for rows that are as full as they can be."""
     rows, length = config.lm.batch_rows, config.prompts.length
     title = config.prompts.max_title_tokens + 4

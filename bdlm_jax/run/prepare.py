@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import logging
 import lzma
 import zlib
 from pathlib import Path
@@ -13,8 +14,9 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data import candidates as candidate_files
-from bdlm_jax.data import interactions, readers, splits, twins
+from bdlm_jax.data import interactions, prepared, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
+from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.models import SETTINGS, takes
@@ -24,8 +26,11 @@ from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.types import InputError
 
+_LOG = logging.getLogger(__name__)
+
 PARTS = {"validation": VALIDATION, "test": TEST}
 UNTRAINED = ("item_pop", *CLOSED_FORM)
+MOST_SCORES = 10**10  # of a part that one model gives for its full ranking, unless `evaluate.cases` says otherwise
 KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be known when a part is predicted
 
 
@@ -75,7 +80,12 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         world = twins.make_world(seed=config.seed, **c.options.to_dict())
         split = world.split
     else:
-        table = readers.load_source(c.kind, c.path, **c.options.to_dict())
+        _LOG.info("reading %s", c.path)
+        kept = config.runtime.kept_data
+        load = functools.partial(prepared.load_prepared, kept) if kept else readers.load_source
+        table = load(c.kind, c.path, **c.options.to_dict())
+        if isinstance(table, Interactions):
+            _LOG.info("%d users, %d items, %d interactions; splitting", table.n_users, table.n_items, len(table))
         split = table if isinstance(table, Split) else _split(config, table)
     table = split.interactions
     empty = [part for part in PARTS if not split.counts()[part]]
@@ -83,8 +93,13 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     if "test" in empty or (empty and not {*config.models} <= {*UNTRAINED}):
         raise InputError(f"the {empty[-1]} part of the data has no interaction to predict; choose another data.split.")
     fingerprint = {**table.fingerprint(), "parts": split.counts()}
+    judged = {part: judged_cases(config, split, part) for part in PARTS}
+    if drawn := {part: len(case_M) for part, case_M in judged.items() if case_M is not None}:
+        fingerprint["judged"] = drawn
+        _LOG.info("every model is judged on drawn cases (evaluate.cases=0 takes all): %s", drawn)
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
-    made = {part: _candidates(config, folder, split, part) for part in PARTS}
+    _LOG.info("drawing candidates, or checking those of an earlier start")
+    made = {part: _candidates(config, folder, split, part, judged[part]) for part in PARTS}
     for name in c.candidates:
         candidate_files.check_independent(split, made["validation"][name], made["test"][name])
     slices = {"all": np.ones(table.n_items, bool)}
@@ -99,7 +114,7 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
             for part, number in PARTS.items():
                 pool = np.setdiff1d(split.cases(number)[1], split.edges(*KNOWN[part])[1])
                 made[part]["cold20"] = candidate_files.make_pool_candidates(
-                    split, number, pool=pool, n_negatives=19, seed=c.candidates_seed, name="cold20"
+                    split, number, pool=pool, case_M=judged[part], n_negatives=19, seed=c.candidates_seed, name="cold20"
                 )
     fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)
@@ -114,6 +129,18 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         world=world,
         fingerprint=fingerprint,
     )
+
+
+def judged_cases(config: ml_collections.ConfigDict, split: Split, part: str) -> np.ndarray | None:
+    """The numbers of a part's cases on which every model is judged, a fixed draw; None: all of them.
+
+    By `evaluate.cases`: so many at most, 0 all, -1 as many as the catalogue allows for `MOST_SCORES` scores.
+    """
+    n_cases, most = split.counts()[part], config.evaluate.cases
+    most = max(1, MOST_SCORES // split.interactions.n_items) if most < 0 else most or n_cases
+    if n_cases <= most:
+        return None
+    return candidate_files.draw_cases(n_cases, most, seed=config.data.candidates_seed, part=PARTS[part])
 
 
 def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Path) -> Vocabulary:
@@ -206,13 +233,13 @@ def _split(config, table) -> Split:
     return split
 
 
-def _candidates(config, folder: Path, split: Split, part: str) -> dict[str, Candidates]:
+def _candidates(config, folder: Path, split: Split, part: str, case_M: np.ndarray | None) -> dict[str, Candidates]:
     found = {}
     for name, n in config.data.candidates.items():
         path = folder / f"{part}_{name}.npz"
         if not path.exists():
-            seed = config.data.candidates_seed
-            made = candidate_files.make_candidates(split, PARTS[part], n_negatives=n, seed=seed, name=name)
+            options = {"n_negatives": n, "seed": config.data.candidates_seed, "name": name, "case_M": case_M}
+            made = candidate_files.make_candidates(split, PARTS[part], **options)
             candidate_files.save_candidates(path, made)
         found[name] = candidate_files.load_candidates(path)
         candidate_files.check_candidates(split, found[name])

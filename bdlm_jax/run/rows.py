@@ -14,6 +14,7 @@ from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import guards
 from bdlm_jax.run.build import Run
 from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.runtime.log import progress
 from bdlm_jax.types import InputError
 
 _ENCODE_AT_ONCE = 4096
@@ -25,7 +26,8 @@ def training_rows(run: Run, *, kind: str) -> Packed:
     A history longer than a row becomes several windows, cut from its end; the user's state is read after the last one.
     """
     made = {user: [] for user in range(run.data.n_users)}
-    for user, history in enumerate(_histories(run, "validation")):
+    histories = _histories(run, "validation")
+    for user, history in enumerate(progress(histories, description="writing histories", total=len(histories))):
         for window, start in _windows(run, history, kind):
             last = start + len(window) == len(history)
             made[user].append(_history_prompt(run, user, window, kind, read_user=last, first=start == 0))
@@ -40,7 +42,8 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
     has seen every target, so an LM that trusts it learns to look up and not to foresee (ours).
     """
     unnamed, histories = not run.config.prompts.read_named, known_histories(run, part, behind=behind)
-    made = {user: [_history_prompt(run, user, h, kind, unnamed=unnamed)] for user, h in enumerate(histories)}
+    told = enumerate(progress(histories, description="writing histories", total=len(histories)))
+    made = {user: [_history_prompt(run, user, h, kind, unnamed=unnamed)] for user, h in told}
     return _pack_histories(run, made, part)
 
 

@@ -20,7 +20,7 @@ from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
-from bdlm_jax.run.prepare import KNOWN, PARTS, training_setting
+from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
@@ -246,17 +246,23 @@ def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
     """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full").
 
-    Of validation's under "full", `evaluate.validation_users` at most: the same ones for every model and seed.
+    Of large data a drawn part is tested (`prepare.judged_cases`), and of validation's under "full"
+    `evaluate.validation_users` at most: the same ones for every model and seed.
     """
-    options = {"chunk": run.config.evaluate.chunk, "progress": progress}
+    chunk = evaluate.chunk_users(run.config.evaluate.chunk, run.data.n_items)
+    options = {"chunk": chunk, "progress": progress}
     if protocol != "full":
         candidates = run.data.candidates[part][protocol]
         check_unchanged(candidates, run.data.fingerprint["candidates"][f"{part}/{protocol}"])
         return evaluate.evaluate_candidates(scorer, candidates, **options)
     user_N, item_N = run.data.split.cases(PARTS[part])
-    if part == "validation" and (most := run.config.evaluate.validation_users):
-        drawn_N = draw_cases(len(user_N), most, seed=run.config.data.candidates_seed)
-        user_N, item_N = user_N[drawn_N], item_N[drawn_N]
+    if part == "test":
+        case_M = judged_cases(run.config, run.data.split, part)
+    else:
+        most = run.config.evaluate.validation_users or len(user_N)
+        case_M = draw_cases(len(user_N), most, seed=run.config.data.candidates_seed)
+    if case_M is not None:
+        user_N, item_N = user_N[case_M], item_N[case_M]
     return evaluate.evaluate_full(scorer, user_N, item_N, run.data.split.histories(*KNOWN[part]), **options)
 
 

@@ -44,6 +44,22 @@ def test_a_table_with_mapped_columns_items_and_users(tmp_path):
     assert x.user_text(("job",)) == ["", "writer"]
 
 
+@pytest.mark.parametrize("last", ["5", "5.5", "x"])
+def test_a_table_read_in_parts_is_the_same_as_in_one(tmp_path, monkeypatch, last):
+    """Whatever comes late: an id that was met before, a number that is not whole, or none at all."""
+    write(tmp_path, {"a.csv": f"user,item,rating\n007,x,1\n7,y,2\n007,y,3\n8,x,4\n7,z,{last}\n"})
+
+    def read(at_once):
+        monkeypatch.setattr("bdlm_jax.data.raw_files._ROWS", at_once)
+        try:
+            return load_source("table", tmp_path / "a.csv").fingerprint()
+        except InputError as error:
+            return str(error)
+
+    assert read(2) == read(1000)
+    assert ("line 6: field 'rating' is 'x'" in str(read(2))) == (last == "x")
+
+
 def test_a_folder_of_tables_is_recognised(tmp_path):
     write(tmp_path, {
         "interactions.csv.gz": "user_id,item_id,order\n1,10,1\n1,9,0\n2,9,0\n",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from bdlm_jax.domain.negatives import make_popularity, make_seen, random_order, sample_negatives
+from bdlm_jax.domain.negatives import make_popularity, make_seen, mark_seen, random_order, sample_negatives
 from bdlm_jax.types import InputError
 
 N_ITEMS, N = 12, 6000
@@ -66,3 +66,15 @@ def test_random_order_is_uniform_over_permutations():
     _, count = np.unique(np.asarray(order), axis=0, return_counts=True)
     assert count.size == 24
     assert scipy.stats.chisquare(count).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("marked", [3, 2**16])  # parts that cut rows, and one for all
+def test_what_is_seen_is_marked_over_all_items_or_over_those_picked(marked, monkeypatch):
+    monkeypatch.setattr("bdlm_jax.domain.negatives.MARKED", marked)
+    rows = [*ROWS, list(range(N_ITEMS)), []]
+    seen_UI = np.array([np.isin(np.arange(N_ITEMS), row) for row in rows])
+    seen = make_seen(*np.nonzero(seen_UI), len(rows), N_ITEMS, negatives=False)
+    user_N, pick_C = np.array([3, 0, 8, 8, 9, 4, 1]), np.array([11, 0, 4, 7])
+    np.testing.assert_array_equal(jax.jit(mark_seen)(seen, user_N), seen_UI[user_N])
+    np.testing.assert_array_equal(jax.jit(mark_seen)(seen, user_N, pick_C), seen_UI[user_N][:, pick_C])
+    assert not jax.jit(mark_seen)(seen, np.array([0, 9])).any()

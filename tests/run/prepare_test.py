@@ -11,7 +11,7 @@ from bdlm_jax.data import candidates, splits
 from bdlm_jax.data.candidates import load_candidates, make_candidates, save_candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
-from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.run.prepare import judged_cases, prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError, LeakError
 from experiments import tiny
 
@@ -51,6 +51,25 @@ def test_a_second_start_finds_the_same_data(config, tmp_path):
     assert first.slices["all"].all() and new_I.any() and np.array_equal(first.slices["warm"], ~new_I)
     assert len(first.item_texts) == first.n_items and first.user_texts is None
     assert first.corpus == first.world.corpus
+
+
+def test_candidates_of_drawn_cases_are_for_those_that_the_full_ranking_tests(table, tmp_path):
+    table.evaluate.cases = 5
+    data = prepare_data(table, tmp_path / "data")
+    drawn = judged_cases(table, data.split, "test")
+    assert len(drawn) == 5 and data.fingerprint["judged"] == {"validation": 5, "test": 5}
+    made = data.candidates["test"]["cand3"]
+    for column, values in zip((made.user_N, made.items_NC[:, 0]), data.split.cases(TEST)):
+        np.testing.assert_array_equal(column, values[drawn])
+    table.evaluate.cases = 0
+    assert "judged" not in prepare_data(table, tmp_path / "whole").fingerprint
+
+
+def test_a_table_is_kept_where_the_config_says(table, tmp_path):
+    table.runtime.kept_data = str(tmp_path / "kept")
+    first, again = (prepare_data(table, tmp_path / name) for name in ("first", "again"))
+    assert first.fingerprint == again.fingerprint
+    assert len([*(tmp_path / "kept").iterdir()]) == 1
 
 
 def test_seeds_of_models_share_their_candidates_and_the_candidates_have_a_seed_of_their_own(table, tmp_path):

@@ -114,6 +114,26 @@ def test_validation_in_full_takes_the_same_few_cases_for_every_seed(run):
     assert len(users("test", 40)) == len(users("validation", 40, protocol="cand20")) == len(everyone)
 
 
+def test_of_large_data_a_fixed_draw_of_the_cases_is_tested(run, monkeypatch):
+    """All by default where the scores of one model are few enough; the bound and the setting both make it a part."""
+    scorer = scorers.popularity_scorer(run.data.split.degree(TRAIN))
+    everyone = run.data.split.cases(TEST)[0].tolist()
+
+    def users(seed=0):
+        run.config.seed = seed
+        return stages.count_cases(run, scorer, "test", "full").user.tolist()
+
+    assert users() == everyone
+    run.config.evaluate.cases = 30
+    some = users()
+    assert len(some) == 30 and some == users(seed=1) == sorted(some) and set(some) < set(everyone)
+    run.config.evaluate.cases = -1
+    monkeypatch.setattr("bdlm_jax.run.prepare.MOST_SCORES", 30 * run.data.n_items)
+    assert users() == some
+    run.config.evaluate.cases = 0
+    assert users() == everyone
+
+
 def test_candidates_redrawn_between_two_models_are_refused(run):
     scorer = scorers.popularity_scorer(run.data.split.degree(TRAIN))
     stages.count_cases(run, scorer, "test", "cand20")
