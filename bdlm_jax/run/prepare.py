@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import gzip
 import json
-import lzma
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data import candidates as candidate_files
-from bdlm_jax.data import interactions, readers, splits, twins
+from bdlm_jax.data import corpus, interactions, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.closed_form import CLOSED_FORM
@@ -227,23 +224,10 @@ def _check_fingerprint(path: Path, fingerprint: dict) -> None:
 
 
 def _corpus(config, world) -> list[str]:
-    """The documents of `pretrain.corpus` (.txt, .gz, .xz, one a line), or those of the world."""
+    """The documents of `pretrain.corpus`, or those of the world."""
     if not config.corpus:
         return list(world.corpus) if world is not None else []
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(config.corpus).suffix, open)
-    documents, words = [], 0
     try:
-        with opener(config.corpus, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if "\0" in line:
-                    raise ValueError("it is no text")
-                documents.append(line.strip())
-                words += line.count(" ") + 1
-                if words > config.max_tokens:  # a word is at least a token, so this is enough
-                    break
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(
-            f"config.pretrain.corpus: {config.corpus} cannot be read ({error}); give a whole UTF-8 text file "
-            "(.txt, .gz, .xz), a document a line."
-        ) from error
-    return [document for document in documents if document]
+        return corpus.read_documents(config.corpus, max_tokens=config.max_tokens)
+    except InputError as error:
+        raise InputError(f"config.pretrain.corpus: {error}") from error

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from bdlm_jax.lm import packing, prompts
-from bdlm_jax.lm.packing import LISTS, Packed
+from bdlm_jax.lm.packing import Packed
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import guards
 from bdlm_jax.run.build import Run
@@ -59,43 +59,15 @@ def corpus_rows(run: Run) -> Packed | None:
 
 
 def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_tokens: int | None = None) -> Packed:
-    """Cuts a stream of documents into rows in which every token but a document's first is a target.
-
-    Documents stand as <bos> text <eos> one behind the other; a row's end cuts a document, whose rest begins the next
-    row as a segment of its own. Positions restart in each segment.
-    """
-    source, chunks, n_tokens = iter(texts), [], 0
+    """Packs documents, <bos> text <eos> one behind the other, as `packing.pack_documents` does."""
+    source, documents, n_tokens = iter(texts), [], 0
     while (max_tokens is None or n_tokens < max_tokens) and (some := list(itertools.islice(source, _ENCODE_AT_ONCE))):
         for ids in vocabulary.encode_text(some):
-            chunks.append(np.concatenate([[vocabulary.bos], ids, [vocabulary.eos]]).astype(np.int32))
-            n_tokens += len(chunks[-1])
-    if not chunks:
+            documents.append(np.concatenate([[vocabulary.bos], ids, [vocabulary.eos]]))
+            n_tokens += len(documents[-1])
+    if not documents:
         raise InputError("the pretraining corpus holds no text: give it at least one document.")
-    flat = np.concatenate(chunks)[:max_tokens]
-    document = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])[: len(flat)]
-    n_rows = -(-len(flat) // length)
-
-    place = np.arange(len(flat))
-    begins = (np.diff(document, prepend=-1) != 0) | (place % length == 0)
-    segment = np.cumsum(begins) - 1
-    position = place - np.flatnonzero(begins)[segment]
-    segment_in_row = segment - segment[::length][place // length] + 1
-    continues = np.append(segment[1:] == segment[:-1], False)
-
-    def rows(values, fill):
-        padded = np.full(n_rows * length, fill, np.int32)
-        padded[: len(values)] = values
-        return padded.reshape(n_rows, length)
-
-    nothing = np.zeros((n_rows, 0), np.int32)
-    return Packed(
-        tokens=rows(flat, vocabulary.pad),
-        positions=rows(position, 0),
-        segments=rows(segment_in_row, 0),
-        text_index=np.broadcast_to(np.arange(length, dtype=np.int32), (n_rows, length)),
-        text_target=rows(np.where(continues, np.append(flat[1:], 0), -1), -1),
-        **{name: nothing for pair in LISTS if "text_index" not in pair for name in pair},
-    )
+    return packing.pack_documents(documents, length, pad=vocabulary.pad, max_tokens=max_tokens)
 
 
 def mix(parts: list[tuple[Packed | None, float]], *, seed: int) -> Packed:
