@@ -9,8 +9,8 @@ import numpy as np
 from bdlm_jax.lm.causal_lm import lm_hidden
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.mutual.losses import text_loss
 from bdlm_jax.mutual.lm_step import TEXT_CHUNK, states_at
+from bdlm_jax.mutual.losses import text_loss
 from bdlm_jax.types import Params
 
 _ROW = ("tokens", "positions", "segments")

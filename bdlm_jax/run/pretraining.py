@@ -1,4 +1,4 @@
-"""A general language model from nothing but text: a tokenizer, then a Llama-shaped decoder, as a Hugging Face directory.
+"""A general language model from text alone: a tokenizer, then a Llama-shaped decoder, as a Hugging Face directory.
 
 It stands in for a public model where none is at hand: `lm.path` takes it as it takes any other. Training can be killed
 at any moment; what it needs to go on lies in OUT.training until the directory stands.
@@ -194,11 +194,12 @@ def _train(folder: Path, shape: LMConfig, packed: Packed, judged: Packed, settin
         view=lambda params: {},
         constants={"warm_I": jnp.ones(1, bool)},
     )
+    phases = [Phase("lm", steps, f"epoch {number + 1} of {settings.epochs}") for number in range(settings.epochs)]
     with StopSignal() as stop:
         return fit(
             folder,
             stage="pretrain",
-            phases=[Phase("lm", steps, f"epoch {number} of {settings.epochs}") for number in range(1, settings.epochs + 1)],
+            phases=phases,
             arms={"lm": arm},
             params=params,
             key=key,

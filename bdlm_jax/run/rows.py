@@ -3,6 +3,7 @@
 Everything here is NumPy and made once a stage from the split; that no row holds what is to be predicted is checked.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 
@@ -46,9 +47,11 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:
     """Packs every item's card: its title, then the state that stands for what text says of it."""
-    make, length = prompts.card_named_prompt if named else prompts.card_prompt, run.config.prompts.length
-    titles = enumerate(run.texts.titles)
-    return _pack(run, [make(run.texts.vocabulary, item, title, max_tokens=length) for item, title in titles])
+    (vocabulary, titles, _, cut), length = run.texts, run.config.prompts.length
+    if named:
+        make = functools.partial(prompts.card_named_prompt, vocabulary, max_tokens=length)
+        return _pack(run, [make(item, title, cut=item in cut) for item, title in enumerate(titles)])
+    return _pack(run, [prompts.card_prompt(vocabulary, i, title, max_tokens=length) for i, title in enumerate(titles)])
 
 
 def corpus_rows(run: Run) -> Packed | None:
@@ -92,9 +95,10 @@ def text_prefixes(run: Run, *, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def title_continuations(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the (I, T) tokens and mask of every title with <eos> behind it."""
-    ends = np.array([run.texts.vocabulary.eos], np.int32)
-    return _padded([np.concatenate([title, ends]) for title in run.texts.titles], run.texts.vocabulary.pad)
+    """Returns the (I, T) tokens and mask of every title with <eos> behind it, but for those that are cut."""
+    vocabulary, titles, _, cut = run.texts
+    ends = [np.array([] if item in cut else [vocabulary.eos], np.int32) for item in range(len(titles))]
+    return _padded([np.concatenate(pair) for pair in zip(titles, ends)], vocabulary.pad)
 
 
 def prompt_options(run: Run, kind: str, *, unnamed: bool = False) -> prompts.PromptOptions:
@@ -127,13 +131,14 @@ def _history_prompt(run, user, items, kind, *, read_user=True, first=True, unnam
         context=texts.contexts[user] if texts.contexts and kind != "ids" else None,
         read_user=read_user,
         predict_first=first,
+        cut=texts.cut,
     )
 
 
 def _windows(run, history, kind):
     """Yields (window, start) from the end, each the longest that fits into a row."""
     c, texts = run.config.prompts, run.texts
-    room = c.length - 2 - (c.max_title_tokens if texts.contexts and kind != "ids" else 0)
+    room = c.length - 1 - len(texts.vocabulary.head) - (c.max_title_tokens if texts.contexts and kind != "ids" else 0)
     sizes = np.array([1 if kind == "ids" else 1 + len(texts.titles[item]) for item in history])
     stop = len(history)
     while stop > 0:

@@ -145,7 +145,8 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
     pieces = {"ids": mark, "ids_titles": f"{mark} + {title}", "text": f"{title} + [{vocabulary.eos}]"}
     code = _CARD_CODE.format(
         example=catalogue.item_ids[:2],
-        head=[vocabulary.tokenizer.bos_token] + [UNNAMED_USER] * (shows_user == "start"),
+        head=vocabulary.tokenizer.convert_ids_to_tokens(list(vocabulary.head))
+        + [UNNAMED_USER] * (shows_user == "start"),
         piece=pieces[prompts.kind],
         tail=f"prompt += tokenizer.convert_tokens_to_ids([{UNNAMED_USER!r}])\n" if shows_user == "end" else "",
         imports="import safetensors.torch\n" if arm.texts else "",
