@@ -114,7 +114,7 @@ def _measure_language(run: Run, decoder) -> dict | None:
         return None
     path = run.folder / "language.json"
     if not path.exists():
-        write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm))
+        write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm["lm"]))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
