@@ -29,7 +29,7 @@ def perplexity(lm: Params, config: LMConfig, packed: Packed, *, batch_rows: int)
         target_BT = np.where(row_B[:, None] < len(packed), batch["text_target"], -1)
         sums = _losses(lm, config, *(batch[name] for name in _ROW), batch["text_index"], target_BT)
         total, count = total + float(sums[0]), count + float(sums[1])
-    return math.exp(total / count) if count else math.nan
+    return math.exp(min(total / count, 700.0)) if count else math.nan  # beyond it no float is large enough
 
 
 @partial(jax.jit, static_argnames="config")

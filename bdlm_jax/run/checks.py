@@ -239,6 +239,8 @@ def _check_paths(config) -> None:
     for key, path in paths.items():
         if path and not Path(path).exists():
             raise InputError(f"config.{key}: {path} is not there; check the path, or the folder that you run from.")
+    if config.lm.trains != "full" and not config.lm.path:
+        raise InputError(f"config.lm.trains is {config.lm.trains}, but lm.path names no model; give one, or set full.")
     if config.lm.path:
         _check_model(own_folder(config.lm.path), tokenizer_folder(config), lm_shape(config))
     if corpus and not Path(corpus).is_file():

@@ -182,6 +182,8 @@ def tokenizer_folder(config: ml_collections.ConfigDict) -> Path | None:
 @functools.cache
 def own_folder(path: str) -> Path:
     """The local folder of `lm.path`; the hub is asked once."""
+    if path.startswith("<"):  # what stands in experiments/own_lm.py
+        raise InputError("config.lm.path is not given: --config.lm.path=FOLDER, a Hugging Face directory or a hub id.")
     try:
         return hf_weights.find_folder(path)
     except InputError as error:

@@ -37,11 +37,11 @@ def lm_rates(rate, *, bridge: float = 1.0, shared: float | None = None) -> dict:
     return {"lm": rate, "bridge": times(bridge), **({} if shared is None else {"shared": times(shared)})}
 
 
-def bridge_rate(run: Run, decoder: Decoder, *, read_std: float) -> float:
-    """The bridge's learning rate, as a multiple of the decoder's."""
+def bridge_rate(run: Run, decoder: Decoder, *, read_std: float, given: float) -> float:
+    """The bridge's learning rate, as a multiple of the decoder's; `given` is what the config says, or 0."""
     # Orthogonal times a gain: `sharing.init_bridge`.
     entry_std = decoder.row_std / read_std / max(run.config.shared.width, run.lm.width) ** 0.5
-    return (run.config.mutual.learning_rate_bridge or OF_BRIDGE * entry_std) / decoder_rate(run)
+    return (given or OF_BRIDGE * entry_std) / decoder_rate(run)
 
 
 def shared_rate(run: Run, decoder: Decoder, *, read_std: float, reads: str) -> float:

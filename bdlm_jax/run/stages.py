@@ -125,8 +125,8 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
     decoder = build.make_decoder(run, decoder.params, row_std=config.lm_alone.row_std)
     packed = rows.training_rows(run, kind="ids")
     phases = _lm_phases(run, packed, [config.lm_alone.ids_times * epochs for epochs in _lm_epochs(config)], "ids")
-    std, given = config.shared.std, config.mutual.learning_rate_bridge
-    bridge = 1.0 if given else rates.bridge_rate(run, decoder, read_std=std)  # a given one is BDLM's
+    std, rate = config.shared.std, config.lm.learning_rate
+    bridge = rates.bridge_rate(run, decoder, read_std=std, given=rate)  # as fast as the decoder, where that is given
     shared = rates.shared_rate(run, decoder, read_std=std, reads="layer0")
     moves = rates.lm_rates(rates.schedule(run, phases), bridge=bridge, shared=shared)
     reader = ids_reader(run, "validation")
@@ -173,8 +173,9 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
 
     shared = rates.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
+    bridge = rates.bridge_rate(run, decoder, read_std=tables.read_std, given=m.learning_rate_bridge)
     moves = rates.lm_rates(
-        rates.schedule(run, lm_phases), bridge=rates.bridge_rate(run, decoder, read_std=tables.read_std),
+        rates.schedule(run, lm_phases), bridge=bridge,
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())

@@ -74,12 +74,13 @@ def test_a_config_json_alone_is_trained_from_scratch_in_our_own_words(tmp_path):
     [
         ({"config": "config.json"}, "lm.path and lm.config are both set"),
         ({"trains": "bridge"}, "pretrain.corpus has nothing to train"),
+        ({"path": "", "trains": "lora"}, "config.lm.trains is lora, but lm.path names no model"),
         ({"accumulate": 3}, "lm.batch_rows 8 does not divide into lm.accumulate 3"),
         ({"lora_targets": "(q"}, "config.lm.lora_targets is '[(]q'; it must be a regular expression"),
         ({"path": "no/such/folder/here"}, "no/such/folder/here is no folder here"),
         ({"path": "gpt2"}, "config.prompts.length 97 is above the 96 positions"),
         ({"path": "short"}, "config.prompts.length 97 and the 9 tokens of a title are above the 100 positions"),
-        ({"path": "<your model>"}, "config.lm.path: <your model> is no folder here and no hub id"),
+        ({"path": "<your model>"}, "config.lm.path is not given: --config.lm.path=FOLDER"),
         ({"path": "", "config": "broken.json"}, r"config.lm.config: .*broken.json cannot be read"),
     ],
 )

@@ -36,13 +36,13 @@ def test_tables_and_bridge_move_by_a_share_of_their_own_size(width):
     shared = rates.shared_rate(run, decoder, read_std=0.5, reads="layer0")
     assert shared * rate * 0.04 / 0.5 == pytest.approx(0.03 * 0.04)
     assert rates.shared_rate(run, decoder, read_std=0.5, reads="propagated") == pytest.approx(4 * shared)  # 3 layers
-    bridge = rates.bridge_rate(run, decoder, read_std=0.5)
+    bridge = rates.bridge_rate(run, decoder, read_std=0.5, given=0.0)
     assert bridge * rate == pytest.approx(0.02 * (0.04 / 0.5) / max(64, width) ** 0.5)
 
 
 def test_given_rates_are_taken():
     run, decoder = made(64), Decoder(None, row_std=0.1)
-    assert rates.bridge_rate(run, decoder, read_std=0.3) == pytest.approx(1.0)
+    assert rates.bridge_rate(run, decoder, read_std=0.3, given=3e-3) == pytest.approx(1.0)
     assert rates.shared_rate(run, decoder, read_std=0.2, reads="layer0") == pytest.approx(2.0)
     schedule = rates.schedule(run, [Phase("lm", 100, "a"), Phase("lm", 300, "b")])
     assert float(schedule(50)) == pytest.approx(3e-3) and float(schedule(400)) == pytest.approx(3e-4)
