@@ -11,9 +11,10 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual.lm_step import TEXT_CHUNK, states_at
 from bdlm_jax.mutual.losses import text_loss
+from bdlm_jax.runtime import sharding
 from bdlm_jax.types import Params
 
-_ROW = ("tokens", "positions", "segments")
+_FIELDS = ("tokens", "positions", "segments", "text_index", "text_target")
 
 
 def perplexity(lm: Params, config: LMConfig, packed: Packed, *, batch_rows: int) -> float:
@@ -26,8 +27,9 @@ def perplexity(lm: Params, config: LMConfig, packed: Packed, *, batch_rows: int)
     for start in range(0, len(packed), batch_rows):
         row_B = np.arange(start, start + batch_rows)
         batch = packed.rows(np.minimum(row_B, len(packed) - 1))
-        target_BT = np.where(row_B[:, None] < len(packed), batch["text_target"], -1)
-        sums = _losses(lm, config, *(batch[name] for name in _ROW), batch["text_index"], target_BT)
+        batch["text_target"] = np.where(row_B[:, None] < len(packed), batch["text_target"], -1)
+        batch = sharding.spread_rows({name: batch[name] for name in _FIELDS}, lm["embedding"])
+        sums = _losses(lm, config, *(batch[name] for name in _FIELDS))
         total, count = total + float(sums[0]), count + float(sums[1])
     return math.exp(min(total / count, 700.0)) if count else math.nan  # beyond it no float is large enough
 

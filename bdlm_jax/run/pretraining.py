@@ -108,7 +108,6 @@ def pretrain(corpus: Sequence[str], out: str | os.PathLike, settings: Settings) 
     if training.exists():
         _refuse_other(training / FACTS, asked, f"{training} was begun")
     write_json(training / FACTS, asked)
-    parallel.enable_compilation_cache(training / "compiled")
 
     held, rest = _held_out(documents, settings)
     vocabulary = _vocabulary(training / "tokenizer", rest, settings)

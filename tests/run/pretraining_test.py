@@ -1,8 +1,8 @@
 """A small model from text: what it leaves, that a kill changes no bit of it, and that others read it."""
 
 import json
+import math
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -96,7 +96,7 @@ def test_transformers_says_the_same_of_a_text(made):
     )
     tokens = tokenizer(f"<bos>{TEXTS[0]}<eos>", add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        assert ours == pytest.approx(float(np.exp(model(tokens, labels=tokens).loss)), rel=1e-4)
+        assert ours == pytest.approx(math.exp(model(tokens, labels=tokens).loss), rel=1e-4)
 
 
 @pytest.mark.parametrize(
