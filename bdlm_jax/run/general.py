@@ -45,8 +45,11 @@ def general_text(run: Run, decoder: Decoder) -> General:
         held_out = rows.text_rows(run.data.held_out, vocabulary, length) if run.data.held_out else None
         return General("the corpus", rows.corpus_rows(run), _first(held_out))
     samples = own_samples(run, decoder)
-    held_out = samples[::_HELD_OUT]
-    replay = [text for number, text in enumerate(samples) if number % _HELD_OUT]
+    if run.config.lm.trains == "bridge":  # text alone reaches nothing that moves
+        held_out, replay = samples, []
+    else:
+        held_out = samples[::_HELD_OUT]
+        replay = [text for number, text in enumerate(samples) if number % _HELD_OUT]
     packed = (packing.pack_documents(some, length, pad=vocabulary.pad) if some else None for some in (replay, held_out))
     return General("the model's own samples", *packed)
 
@@ -61,12 +64,12 @@ def spoken(run: Run, text: General, lm: Params) -> dict[str, float]:
 def own_samples(run: Run, decoder: Decoder) -> list[np.ndarray]:
     """Returns `pretrain.samples` texts that the model writes, <bos> and <eos> included; drawn once a run directory.
 
-    Temperature 1 and every text token: its own distribution. Behind a <bos> of ours, which the model never saw, the
+    A frozen model needs those alone that its perplexity is read on. Temperature 1 and every text token: its own distribution. Behind a <bos> of ours, which the model never saw, the
     first token is drawn evenly.
     """
     path = run.root / "data" / "samples.safetensors"
     if not path.exists() and run.config.pretrain.samples:
-        _LOG.info("the language model writes %d texts, to keep its language by", run.config.pretrain.samples)
+        _LOG.info("the language model writes texts of its own, to keep its language by")
         save_safetensors(path, {"tokens": _draw(run, decoder.params)})
     if not path.exists():
         return []
@@ -97,6 +100,7 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
 
 def _draw(run: Run, params: Params) -> np.ndarray:
     v, n, length = run.texts.vocabulary, run.config.pretrain.samples, run.config.prompts.length
+    n = -(-n // _HELD_OUT) if run.config.lm.trains == "bridge" else n
     allowed_V = np.arange(run.lm.vocab_size) < len(v.tokenizer)
     allowed_V[[*v.tokenizer.all_special_ids, v.unnamed_user, v.unnamed_item]] = False
     start_NP = np.full((n, 1), v.bos, np.int32)
