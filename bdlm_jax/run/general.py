@@ -64,8 +64,8 @@ def spoken(run: Run, text: General, lm: Params) -> dict[str, float]:
 def own_samples(run: Run, decoder: Decoder) -> list[np.ndarray]:
     """Returns `pretrain.samples` texts that the model writes, <bos> and <eos> included; drawn once a run directory.
 
-    A frozen model needs those alone that its perplexity is read on. Temperature 1 and every text token: its own distribution. Behind a <bos> of ours, which the model never saw, the
-    first token is drawn evenly.
+    A frozen model needs those alone that its perplexity is read on. Temperature 1 and every text token: its own
+    distribution. Behind a <bos> of ours, which the model never saw, the first token is drawn evenly.
     """
     path = run.root / "data" / "samples.safetensors"
     if not path.exists() and run.config.pretrain.samples:
