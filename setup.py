@@ -26,6 +26,7 @@ setup(
         "flax>=0.12",
         "huggingface-hub>=1.0",
         "jax>=0.10",
+        "jinja2>=3.1",  # transformers renders chat templates by it
         # A pre-release is jraph's last word (2022); naming it lets pip take it.
         "jraph>=0.0.6.dev0",
         "matplotlib>=3.9",

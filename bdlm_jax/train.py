@@ -20,7 +20,7 @@ from bdlm_jax import __version__
 from bdlm_jax.data.splits import TEST
 from bdlm_jax.evaluation import evaluate
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.run import checks, contenders, served, stages
+from bdlm_jax.run import checks, contenders, general, served, stages
 from bdlm_jax.run.build import Run, start_run
 from bdlm_jax.run.contenders import Entry
 from bdlm_jax.runtime import distributed, parallel
@@ -60,11 +60,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
                 _test(run, rows, entry)
         if "bdlm" in config.models and not artefact.is_served(folder):
             _serve(run, contenders.train_bdlm(run, decoder))
+        language = _measure_language(run, decoder)
 
         # Report.
         evaluate.save_arrays(folder / "data" / "slices.npz", data.slices)
         name = Path(config.data.path).name if config.data.path else config.data.kind
         results = {"data": {**data.fingerprint, "name": name}, "rows": rows}
+        if language:
+            results["language"] = language
         if data.world is not None:
             results["ceilings"] = evaluate.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
@@ -103,6 +106,16 @@ def _serve(run: Run, bdlm: contenders.Bdlm) -> None:
         ServedDomain(**served.domain_fields(bdlm.run, bdlm.domain)),
         ServedLM(**served.lm_fields(bdlm.run, bdlm.lm, bdlm.texts)),
     )
+
+
+def _measure_language(run: Run, decoder) -> dict | None:
+    """The perplexity of an own model before BDLM and after it, read once a run."""
+    if "bdlm" not in run.config.models or not run.config.lm.path:
+        return None
+    path = run.folder / "language.json"
+    if not path.exists():
+        write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm["lm"]))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _tell(run: Run) -> None:

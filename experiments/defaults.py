@@ -91,8 +91,9 @@ def get_config() -> ml_collections.ConfigDict:
     lm.remat_keeps = "nothing"  # nothing | dots: what lm.remat does not recompute (products with weights)
     lm.attention = "einsum"  # einsum | xla | cudnn: ours, or of jax.nn.dot_product_attention
     lm.tie_embeddings = True
-    lm.learning_rate = 3e-3
-    lm.learning_rate_shared = 3e-3  # of the shared tables, in the scale of the LM's own rows
+    lm.learning_rate = 3e-3  # 0: by lm.trains and the LM's width (run/rates.py)
+    lm.learning_rate_shared = 3e-3  # of the shared tables, in the scale of the LM's own rows; 0: by that scale
+    lm.text_row_rate = 1.0  # share of lm.learning_rate at which the decoder's rows of text tokens move, with full
     lm.weight_decay = 0.01
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
@@ -110,8 +111,9 @@ def get_config() -> ml_collections.ConfigDict:
     pretrain.corpus = ""  # a text file (.txt, .gz, .xz), one document a line; empty takes the world's corpus
     pretrain.max_tokens = 2_000_000
     pretrain.epochs = 20.0
-    pretrain.learning_rate = 3e-3
-    pretrain.replay_share = 0.1  # rows of the corpus in the LM's later training, as a share of its own rows
+    pretrain.learning_rate = 3e-3  # 0: the decoder's rate
+    pretrain.samples = 512  # texts that a model of lm.path without a corpus writes, to keep its language by; 0: none
+    pretrain.replay_share = 0.1  # rows of general text in the LM's later training, as a share of its own rows
 
     c.prompts = prompts = ml_collections.ConfigDict()
     prompts.kind = "ids"  # ids | ids_titles: what the histories of BDLM's LM look like, in training and use
@@ -122,6 +124,7 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.user_token = "start"  # start | end | none
     prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>, to every LM alike
     prompts.read_named = False  # show <uid> when states are read
+    prompts.chat = "auto"  # auto | always | never: a history within the chat template; auto: of a model named instruct
     prompts.card_copies = 16.0  # text cards of every item in an epoch
 
     c.shared = shared = ml_collections.ConfigDict()
@@ -189,7 +192,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.mutual = mutual = ml_collections.ConfigDict()
     mutual.reads = "propagated"  # layer0 | propagated: which rows of the domain model the LM reads
-    mutual.learning_rate_bridge = 3e-3  # lower it where the tables are large: their size multiplies what it moves
+    mutual.learning_rate_bridge = 3e-3  # lower where tables are large: their size multiplies what it moves; 0: by it
     mutual.align = "mse"  # mutual/losses.py ALIGN
     mutual.temperature = 1.0
     mutual.text_head = "none"  # none | words: whether likeness of texts weighs in the LM's scores (lm/text_head.py)

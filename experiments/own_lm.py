@@ -3,7 +3,9 @@
 python -m bdlm_jax.main --config experiments/own_lm.py --workdir runs/own_lm --config.lm.path=FOLDER
 
 Begins from its weights and its tokenizer, on the embedded twins world; for your interactions, take the data settings of
-experiments/own_data.py. Nothing here was tuned on your model.
+experiments/own_data.py. Rates of 0 follow from lm.trains (full, lora, bridge) and from the model's width
+(bdlm_jax/run/rates.py). Its language is kept by rows of general text among the others: of pretrain.corpus or, without
+one, what the model itself wrote before; the run says what its perplexity was before BDLM and after it.
 
 Both losses reach both shared tables.
 """
@@ -14,16 +16,19 @@ from experiments import defaults
 def get_config():
     c = defaults.get_config()
     c.models = ("item_pop", "lightgcn", "text_lm", "ids_lm", "bdlm")
-    c.lm.path = ""  # give it on the command line
+    c.lm.path = "<your model>"  # give it on the command line
     c.lm.trains = "lora"  # full: every weight; bridge: the language model stays as it is
     c.lm.lora_rank = 16
     c.lm.lora_alpha = 32.0
     c.lm.row_std = c.lm_alone.row_std = 0.0  # <iid> rows as large as the text rows
     c.lm.dropout = 0.0
-    c.lm.learning_rate = 2e-4  # 2e-5 for full
-    c.lm.learning_rate_shared = 2e-4
+    c.lm.learning_rate = c.lm.learning_rate_shared = c.mutual.learning_rate_bridge = 0.0
+    c.lm.text_row_rate = 0.1  # with full: a row that no title holds must not drift from those that do
     c.lm.warmup_steps = 100
-    c.mutual.learning_rate_bridge = 1e-3
+    c.pretrain.epochs = 1.0  # of a pretrain.corpus, before the rest
+    c.pretrain.learning_rate = 0.0
+    c.pretrain.replay_share = 1.0
+    c.prompts.card_copies = 4.0  # a model that reads already needs to see a title less often
     # A large model: bfloat16 throughout, less memory for activations, and for full the smaller optimiser.
     # c.lm.dtype = c.lm.param_dtype = "bfloat16"
     # c.lm.remat, c.lm.accumulate, c.lm.optimizer = True, 4, "adafactor"

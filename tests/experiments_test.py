@@ -1,10 +1,12 @@
 """Every experiment builds, passes the checks (paths aside), and so do its variations."""
 
+import dataclasses
 import gzip
 import importlib
 import json
 from pathlib import Path
 
+import own_lm
 import pytest
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
@@ -30,6 +32,9 @@ def make(name, arg, tmp_path):
     config = load(name).get_config(*([] if arg is None else [arg]))
     if config.data.path:
         config.data.path = str(tmp_path)
+    if config.lm.path:
+        config.lm.path = str(tmp_path / "model")
+        own_lm.write_model(tmp_path / "model", dataclasses.replace(own_lm.LLAMA, max_positions=256))
     return config
 
 

@@ -117,11 +117,17 @@ def test_transformers_ranks_the_items_as_we_do(tiny_run, hf):
     assert largest <= 1e-4
 
 
-@pytest.mark.parametrize(("kind", "user_token"), [("ids", "start"), ("ids_titles", "end"), ("text", "start")])
-def test_the_cards_code_recommends(tiny_run, tmp_path, capsys, monkeypatch, kind, user_token):
+@pytest.mark.parametrize(
+    ("kind", "user_token", "chat"),
+    [("ids", "start", []), ("ids_titles", "end", []), ("text", "start", []), ("ids", "start", [1, 70, 71, 290])],
+)
+def test_the_cards_code_recommends(tiny_run, tmp_path, capsys, monkeypatch, kind, user_token, chat):
     pytest.importorskip("torch")
-    shown = {"kind": kind, "user_token": user_token}
-    change_manifest(tiny_run[1], tmp_path, lambda facts: facts["lm"]["prompts"].update(shown))
+    shown = {"prompts": {"kind": kind, "user_token": user_token}, "vocabulary": {"chat": chat}}
+    change_manifest(
+        tiny_run[1], tmp_path, lambda facts: [facts["lm"][name].update(change) for name, change in shown.items()]
+    )
+    assert artefact.load_lm_arm(tmp_path).vocabulary.head == tuple(chat or [1])
     folder = export_hf(workdir=tmp_path, out=tmp_path / "hf")
     (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     monkeypatch.chdir(folder)

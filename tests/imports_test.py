@@ -17,7 +17,7 @@ FLOORS = [
     {"evaluation"},
     {"run"},
     {"report", "serving"},
-    {"train", "recommend", "export", "compare"},
+    {"train", "recommend", "export", "compare", "pretrain"},
     {"main", "sweep", "tune"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bdlm_jax import compare, export, recommend, sweep
+from bdlm_jax import compare, export, pretrain, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
 
@@ -18,6 +18,7 @@ MAINS = {
     "bdlm_jax.compare": compare.main,
     "bdlm_jax.recommend": recommend.main,
     "bdlm_jax.export": export.main,
+    "bdlm_jax.pretrain": pretrain.main,
     "bdlm_jax.report": report.main,
     "bdlm_jax.sweep": sweep.main,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.runtime.files import refuse_pointer
 from bdlm_jax.types import InputError
 
 FAMILIES = {
@@ -129,11 +130,17 @@ def _read(source):
         return dict(source), "the model's configuration"
     path = Path(source) / "config.json"
     try:
-        return json.loads(path.read_text()), str(path)
+        refuse_pointer(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{source} holds no config.json: give the folder of a Hugging Face model.") from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a model's settings by name: fetch it again.")
+    return content, str(path)
 
 
 def _complete(raw, family, where):

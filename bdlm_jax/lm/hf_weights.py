@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from bdlm_jax.lm.causal_lm import init_lm
 from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.runtime.files import refuse_pointer
 from bdlm_jax.types import InputError, Params, leaf_name
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints store
@@ -93,6 +94,25 @@ def load_lm(
             leaves[leaf] = _store(leaves[leaf], part, tensor, shapes[leaf], dtype, sharding)
         jax.block_until_ready([leaves[leaf] for leaf in tensor.leaves])
     return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], _abstract(config))
+
+
+def check_folder(folder: str | Path, config: LMConfig) -> None:
+    """Refuses a model that `load_lm` would refuse, whose vocabulary is another than `config`'s, or that holds a NaN.
+
+    `config` is that of the folder's config.json as it stands; every tensor is read once.
+    """
+    folder, expected = Path(folder), tensor_map(config)
+    stored = _read_headers(folder)
+    names = _resolve(folder, stored, expected, config)
+    _check_tensors(stored, expected, names, exactly=True)
+    for name in names.values():
+        with safe_open(stored[name].path, "numpy") as file:
+            value = file.get_tensor(name)
+        if not np.isfinite(value).all():
+            raise InputError(
+                f"{stored[name].path}: the tensor {name} holds {int((~np.isfinite(value)).sum())} values that are no "
+                "finite numbers: the file is damaged, or its training went astray; fetch it again."
+            )
 
 
 def export_tensors(params: Params, config: LMConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -183,6 +203,7 @@ def _shards(folder):
 def _read_headers(folder) -> dict[str, _Stored]:
     stored = {}
     for path in _shards(folder):
+        refuse_pointer(path)
         try:
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (the file is no dict)
@@ -209,9 +230,14 @@ def _resolve(folder, stored, expected, config):
     return names
 
 
-def _check_tensors(stored, expected, names):
+def _check_tensors(stored, expected, names, *, exactly=False):
     for ours, name in names.items():
         (path, dtype, shape), wanted = stored[name], expected[ours].shape
+        if exactly and expected[ours].leaves[0] in _ROWS and len(shape) == 2 and shape[0] != wanted[0]:
+            raise InputError(
+                f"{path}: the tensor {name} has {shape[0]} rows, and vocab_size in config.json is {wanted[0]}: the "
+                "files do not belong together; fetch both again, or write the number of rows into config.json."
+            )
         if expected[ours].leaves[0] in _ROWS and len(shape) == 2 and shape[0] <= wanted[0]:
             wanted = (shape[0], wanted[1])
         if shape != wanted or not all(shape):

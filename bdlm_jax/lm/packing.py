@@ -134,6 +134,39 @@ def pack(prompts: Sequence[Prompt], length: int, *, pad: int = 0) -> Packed:
     return Packed(tokens, positions, segments, *(array for one in found for array in _target_lists(*one, n_rows)))
 
 
+def pack_documents(documents: Sequence[np.ndarray], length: int, *, pad: int, max_tokens: int | None = None) -> Packed:
+    """Cuts a stream of documents into rows in which every token but a segment's first is a target.
+
+    A row's end cuts a document, whose rest begins the next row as a segment of its own. Positions restart in each
+    segment. Of the stream the first `max_tokens` tokens are taken.
+    """
+    flat = np.concatenate(documents)[:max_tokens].astype(np.int32)
+    document = np.repeat(np.arange(len(documents)), [len(one) for one in documents])[: len(flat)]
+    n_rows = -(-len(flat) // length)
+
+    place = np.arange(len(flat))
+    begins = (np.diff(document, prepend=-1) != 0) | (place % length == 0)
+    segment = np.cumsum(begins) - 1
+    position = place - np.flatnonzero(begins)[segment]
+    segment_in_row = segment - segment[::length][place // length] + 1
+    continues = np.append(segment[1:] == segment[:-1], False)
+
+    def rows(values, fill):
+        padded = np.full(n_rows * length, fill, np.int32)
+        padded[: len(values)] = values
+        return padded.reshape(n_rows, length)
+
+    nothing = np.zeros((n_rows, 0), np.int32)
+    return Packed(
+        tokens=rows(flat, pad),
+        positions=rows(position, 0),
+        segments=rows(segment_in_row, 0),
+        text_index=np.broadcast_to(np.arange(length, dtype=np.int32), (n_rows, length)),
+        text_target=rows(np.where(continues, np.append(flat[1:], 0), -1), -1),
+        **{name: nothing for pair in LISTS if "text_index" not in pair for name in pair},
+    )
+
+
 def concatenate(parts: Sequence[Packed]) -> Packed:
     """Joins sets of rows of one length, in order, so that their prompts mix in every batch."""
     lengths = {part.length for part in parts}

@@ -5,7 +5,7 @@ token in language. A state that stands for a user is read after the whole histor
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -58,8 +58,11 @@ def history_prompt(
     context: np.ndarray | None = None,
     read_user: bool = False,
     predict_first: bool = True,
+    cut: Container[int] = (),
 ) -> Prompt:
     """Makes one prompt of a user's history; one history of n items gives n targets.
+
+    In place of <bos> stands the head of a conversation, where the vocabulary has one.
 
     kind "ids":        <bos> [<uid>] [context] <iid>1 … <iid>n [<uid>]; each item is predicted from the token before.
     kind "ids_titles": <bos> [<uid>] [context] <iid>1 title1 … <iid>n titlen [<uid>]; the titles are predicted too,
@@ -72,16 +75,18 @@ def history_prompt(
         user: None for a new user, whom <user> stands for; `context` are tokens of text about them.
         read_user: the user's state is read at the last token.
         predict_first: the first item is a target (False: it was cut from the middle of a history, say).
+        cut: items whose title in `titles` has no end: none is taught behind it.
     """
     kind = options.kind
     if kind != "ids" and titles is None:
         raise InputError(f'prompt kind "{kind}" needs titles: give the title tokens of every item.')
     shown = vocabulary.unnamed_user if user is None or options.unnamed else vocabulary.user_token(user)
     where = "none" if kind == "text" else options.user_token
-    head, tail = [vocabulary.bos, *[shown] * (where == "start")], [shown] * (where == "end")
+    head, tail = [*vocabulary.head, *[shown] * (where == "start")], [shown] * (where == "end")
     head, items, texts = _newest(options, items, titles, head, context, n_tail=len(tail))
     body, is_mark = _body(vocabulary, items, texts, kind)
-    whole = [0 < len(text) == len(titles[item]) for item, text in zip(items, texts)]
+    least = 0 if kind == "text" else 1  # a text ends even where it is empty
+    whole = [least <= len(text) == len(titles[item]) and int(item) not in cut for item, text in zip(items, texts)]
     item_S, text_S = _said(vocabulary, body, is_mark, whole, kind)
     if len(items) and not predict_first:
         first = int(is_mark.argmax()) + 1
@@ -107,15 +112,17 @@ def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tok
     return Prompt(tokens, none, text_targets, item=int(item), item_at=len(tokens) - 1)
 
 
-def card_named_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
+def card_named_prompt(
+    vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None, cut: bool = False
+) -> Prompt:
     """Makes <bos> <iid> title, with the title and its <eos> predicted: it grounds the item's row in its text.
 
-    `max_tokens` cuts the title's end until the prompt fits; a title that is cut has no <eos>.
+    `max_tokens` cuts the title's end until the prompt fits; a title that is cut, here or before, has no <eos>.
     """
     shown = _cut_title(title, max_tokens)
     tokens = np.array([vocabulary.bos, vocabulary.item_token(item), *shown], np.int32)
     none, text_targets = np.full((2, len(tokens)), -1, np.int32)
-    text_targets[1:] = [*shown, vocabulary.eos if len(shown) == len(title) else -1]
+    text_targets[1:] = [*shown, -1 if cut or len(shown) < len(title) else vocabulary.eos]
     return Prompt(tokens, none, text_targets)
 
 
@@ -161,6 +168,7 @@ def _said(vocabulary, body, is_mark, whole, kind):
     item_S, text_S = np.full((2, len(body) + 1), -1, np.int32)
     if kind == "text":
         text_S[:-1] = body
+        text_S[np.flatnonzero(is_mark)[~np.asarray(whole, bool)]] = -1
         return item_S, text_S
     item_S[:-1] = np.where(is_mark, body - vocabulary.item_tokens.start, -1)
     text_S[:-1] = np.where(is_mark, -1, body)

@@ -17,11 +17,14 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises ev
 
 from transformers import PreTrainedTokenizerFast
 
+from bdlm_jax.runtime.files import refuse_pointer
 from bdlm_jax.types import Array, InputError
 
 PAD, BOS, EOS, UNNAMED_USER, UNNAMED_ITEM = "<pad>", "<bos>", "<eos>", "<user>", "<item>"
 _SPECIALS = (PAD, BOS, EOS, UNNAMED_USER, UNNAMED_ITEM)
 _GPT2_END = "<|endoftext|>"
+ASKED = "Which items does this user choose, one after the other?"
+_DATE = "01 Jan 2024"
 _ROUND_TO = 8  # matrix units and shardings like a round number of rows
 
 
@@ -50,6 +53,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
+        refuse_pointer(folder / "tokenizer.json")
         try:  # not AutoTokenizer, which imports torch
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # tokenizers raises the bare class
@@ -61,6 +65,36 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
     ends = {"bos_token": _GPT2_END, "eos_token": _GPT2_END} if tokenizer.token_to_id(_GPT2_END) is not None else {}
     return _with_specials(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends))
+
+
+def count_tokens(folder: str | os.PathLike) -> int:
+    """Counts the rows that a tokenizer folder needs as it stands, without what `load_tokenizer` adds."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return max(load_tokenizer(folder).get_vocab().values()) + 1
+    refuse_pointer(folder / "tokenizer.json")
+    try:
+        known = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises the bare class
+        raise InputError(f"{folder} has no tokenizer that can be read ({error}): save or fetch it again.") from error
+    return max(known.values(), default=-1) + 1
+
+
+def chat_head(tokenizer: PreTrainedTokenizerFast, message: str = ASKED) -> tuple[int, ...]:
+    """Encodes a user's message by the tokenizer's chat template, as far as where the assistant begins to answer.
+
+    A history is the answer: each of its items is predicted from what stands before. The template runs in the sandbox
+    of transformers; one that writes the date gets always the same.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, date_string=_DATE
+        )
+    except Exception as error:  # jinja's own, and whatever a template raises
+        raise InputError(
+            f"the tokenizer's chat template cannot be used ({error}): mend it, or set prompts.chat to never."
+        ) from error
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _byte_level(model) -> Tokenizer:
@@ -88,6 +122,7 @@ class Vocabulary:
     n_users: int
     n_items: int
     min_text: int = 0  # V is at least this: a pretrained model may have more rows than its tokenizer has tokens
+    chat: tuple[int, ...] = ()  # what begins a history in a model's conversation (`chat_head`); empty: <bos> alone
 
     @cached_property
     def n_text(self) -> int:
@@ -113,6 +148,11 @@ class Vocabulary:
     def bos(self) -> int:
         """Begins a prompt."""
         return int(self.tokenizer.bos_token_id)
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """What begins a history: the head of a conversation, or <bos>."""
+        return self.chat or (self.bos,)
 
     @cached_property
     def eos(self) -> int:

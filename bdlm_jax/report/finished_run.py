@@ -38,7 +38,8 @@ class Finished(NamedTuple):
     """A finished run; `cells` holds (value, users).
 
     facts: {"best": {stage: {arm: {"phase", "value"}}}, "curves": {stage: {arm: [validation after each phase]}},
-    "seconds": {stage: s}, "weights": {pool: of the second model's scores}}; a stage is named by its folder in the run.
+    "seconds": {stage: s}, "weights": {pool: of the second model's scores}, "language": of an own model, as
+    `run.general.measure` tells it, else {}}; a stage is named by its folder in the run.
     """
 
     folder: Path
@@ -88,6 +89,7 @@ def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished
             "weights": {path.stem: _read(path)["weight"] for path in sorted(folder.glob("pool*.json"))},
             "seconds": stage_seconds(folder),
         }
+    facts.setdefault("language", results.get("language") or {})
     config = portable(config)
     return Finished(folder, config, environment, results["data"], cells, counts, results.get("ceilings", []), facts)
 

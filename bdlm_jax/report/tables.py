@@ -106,6 +106,7 @@ def _header(runs: Sequence[Finished]) -> list[str]:
         + _seen(runs),
         f"* Hashes (data; candidates of test): {'; '.join(_hashes(run.data) for run in runs)}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
+        *(_language(run) for run in runs if run.facts["language"]),
     ]
 
 
@@ -114,6 +115,15 @@ def _judged(data: Mapping) -> str:
     drawn, parts = data.get("judged", {}), data["parts"]
     said = ", ".join(f"{n:,} of {parts[part]:,} of {part}" for part, n in drawn.items())
     return f" Judged on a fixed draw of the cases: {said}." if said else ""
+
+
+def _language(run: Finished) -> str:
+    text = run.facts["language"]
+    before, after = text["before"], text["after"]
+    return (
+        f"* Seed {run.seed}: the language model's perplexity on {text['text']} held out ({text['tokens']:,} tokens) is "
+        f"{after:.2f}, and was {before:.2f} before BDLM ({after / before - 1:+.1%})."
+    )
 
 
 def _seen(runs: Sequence[Finished]) -> str:

@@ -30,6 +30,7 @@ from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
 from bdlm_jax.types import LeakError, Params, leaf_name
 
+TEXT_ROWS = r"lm/(embedding|head|position_embedding)"
 FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
 DOT_ARM = models.make_arm("mf", Inputs(width=1), {})  # stands in where no domain model takes part
 
@@ -44,6 +45,7 @@ class Run:
     texts: Texts
     stop: Any
     key: jax.Array
+    root: Path  # the run directory, of which `folder` may be a part
     first: "Run | None" = None  # of a refit: the run that chose on validation
     watch: Callable[[str, int, dict[str, float]], None] | None = None  # told the stage, and what `fit` tells
 
@@ -139,7 +141,8 @@ def start_run(config: ml_collections.ConfigDict, folder: Path, stop=None) -> Run
     """Makes data, candidates and words of a run, or reads those that an earlier start has made."""
     data = prepare.prepare_data(config, folder / "data")
     vocabulary = prepare.prepare_vocabulary(config, data, folder / "tokenizer")
-    return Run(config, folder, data, prepare.encode_texts(config, data, vocabulary), stop, jax.random.key(config.seed))
+    texts = prepare.encode_texts(config, data, vocabulary)
+    return Run(config, folder, data, texts, stop, jax.random.key(config.seed), root=folder)
 
 
 def make_meeting(run: Run, *, reads: str) -> Meeting:
@@ -161,7 +164,7 @@ def make_arm(run: Run, model: str, *, parts: tuple[int, ...] = KNOWN["validation
 
 
 def content(run: Run, model: str) -> np.ndarray | None:
-    """Vectors of the items' texts, for a model that joins items by them."""
+    """What the items' texts say, for a model that joins items by them."""
     return run.content_IC if prepare.domain_settings(run.config, model).get("text_neighbours") else None
 
 
@@ -192,11 +195,10 @@ def init_tables(
 
 def measure_tables(run: Run, arm: DomainArm, params: Params, *, reads: str) -> Tables:
     """Measures the tables with which an LM stage starts; no decoder is needed for it."""
-    warm_I = jnp.asarray(run.warm_I)
     found = {}
     for way in {reads, "propagated"}:
-        _, item_ID = sharing.read_tables(params["shared"], params["domain"], encode=arm.encode, reads=way)
-        found[way] = float(jnp.std(item_ID[warm_I]))
+        item_ID = sharing.read_tables(params["shared"], params["domain"], encode=arm.encode, reads=way)[1]
+        found[way] = float(jnp.std(item_ID[run.warm_I]))
     return Tables(params, read_std=found[reads], out_std=found["propagated"])
 
 
@@ -249,13 +251,16 @@ def init_params(run: Run, stage: str, tables: Tables, decoder: Decoder, *, train
     return {**tables.params, "lm": {**lm, "bridge": bridge}}
 
 
-def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True) -> Rules:
+def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True, rows_apart: bool = False) -> Rules:
     """The optimiser's groups in the LM's phases.
 
     `trains` is "full" (the decoder), "lora" (its adapters) or "bridge" (neither); the bridge trains in all three.
-    Without `train_user` the table of users rests though that of items trains.
+    Without `train_user` the table of users rests though that of items trains; with `rows_apart` the decoder's rows of
+    text tokens are a group of their own, "text_rows".
     """
+    apart = [(TEXT_ROWS, "text_rows")] if rows_apart and trains == "full" else []
     return [
+        *apart,
         (r"shared/user", "shared" if train_shared and train_user else FROZEN),
         (r"shared/.*", "shared" if train_shared else FROZEN),
         (r"domain/.*", FROZEN),
@@ -264,27 +269,6 @@ def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True) -> Rul
         (r"lm/lora/.*", "lm" if trains == "lora" else FROZEN),
         (r"lm/.*", "lm" if trains == "full" else FROZEN),
     ]
-
-
-def lm_rates(rate, *, bridge: float = 1.0, shared: float | None = None) -> dict:
-    """The learning rates of an LM arm's groups, as multiples of one schedule; without `shared` the tables rest."""
-
-    def times(factor):
-        return lambda step: factor * rate(step)
-
-    return {"lm": rate, "bridge": times(bridge), **({} if shared is None else {"shared": times(shared)})}
-
-
-def shared_rate(run: Run, decoder: Decoder, *, read_std: float, reads: str) -> float:
-    """The shared tables' learning rate, as a multiple of the LM's.
-
-    The bridge shrinks or stretches the tables to the LM's scale; their step is stretched back, so that a row moves as
-    fast as one of an LM with its own table would. A propagated row answers to its own layer 0 by its share only.
-    """
-    c = run.config.lm
-    scale = c.learning_rate_shared / c.learning_rate * read_std / decoder.row_std
-    n_layers = prepare.domain_settings(run.config, run.config.domain.model)["n_layers"]
-    return scale * (n_layers + 1) if reads == "propagated" else scale
 
 
 def make_lm_arm(
@@ -300,7 +284,7 @@ def make_lm_arm(
     """Builds the LM arm: its compiled step, its batches, and which parameters move.
 
     Args:
-      rates: of `lm_rates`.
+      rates: of `rates.lm_rates`.
       arm: the domain arm, where the LM reads or hears it.
       trains: default `lm.trains`.
     """
@@ -308,13 +292,16 @@ def make_lm_arm(
     trains = trains or c.trains
     # Where no user is ever shown, only the propagation leads to their table.
     train_user = (meeting.reads == "propagated" and not arm.windows) or config.prompts.user_dropout < 1
-    rules = lm_rules(trains, train_shared="shared" in rates, train_user=train_user)
+    apart = trains == "full" and c.text_row_rate != 1
+    rules = lm_rules(trains, train_shared="shared" in rates, train_user=train_user, rows_apart=apart)
     groups = {name: {"learning_rate": rate} for name, rate in rates.items()}
     for name in ("lm", "bridge"):
         groups[name]["weight_decay"] = c.weight_decay
     groups["lm"]["kind"] = c.optimizer
     if trains == "full" and c.param_dtype != "float32":
         groups["lm"]["master"] = c.master_weights
+    if apart:
+        groups["text_rows"] = {**groups["lm"], "learning_rate": lambda step: c.text_row_rate * rates["lm"](step)}
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,

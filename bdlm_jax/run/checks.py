@@ -5,6 +5,7 @@ what each setting may be, combinations that exclude each other, paths that are n
 """
 
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -21,14 +22,16 @@ from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
 from bdlm_jax.domain.models import MODELS, make_arm
+from bdlm_jax.lm import hf_weights
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.prompts import USER_TOKENS
+from bdlm_jax.lm.vocabulary import count_tokens
 from bdlm_jax.mutual.losses import ALIGN, WHOLE_BATCH
 from bdlm_jax.mutual.optimizer import OPTIMIZERS, SCHEDULES
 from bdlm_jax.mutual.sharing import READS
 from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import CONTROLS
-from bdlm_jax.run.prepare import UNTRAINED, domain_settings, lm_shape
+from bdlm_jax.run.prepare import UNTRAINED, domain_settings, lm_shape, own_folder, title_room, tokenizer_folder
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.types import InputError
 
@@ -85,7 +88,9 @@ RULES = {
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
-    "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS), "prompts.user_dropout": _from(0, most=1),
+    "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
+    "prompts.chat": _word(("auto", "always", "never")),
+    "prompts.user_dropout": _from(0, most=1),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words")),
     "shared.initial": _word(("domain", "propagated", "random")),
@@ -97,17 +102,17 @@ RULES = {
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
 _MANY = {
-    _ABOVE_0: """lm.learning_rate lm.lora_alpha pretrain.learning_rate shared.std domain.learning_rate mf.learning_rate
-        sasrec.learning_rate sasrec.std itemgcn.learning_rate itemgcn.std lm_alone.ids_times
-        lm_alone.text_epochs ease.l2 mutual.learning_rate_bridge mutual.temperature mutual.domain_learning_rate
-        mutual.distill_learning_rate""",
+    _ABOVE_0: """lm.lora_alpha shared.std domain.learning_rate mf.learning_rate
+        sasrec.learning_rate sasrec.std itemgcn.learning_rate itemgcn.std lm_alone.ids_times lm_alone.text_epochs
+        ease.l2 mutual.temperature mutual.domain_learning_rate mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank
         lm.accumulate pretrain.max_tokens prompts.max_items prompts.max_title_tokens shared.width mutual.text_width
         domain.batch_size domain.epochs domain.evaluate_every mf.epochs item_knn.neighbours sasrec.epochs
         sasrec.batch_size sasrec.evaluate_every sasrec.length sasrec.n_blocks sasrec.n_heads mutual.kl_users
         itemgcn.epochs itemgcn.batch_size itemgcn.evaluate_every itemgcn.length
         mutual.distill_epochs evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
-    _from(0): """seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
+    _from(0): """lm.learning_rate pretrain.learning_rate mutual.learning_rate_bridge pretrain.samples lm.text_row_rate
+        seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
@@ -172,8 +177,7 @@ def _check_data(data, models) -> None:
 
 def _check_models(config) -> None:
     prompts, m, models = config.prompts, config.mutual, config.models
-    needed = prompts.max_title_tokens * (2 if config.data.user_fields else 1) + 4
-    if prompts.length < needed:
+    if prompts.length < (needed := title_room(config)):
         raise InputError(
             f"config.prompts.length {prompts.length} cannot hold one title of prompts.max_title_tokens "
             f"{prompts.max_title_tokens}; use a length of at least {needed}."
@@ -202,9 +206,13 @@ def _check_lm(config, shape: LMConfig) -> None:
         raise InputError(f"config.lm.batch_rows {lm.batch_rows} does not divide into lm.accumulate {lm.accumulate}.")
     if lm.trains == "bridge" and lm.path and config.pretrain.corpus:
         raise InputError("config.lm.trains bridge freezes the decoder, so pretrain.corpus has nothing to train.")
-    if shape.positions == "learned" and length > shape.max_positions:
-        source = lm.path or lm.config
-        raise InputError(f"config.prompts.length {length} is above the {shape.max_positions} positions of {source}.")
+    if shape.max_positions is not None:
+        source, title = lm.path or lm.config, config.prompts.max_title_tokens + 1
+        told = f"the {shape.max_positions} positions of {source}; lower it"
+        if length > shape.max_positions:
+            raise InputError(f"config.prompts.length {length} is above {told}.")
+        if "text_lm" in config.models and length + title > shape.max_positions:
+            raise InputError(f"config.prompts.length {length} and the {title} tokens of a title are above {told}.")
 
 
 def _check_evaluation(config) -> None:
@@ -235,8 +243,23 @@ def _check_paths(config) -> None:
     for key, path in paths.items():
         if path and not Path(path).exists():
             raise InputError(f"config.{key}: {path} is not there; check the path, or the folder that you run from.")
+    if config.lm.trains != "full" and not config.lm.path:
+        raise InputError(f"config.lm.trains is {config.lm.trains}, but lm.path names no model; give one, or set full.")
+    if config.lm.path:
+        _check_model(own_folder(config.lm.path), tokenizer_folder(config), lm_shape(config))
     if corpus and not Path(corpus).is_file():
         raise InputError(f"config.pretrain.corpus: {corpus} is no file; give a text file, a document a line.")
+
+
+@functools.cache
+def _check_model(folder: Path, tokenizer: Path, shape: LMConfig) -> None:
+    """Looks at every file of an own model: a faulty one is refused here, not after what is trained before it."""
+    hf_weights.check_folder(folder, shape)
+    if (n := count_tokens(tokenizer)) > shape.vocab_size:
+        raise InputError(
+            f"{tokenizer}: its tokenizer has {n} tokens, more than the {shape.vocab_size} rows of the embedding in "
+            f"{folder}; give the model's own."
+        )
 
 
 def _check_devices(config, *, n_devices: int) -> None:

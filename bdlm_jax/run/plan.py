@@ -24,6 +24,7 @@ from bdlm_jax.mutual.options import LMWeights
 from bdlm_jax.run import build, checks
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run, Tables
 from bdlm_jax.run.prepare import lm_shape, prepare_data
+from bdlm_jax.run.rates import lm_rates
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.runtime.fit import Arm
 from bdlm_jax.runtime.sharding import Layout
@@ -135,7 +136,7 @@ def make_arm(run: Run) -> Arm:
     """The LM arm of a plan's run, without rows."""
     weights, rate = LMWeights(**run.config.mutual.lm.to_dict()), run.config.lm.learning_rate
     shared = 1.0 if run.config.shared.trained_by in ("both", "lm") and weights.item else None
-    rates = build.lm_rates(lambda step: rate, shared=shared)
+    rates = lm_rates(lambda step: rate, shared=shared)
     return build.make_lm_arm(run, None, build.make_meeting(run, reads="layer0"), weights, rates)
 
 
@@ -331,7 +332,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
     data = SimpleNamespace(n_users=given.n_users, n_items=given.n_items, split=split)
     n_text = -(-lm_shape(config).vocab_size // 8) * 8
     vocabulary = SimpleNamespace(n_text=n_text, user_tokens=None, unnamed_user=None)
-    return Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
+    return Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0), root=Path())
 
 
 def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import gzip
 import json
 import logging
-import lzma
-import zlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data import candidates as candidate_files
-from bdlm_jax.data import interactions, prepared, readers, splits, twins
+from bdlm_jax.data import corpus, interactions, prepared, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
@@ -29,6 +28,7 @@ from bdlm_jax.types import InputError
 _LOG = logging.getLogger(__name__)
 
 PARTS = {"validation": VALIDATION, "test": TEST}
+HELD_OUT, _MOST_HELD_OUT = 20, 1000  # one document of so many, of an own model's corpus; so many at most
 UNTRAINED = ("item_pop", *CLOSED_FORM)
 MOST_SCORES = 10**10  # of a part that one model gives for its full ranking, unless `evaluate.cases` says otherwise
 KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be known when a part is predicted
@@ -41,6 +41,7 @@ class Data(NamedTuple):
     candidates: {"validation" | "test": {protocol: Candidates}}.
     item_texts: I strings; user_texts: U strings, or None where no user field is asked for.
     corpus: documents for pretraining, maybe empty.
+    held_out: documents of `pretrain.corpus` that no own model trains on: what its language is measured by.
     fingerprint: counts and hashes of the table and of every candidate file.
     """
 
@@ -52,6 +53,7 @@ class Data(NamedTuple):
     corpus: list[str]
     world: twins.World | None
     fingerprint: dict
+    held_out: Sequence[str] = ()
 
     @property
     def n_users(self) -> int:
@@ -68,6 +70,7 @@ class Texts(NamedTuple):
     vocabulary: Vocabulary
     titles: list[np.ndarray]
     contexts: list[np.ndarray] | None
+    cut: frozenset[int] = frozenset()  # items whose title is longer
 
 
 def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
@@ -119,15 +122,17 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     fingerprint["candidates"] = {f"{part}/{name}": c.sha256 for part, sets in made.items() for name, c in sets.items()}
     _check_fingerprint(folder / "fingerprint.json", fingerprint)
     write_json(folder / "fingerprint.json", fingerprint)
+    documents, held_out = _corpus(config, world)
     return Data(
         split=split,
         slices=slices,
         candidates=made,
         item_texts=table.item_text(tuple(c.item_fields)),
         user_texts=table.user_text(tuple(c.user_fields)) if c.user_fields else None,
-        corpus=_corpus(config.pretrain, world),
+        corpus=documents,
         world=world,
         fingerprint=fingerprint,
+        held_out=held_out,
     )
 
 
@@ -149,9 +154,9 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     A language model of `lm.path` comes with its own, whose special tokens and chat template stay as they are; the
     vocabulary has at least as many text rows as the model.
     """
-    own = own_folder(config.lm.path) if config.lm.path else None
-    if config.tokenizer.path or own:
-        tokenizer = vocabulary.load_tokenizer(config.tokenizer.path or own)
+    own = bool(config.lm.path)
+    if given := tokenizer_folder(config):
+        tokenizer = vocabulary.load_tokenizer(given)
     elif (folder / "tokenizer.json").exists():
         tokenizer = vocabulary.load_tokenizer(folder)
     else:
@@ -159,20 +164,55 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
         tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
         tokenizer.save_pretrained(str(folder))
     rows = lm_shape(config).vocab_size if own else 0
-    return Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows)
+    chat = vocabulary.chat_head(tokenizer) if _chats(config, tokenizer) else ()
+    prompts, needed = config.prompts, max(0, len(chat) - 1) + title_room(config)
+    if prompts.length < needed:
+        raise InputError(
+            f"config.prompts.length {prompts.length} cannot hold one title behind the {len(chat)} tokens that begin a "
+            f"conversation; use a length of at least {needed}, or set prompts.chat to never."
+        )
+    return Vocabulary(tokenizer, n_users=data.n_users, n_items=data.n_items, min_text=rows, chat=chat)
+
+
+def title_room(config: ml_collections.ConfigDict) -> int:
+    """The least length of a row: one title, a user's context, and what stands around them."""
+    return config.prompts.max_title_tokens * (2 if config.data.user_fields else 1) + 4
+
+
+def _chats(config: ml_collections.ConfigDict, tokenizer) -> bool:
+    """Says whether histories stand in a conversation: by `prompts.chat`, and by a model's name where it leaves that."""
+    word = config.prompts.chat
+    if word == "always" and not tokenizer.chat_template:
+        raise InputError("config.prompts.chat is always, but the tokenizer has no chat template; set it to never.")
+    named = re.search(r"instruct|chat|[-_]it\b", config.lm.path, re.IGNORECASE)
+    return bool(tokenizer.chat_template) and (word == "always" or (word == "auto" and bool(named)))
 
 
 def encode_texts(config: ml_collections.ConfigDict, data: Data, vocabulary: Vocabulary) -> Texts:
-    limit = config.prompts.max_title_tokens
-    titles = [title[:limit] for title in vocabulary.encode_text(data.item_texts)]
+    limit, whole = config.prompts.max_title_tokens, vocabulary.encode_text(data.item_texts)
+    titles, cut = [title[:limit] for title in whole], frozenset(i for i, t in enumerate(whole) if len(t) > limit)
+    if cut:
+        told = "%d of %d titles are longer than prompts.max_title_tokens (%d) and are cut there, the longest from %d"
+        _LOG.info(told, len(cut), len(whole), limit, max(map(len, whole)))
     contexts = [c[:limit] for c in vocabulary.encode_text(data.user_texts)] if data.user_texts else None
-    return Texts(vocabulary, titles, contexts)
+    return Texts(vocabulary, titles, contexts, cut)
+
+
+def tokenizer_folder(config: ml_collections.ConfigDict) -> Path | None:
+    """Where a tokenizer is given: in `tokenizer.path`, else beside the weights of `lm.path`."""
+    given = config.tokenizer.path or (own_folder(config.lm.path) if config.lm.path else None)
+    return given and Path(given)
 
 
 @functools.cache
 def own_folder(path: str) -> Path:
     """The local folder of `lm.path`; the hub is asked once."""
-    return hf_weights.find_folder(path)
+    if path.startswith("<"):  # what stands in experiments/own_lm.py
+        raise InputError("config.lm.path is not given: --config.lm.path=FOLDER, a Hugging Face directory or a hub id.")
+    try:
+        return hf_weights.find_folder(path)
+    except InputError as error:
+        raise InputError(f"config.lm.path: {error}") from error
 
 
 def lm_shape(config: ml_collections.ConfigDict, n_text: int | None = None) -> LMConfig:
@@ -210,9 +250,12 @@ def training_setting(config: ml_collections.ConfigDict, model: str, name: str) -
 
 def _read_config_json(path: str) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (OSError, ValueError) as error:
         raise InputError(f"config.lm.config: {path} cannot be read ({error}); give a config.json.") from error
+    return content
 
 
 def _split(config, table) -> Split:
@@ -253,24 +296,21 @@ def _check_fingerprint(path: Path, fingerprint: dict) -> None:
             raise InputError(f"{path} was written for other data than the config gives now: choose a new --workdir.")
 
 
-def _corpus(config, world) -> list[str]:
-    """The documents of `pretrain.corpus` (.txt, .gz, .xz, one a line), or those of the world."""
-    if not config.corpus:
-        return list(world.corpus) if world is not None else []
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(config.corpus).suffix, open)
-    documents, words = [], 0
+def _corpus(config, world) -> tuple[list[str], list[str]]:
+    """The documents of `pretrain.corpus`, and those held out of it for an own model; else those of the world.
+
+    An own model (`lm.path`) without a corpus brings a language of its own, which the world's would change.
+    """
+    c = config.pretrain
+    if not c.corpus:
+        return list(world.corpus) if world is not None and not config.lm.path else [], []
     try:
-        with opener(config.corpus, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if "\0" in line:
-                    raise ValueError("it is no text")
-                documents.append(line.strip())
-                words += line.count(" ") + 1
-                if words > config.max_tokens:  # a word is at least a token, so this is enough
-                    break
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(
-            f"config.pretrain.corpus: {config.corpus} cannot be read ({error}); give a whole UTF-8 text file "
-            "(.txt, .gz, .xz), a document a line."
-        ) from error
-    return [document for document in documents if document]
+        documents = corpus.read_documents(c.corpus, max_tokens=c.max_tokens)
+    except InputError as error:
+        raise InputError(f"config.pretrain.corpus: {error}") from error
+    if not config.lm.path or len(documents) < 2:
+        return documents, []
+    n = min(max(1, len(documents) // HELD_OUT), _MOST_HELD_OUT)
+    drawn = set(np.random.default_rng(len(documents)).permutation(len(documents))[:n].tolist())
+    held_out = [document for number, document in enumerate(documents) if number in drawn]
+    return [document for number, document in enumerate(documents) if number not in drawn], held_out

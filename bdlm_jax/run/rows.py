@@ -3,13 +3,14 @@
 Everything here is NumPy and made once a stage from the split; that no row holds what is to be predicted is checked.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 
 import numpy as np
 
 from bdlm_jax.lm import packing, prompts
-from bdlm_jax.lm.packing import LISTS, Packed
+from bdlm_jax.lm.packing import Packed
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import guards
 from bdlm_jax.run.build import Run
@@ -49,9 +50,11 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:
     """Packs every item's card: its title, then the state that stands for what text says of it."""
-    make, length = prompts.card_named_prompt if named else prompts.card_prompt, run.config.prompts.length
-    titles = enumerate(run.texts.titles)
-    return _pack(run, [make(run.texts.vocabulary, item, title, max_tokens=length) for item, title in titles])
+    (vocabulary, titles, _, cut), length = run.texts, run.config.prompts.length
+    if named:
+        make = functools.partial(prompts.card_named_prompt, vocabulary, max_tokens=length)
+        return _pack(run, [make(item, title, cut=item in cut) for item, title in enumerate(titles)])
+    return _pack(run, [prompts.card_prompt(vocabulary, i, title, max_tokens=length) for i, title in enumerate(titles)])
 
 
 def corpus_rows(run: Run) -> Packed | None:
@@ -62,43 +65,15 @@ def corpus_rows(run: Run) -> Packed | None:
 
 
 def text_rows(texts: Iterable[str], vocabulary: Vocabulary, length: int, *, max_tokens: int | None = None) -> Packed:
-    """Cuts a stream of documents into rows in which every token but a document's first is a target.
-
-    Documents stand as <bos> text <eos> one behind the other; a row's end cuts a document, whose rest begins the next
-    row as a segment of its own. Positions restart in each segment.
-    """
-    source, chunks, n_tokens = iter(texts), [], 0
+    """Packs documents, <bos> text <eos> one behind the other, as `packing.pack_documents` does."""
+    source, documents, n_tokens = iter(texts), [], 0
     while (max_tokens is None or n_tokens < max_tokens) and (some := list(itertools.islice(source, _ENCODE_AT_ONCE))):
         for ids in vocabulary.encode_text(some):
-            chunks.append(np.concatenate([[vocabulary.bos], ids, [vocabulary.eos]]).astype(np.int32))
-            n_tokens += len(chunks[-1])
-    if not chunks:
+            documents.append(np.concatenate([[vocabulary.bos], ids, [vocabulary.eos]]))
+            n_tokens += len(documents[-1])
+    if not documents:
         raise InputError("the pretraining corpus holds no text: give it at least one document.")
-    flat = np.concatenate(chunks)[:max_tokens]
-    document = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])[: len(flat)]
-    n_rows = -(-len(flat) // length)
-
-    place = np.arange(len(flat))
-    begins = (np.diff(document, prepend=-1) != 0) | (place % length == 0)
-    segment = np.cumsum(begins) - 1
-    position = place - np.flatnonzero(begins)[segment]
-    segment_in_row = segment - segment[::length][place // length] + 1
-    continues = np.append(segment[1:] == segment[:-1], False)
-
-    def rows(values, fill):
-        padded = np.full(n_rows * length, fill, np.int32)
-        padded[: len(values)] = values
-        return padded.reshape(n_rows, length)
-
-    nothing = np.zeros((n_rows, 0), np.int32)
-    return Packed(
-        tokens=rows(flat, vocabulary.pad),
-        positions=rows(position, 0),
-        segments=rows(segment_in_row, 0),
-        text_index=np.broadcast_to(np.arange(length, dtype=np.int32), (n_rows, length)),
-        text_target=rows(np.where(continues, np.append(flat[1:], 0), -1), -1),
-        **{name: nothing for pair in LISTS if "text_index" not in pair for name in pair},
-    )
+    return packing.pack_documents(documents, length, pad=vocabulary.pad, max_tokens=max_tokens)
 
 
 def mix(parts: list[tuple[Packed | None, float]], *, seed: int) -> Packed:
@@ -123,9 +98,10 @@ def text_prefixes(run: Run, *, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def title_continuations(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the (I, T) tokens and mask of every title with <eos> behind it."""
-    ends = np.array([run.texts.vocabulary.eos], np.int32)
-    return _padded([np.concatenate([title, ends]) for title in run.texts.titles], run.texts.vocabulary.pad)
+    """Returns the (I, T) tokens and mask of every title with <eos> behind it, but for those that are cut."""
+    vocabulary, titles, _, cut = run.texts
+    ends = [np.array([] if item in cut else [vocabulary.eos], np.int32) for item in range(len(titles))]
+    return _padded([np.concatenate(pair) for pair in zip(titles, ends)], vocabulary.pad)
 
 
 def prompt_options(run: Run, kind: str, *, unnamed: bool = False) -> prompts.PromptOptions:
@@ -158,13 +134,14 @@ def _history_prompt(run, user, items, kind, *, read_user=True, first=True, unnam
         context=texts.contexts[user] if texts.contexts and kind != "ids" else None,
         read_user=read_user,
         predict_first=first,
+        cut=texts.cut,
     )
 
 
 def _windows(run, history, kind):
     """Yields (window, start) from the end, each the longest that fits into a row."""
     c, texts = run.config.prompts, run.texts
-    room = c.length - 2 - (c.max_title_tokens if texts.contexts and kind != "ids" else 0)
+    room = c.length - 1 - len(texts.vocabulary.head) - (c.max_title_tokens if texts.contexts and kind != "ids" else 0)
     sizes = np.array([1 if kind == "ids" else 1 + len(texts.titles[item]) for item in history])
     stop = len(history)
     while stop > 0:

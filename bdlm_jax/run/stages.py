@@ -18,8 +18,9 @@ from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import build, rows
+from bdlm_jax.run import build, general, rates, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
+from bdlm_jax.run.general import General
 from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
@@ -88,9 +89,10 @@ def pretrain_lm(run: Run) -> Decoder:
     if packed is None:
         return build.make_decoder(run, build.load_decoder(run))
     steps = max(1, round(c.epochs * packed.n_steps(config.lm.batch_rows)))
-    rate = make_schedule(config.lm.schedule, c.learning_rate, warmup=max(1, steps // 20), steps=steps)
+    peak = c.learning_rate or rates.decoder_rate(run)
+    rate = make_schedule(config.lm.schedule, peak, warmup=max(1, steps // 20), steps=steps)
     fitted = _train_lm(
-        run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, build.lm_rates(rate),
+        run, "pretrain", packed, [Phase("lm", steps, "next token")], _TEXT_ONLY, rates.lm_rates(rate),
         decoder=lambda: build.make_decoder(run, build.load_decoder(run)),
         trains=config.lm.trains if config.lm.path else "full", keep={"lm": 0},
     )  # fmt: skip
@@ -101,12 +103,13 @@ def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
     """Trains the text-only LM: histories as titles, nothing else. It is judged by its ranking of validation titles."""
     config = run.config
     histories = rows.training_rows(run, kind="text")
-    packed = rows.mix([(histories, 1), *_replay(run, run.data.n_users // 4)], seed=config.seed)
+    replayed = _replay(run, general.general_text(run, decoder), run.data.n_users // 4)
+    packed = rows.mix([(histories, 1), *replayed], seed=config.seed)
     # A frozen decoder has nothing to learn from text alone: it is judged as it came.
     phases = _lm_phases(run, packed, [0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs], "titles")
+    moves = rates.lm_rates(rates.schedule(run, phases))
     return _train_lm(
-        run, "text_lm", packed, phases, _TEXT_ONLY, build.lm_rates(_schedule(run, phases)), decoder=lambda: decoder,
-        parents=decoder,
+        run, "text_lm", packed, phases, _TEXT_ONLY, moves, decoder=lambda: decoder, parents=decoder,
         validate=lambda params: validate(run, text_lm_scorer(run, params["lm"], "validation"), protocol="cand20"),
         select=config.select.split("/")[0] + "/cand20",
     )  # fmt: skip
@@ -121,10 +124,13 @@ def train_ids_lm(run: Run, decoder: Decoder) -> Fitted:
     decoder = build.make_decoder(run, decoder.params, row_std=config.lm_alone.row_std)
     packed = rows.training_rows(run, kind="ids")
     phases = _lm_phases(run, packed, [config.lm_alone.ids_times * epochs for epochs in _lm_epochs(config)], "ids")
-    shared = build.shared_rate(run, decoder, read_std=config.shared.std, reads="layer0")
+    std, rate = config.shared.std, config.lm.learning_rate
+    bridge = rates.bridge_rate(run, decoder, read_std=std, given=rate)  # as fast as the decoder, where that is given
+    shared = rates.shared_rate(run, decoder, read_std=std, reads="layer0")
+    moves = rates.lm_rates(rates.schedule(run, phases), bridge=bridge, shared=shared)
     reader = ids_reader(run, "validation")
     return _train_lm(
-        run, "ids_lm", packed, phases, _ITEMS_ONLY, build.lm_rates(_schedule(run, phases), shared=shared),
+        run, "ids_lm", packed, phases, _ITEMS_ONLY, moves,
         decoder=lambda: decoder, parents=decoder, validate=lambda params: validate(run, reader.scorer(run, params)),
         select=config.select,
     )  # fmt: skip
@@ -146,7 +152,8 @@ def train_domain(run: Run, model: str) -> Fitted:
 def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     """Runs the mutual rounds: the LM's first phase, then domain and LM phases in turn."""
     config, m, trained_by = run.config, run.config.mutual, run.config.shared.trained_by
-    reader, packed = bdlm_reader(run, "validation"), _bdlm_rows(run)
+    text = general.general_text(run, decoder)
+    reader, packed = bdlm_reader(run, "validation"), _bdlm_rows(run, text)
     arm, meeting = reader.arm, reader.meeting
     lm_phases = _lm_phases(run, packed, _lm_epochs(config), "LM")
     phases = lm_phases[:1]
@@ -156,20 +163,23 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
 
     def validate_arm(name, params):
-        return validate(run, scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params))
+        spoken = general.spoken(run, text, params["lm"]) if name == "lm" else {}
+        scorer = scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params)
+        return spoken | validate(run, scorer)
 
     def write_back(params):
         states = reader.read(run, params, reader.cards)["item"]
         z_item_ID = sharing.bridge_out(params["lm"]["bridge"], states)
         return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
 
-    shared = build.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
-    rates = build.lm_rates(
-        _schedule(run, lm_phases), bridge=m.learning_rate_bridge / config.lm.learning_rate,
+    shared = rates.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
+    bridge = rates.bridge_rate(run, decoder, read_std=tables.read_std, given=m.learning_rate_bridge)
+    moves = rates.lm_rates(
+        rates.schedule(run, lm_phases), bridge=bridge,
         shared=shared if trained_by in ("both", "lm") else None,
     )  # fmt: skip
     lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, rates, arm=arm)
+    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, moves, arm=arm)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
     if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         lm_arm = lm_arm._replace(finish=write_back)
@@ -340,7 +350,7 @@ def _fit_domain(
     )
 
 
-def _bdlm_rows(run: Run) -> Packed:
+def _bdlm_rows(run: Run, text: General) -> Packed:
     """Histories, a share of them with titles, cards of items without and with their names, and some of the corpus."""
     c = run.config.prompts
     own = rows.training_rows(run, kind=c.kind)
@@ -349,12 +359,12 @@ def _bdlm_rows(run: Run) -> Packed:
         titled = rows.training_rows(run, kind="ids_titles")
     cards, named = (rows.card_rows(run, named=named) for named in (False, True))
     parts = [(own, 1), (titled, c.titled_share), (cards, c.card_copies), (named, c.card_copies / 8)]
-    return rows.mix([*parts, *_replay(run, len(own))], seed=run.config.seed)
+    return rows.mix([*parts, *_replay(run, text, len(own))], seed=run.config.seed)
 
 
-def _replay(run: Run, n_rows: int) -> list:
-    """Rows of the corpus that keep the pretrained words alive, as a share of the histories' rows."""
-    packed, share = rows.corpus_rows(run), run.config.pretrain.replay_share
+def _replay(run: Run, text: General, n_rows: int) -> list:
+    """Rows of general text that keep the pretrained words alive, as a share of the histories' rows."""
+    packed, share = text.replay, run.config.pretrain.replay_share
     return [] if packed is None or not share else [(packed, share * n_rows / len(packed))]
 
 
@@ -370,9 +380,3 @@ def _lm_phases(run: Run, packed: Packed, epochs: list[float], name: str) -> list
 def _domain_phases(epochs: int, name: str, *, every: int) -> list[Phase]:
     every = min(every, epochs)
     return [Phase("domain", min(every, epochs - done), name) for done in range(0, epochs, every)]
-
-
-def _schedule(run: Run, phases: list[Phase]):
-    """The LM's learning rate over all its phases, as `lm.schedule` says."""
-    steps, c = max(1, sum(phase.units for phase in phases)), run.config.lm
-    return make_schedule(c.schedule, c.learning_rate, warmup=min(c.warmup_steps, steps // 2), steps=steps)

@@ -39,7 +39,7 @@ _TAUGHT = r"lm_alone\..* pretrain\.(corpus|epochs|learning_rate) domain\.epochs 
 UNREAD = {
     "pretrain": r"""lm_alone\..* mutual\..* domain\..* select evaluate\..* lm\.learning_rate_shared
         shared\.trained_by
-        prompts\.(?!(length|user_dropout)$).* pretrain\.replay_share""",
+        prompts\.(?!(length|user_dropout)$).* pretrain\.(replay_share|samples)""",
     "text_lm": _ALONE + r"mutual\..* lm_alone\.(?!text_epochs$).* prompts\.read_named",
     "ids_lm": _ALONE + r"mutual\.(?!(lm_epochs.*|rounds)$).* lm_alone\.text_epochs evaluate\.text_history",
     "bdlm": _TAUGHT + r"mutual\.(distill_|text_).* domain\.test_graph",
@@ -140,7 +140,7 @@ def _link(link: Path, folder: Path) -> None:
 def _words(config: ml_collections.ConfigDict, data: Data, texts: Texts) -> dict:
     """What LM stages read beside interactions; the decoder's shape, too, for it may come from a file."""
     known = sorted(texts.vocabulary.tokenizer.get_vocab().items())
-    tokens = {"titles": texts.titles, "contexts": texts.contexts or []}
+    tokens = {"titles": texts.titles, "contexts": texts.contexts or [], "cut": [np.array(sorted(texts.cut), np.int32)]}
     return {
         "shape": repr(lm_shape(config, texts.vocabulary.n_text)),
         "vocabulary": json.dumps([texts.vocabulary.n_text, known]),

@@ -15,6 +15,8 @@ import numpy as np
 
 from bdlm_jax.types import InputError
 
+_POINTER = b"version https://git-lfs"
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -70,6 +72,15 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = array
     return _lists(tree)
+
+
+def refuse_pointer(path: str | os.PathLike) -> None:
+    """Refuses what a clone without Git LFS holds in a large file's place: a few lines that name it."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise InputError(
+                f"{path} is a Git-LFS pointer, not the file itself: fetch it with git lfs pull, or from the hub."
+            )
 
 
 def _flatten(tree: Any, prefix: str, flat: dict[str, np.ndarray]) -> None:

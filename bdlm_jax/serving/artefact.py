@@ -73,7 +73,7 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
         "domain": {name: getattr(domain, name) for name in _FACTS},
         "lm": {
             "config": dataclasses.asdict(lm.config),
-            "vocabulary": {"n_users": lm.vocabulary.n_users, "n_items": lm.vocabulary.n_items},
+            "vocabulary": {name: getattr(lm.vocabulary, name) for name in ("n_users", "n_items", "chat")},
             "prompts": dataclasses.asdict(lm.prompts),
             "texts": {"last": lm.texts.last, "mean": lm.texts.mean} if lm.texts else None,
         },
@@ -112,12 +112,13 @@ def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
 
     folder, manifest = _open(workdir)
     facts, tree = manifest["lm"], _read(folder / "lm.safetensors")
-    config = LMConfig(**facts["config"])
+    config, words = LMConfig(**facts["config"]), facts["vocabulary"]
+    words["chat"] = tuple(words.get("chat", ()))  # JSON has lists
     return ServedLM(
         params=tree["lm"],
         config=config,
         id_rows_XM=tree["id_rows"],
-        vocabulary=Vocabulary(load_tokenizer(folder / "tokenizer"), min_text=config.vocab_size, **facts["vocabulary"]),
+        vocabulary=Vocabulary(load_tokenizer(folder / "tokenizer"), min_text=config.vocab_size, **words),
         titles=_cut(tree["titles"]),
         contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
         prompts=PromptOptions(**facts["prompts"]),

@@ -143,9 +143,10 @@ def _model_card(workdir: Path, arm: ServedLM, catalogue: Catalogue) -> str:
     shows_user = prompts.user_token if prompts.kind != "text" else "none"
     mark, title = 'tokenizer.convert_tokens_to_ids([f"<iid_{i}>"])', 'ids["title_tokens"][i]'
     pieces = {"ids": mark, "ids_titles": f"{mark} + {title}", "text": f"{title} + [{vocabulary.eos}]"}
+    head = vocabulary.tokenizer.convert_ids_to_tokens(list(vocabulary.head))
     code = _CARD_CODE.format(
         example=catalogue.item_ids[:2],
-        head=[vocabulary.tokenizer.bos_token] + [UNNAMED_USER] * (shows_user == "start"),
+        head=head + [UNNAMED_USER] * (shows_user == "start"),
         piece=pieces[prompts.kind],
         tail=f"prompt += tokenizer.convert_tokens_to_ids([{UNNAMED_USER!r}])\n" if shows_user == "end" else "",
         imports="import safetensors.torch\n" if arm.texts else "",

@@ -149,3 +149,22 @@ def test_named_card_predicts_the_title_from_the_id():
 def test_options_that_do_not_fit_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_no_end_is_taught_behind_a_title_that_was_cut():
+    ids = history_prompt(V, [1, 3], IDS_TITLES, titles=TITLES, user=2, cut={1})
+    assert V.eos not in ids.text_targets[:5] and _targets(ids.text_targets)[-1] == (6, V.eos)
+    text = history_prompt(V, [1, 3], TEXT, titles=TITLES, cut={3})
+    assert text.tokens.tolist() == [V.bos, 110, 111, V.eos, 130, V.eos]
+    assert _targets(text.text_targets) == [(0, 110), (1, 111), (2, V.eos), (3, 130)]
+    assert V.eos not in card_named_prompt(V, 3, TITLES[3], cut=True).text_targets
+    assert V.eos in card_named_prompt(V, 3, TITLES[3]).text_targets
+
+
+def test_a_conversations_head_takes_the_place_of_bos():
+    talks = Vocabulary(None, 6, 9, chat=(1, 70, 71))
+    talks.__dict__.update(n_text=300, pad=0, bos=1, eos=2, unnamed_user=3, unnamed_item=4)
+    prompt = history_prompt(talks, [4, 0], IDS, user=2, read_user=True)
+    assert prompt.tokens.tolist() == [1, 70, 71, V.user_token(2), V.item_token(4), V.item_token(0)]
+    assert _targets(prompt.item_targets) == [(3, 4), (4, 0)] and prompt.user_at == 5
+    assert card_prompt(talks, 3, TITLES[3]).tokens.tolist() == [1, 130, 4], "a card is no conversation"

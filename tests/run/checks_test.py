@@ -99,7 +99,7 @@ def test_a_config_without_a_setting_is_refused():
         ({"tokenizer__path": "no_such_tokenizer"}, "config.tokenizer.path: no_such_tokenizer is not there"),
         ({"pretrain__corpus": "no_such_corpus"}, "config.pretrain.corpus: no_such_corpus is not there"),
         ({"pretrain__corpus": "."}, "config.pretrain.corpus: . is no file"),
-        ({"lm__learning_rate": float("nan")}, "a number above 0"),
+        ({"mf__learning_rate": float("nan")}, "a number above 0"),
         ({"lm__weight_decay": float("nan")}, "a number of at least 0"),
         ({"lm__dropout": 1.0}, "below 1"),
         ({"prompts__user_dropout": 1.5}, "at most 1"),

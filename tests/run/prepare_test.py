@@ -11,6 +11,7 @@ from bdlm_jax.data import candidates, splits
 from bdlm_jax.data.candidates import load_candidates, make_candidates, save_candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
+from bdlm_jax.run import prepare
 from bdlm_jax.run.prepare import judged_cases, prepare_data, prepare_vocabulary
 from bdlm_jax.types import InputError, LeakError
 from experiments import tiny
@@ -240,3 +241,39 @@ def test_padding_never_is_a_models_end(tmp_path):
     own_lm.write_model(tmp_path, own_lm.GPT2, tokenizer=tokenizer)
     loaded = load_tokenizer(tmp_path)
     assert loaded.eos_token == "<eos>" and loaded.pad_token_id != loaded.eos_token_id
+
+
+def test_cut_titles_are_counted_and_remembered(config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(prepare._LOG, "propagate", True)
+    data = prepare_data(config, tmp_path / "data")
+    made = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    longest = [len(title) for title in made.encode_text(data.item_texts)]
+    config.prompts.max_title_tokens = max(longest) - 1
+    with caplog.at_level("INFO", logger="bdlm_jax"):
+        texts = prepare.encode_texts(config, data, made)
+    assert texts.cut == {item for item, n in enumerate(longest) if n == max(longest)}
+    assert f"{len(texts.cut)} of {len(longest)} titles are longer" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "wanted"),
+    [("always", "model", True), ("auto", "model-Instruct", True), ("auto", "model", False), ("never", "a-it", False)],
+)
+def test_who_talks_by_the_template(config, tmp_path, word, name, wanted):
+    own_lm.write_model(tmp_path / name, own_lm.LLAMA)
+    config.lm.path, config.prompts.chat = str(tmp_path / name), word
+    data = prepare_data(config, tmp_path / "data")
+    made = prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    assert bool(made.chat) == wanted
+    assert made.decode(made.head).startswith("user: Which items" if wanted else "<bos>")
+
+
+def test_a_conversation_that_leaves_no_room_is_refused(config, tmp_path):
+    own_lm.write_model(tmp_path / "model", own_lm.LLAMA)
+    config.lm.path, config.prompts.chat, config.prompts.length = str(tmp_path / "model"), "always", 40
+    data = prepare_data(config, tmp_path / "data")
+    with pytest.raises(InputError, match=r"prompts\.length 40 cannot hold one title behind the \d+ tokens"):
+        prepare_vocabulary(config, data, tmp_path / "tokenizer")
+    config.lm.path = ""
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        prepare_vocabulary(config, data, tmp_path / "tokenizer")

@@ -16,7 +16,7 @@ from bdlm_jax.domain.arm import dot_score
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import evaluate, metrics
 from bdlm_jax.mutual.options import DomainWeights, LMWeights
-from bdlm_jax.run import build, plan
+from bdlm_jax.run import build, plan, rates
 from bdlm_jax.types import TrainState
 from experiments import tiny
 
@@ -100,7 +100,7 @@ def test_no_lm_step_makes_an_array_of_users_by_items(run):
     """Its score-level term looks at the whole catalogue, for the users of a batch alone."""
     arm, weights = build.make_arm(run, "lightgcn"), LMWeights(item=1.0, text=0.2, align_item=1.0, kl=0.1)
     meeting = build.make_meeting(run, reads="layer0")
-    made = build.make_lm_arm(run, None, meeting, weights, build.lm_rates(lambda step: 1e-3, shared=1.0), arm=arm)
+    made = build.make_lm_arm(run, None, meeting, weights, rates.lm_rates(lambda step: 1e-3, shared=1.0), arm=arm)
     state = jax.eval_shape(lambda: plan.make_state(run, made))
     batch = plan.abstract_batch(run.config)
     check(made.compiled.run, state, batch, views(run)[0], made.constants)
