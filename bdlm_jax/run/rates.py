@@ -53,5 +53,6 @@ def shared_rate(run: Run, decoder: Decoder, *, read_std: float, reads: str) -> f
     """
     rate = run.config.lm.learning_rate_shared or OF_ROWS * decoder.row_std
     scale = rate / decoder_rate(run) * read_std / decoder.row_std
-    n_layers = domain_settings(run.config, run.config.domain.model)["n_layers"]
-    return scale * (n_layers + 1) if reads == "propagated" else scale
+    if reads == "layer0":
+        return scale
+    return scale * (domain_settings(run.config, run.config.domain.model)["n_layers"] + 1)

@@ -55,7 +55,8 @@ def run():
     config.shared.width = config.lm.width = WIDTH
     config.domain.backend = "auto"
     config.mutual.kl_users, config.mutual.kl_items = 256, 1024
-    config.lm.softmax_items = config.sasrec.softmax_items = 1024
+    config.lm.softmax_items = config.sasrec.softmax_items = config.itemgcn.softmax_items = 1024
+    config.itemgcn.text_neighbours = 0  # which are found on the host, every pair being compared
     ids = np.arange(N).astype(str)
     user_E = np.repeat(np.arange(0, N, N // 8), 4).astype(np.int32)
     item_E = np.arange(len(user_E), dtype=np.int32) * (N // len(user_E))
@@ -63,7 +64,7 @@ def run():
     table = Interactions(user_E, item_E, np.arange(len(user_E)), user_ids=ids, item_ids=ids, **nothing)
     data = SimpleNamespace(split=leave_one_out(table), n_users=N, n_items=N)
     vocabulary = SimpleNamespace(n_text=304, user_tokens=None, unnamed_user=None)
-    return build.Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0))
+    return build.Run(config, Path(), data, SimpleNamespace(vocabulary=vocabulary), None, jax.random.key(0), Path())
 
 
 def views(run):
