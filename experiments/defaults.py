@@ -113,7 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
     pretrain.epochs = 20.0
     pretrain.learning_rate = 3e-3  # 0: the decoder's rate
     pretrain.samples = 512  # texts that a model of lm.path without a corpus writes, to keep its language by; 0: none
-    pretrain.replay_share = 0.1  # rows of general text in the LM's later training, as a share of its own rows
+    # Rows of general text in the LM's later training, as a share of its histories' rows; with lm.path of all others.
+    pretrain.replay_share = 0.1
 
     c.prompts = prompts = ml_collections.ConfigDict()
     prompts.kind = "ids"  # ids | ids_titles: what the histories of BDLM's LM look like, in training and use

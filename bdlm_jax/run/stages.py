@@ -103,7 +103,8 @@ def train_text_lm(run: Run, decoder: Decoder) -> Fitted:
     """Trains the text-only LM: histories as titles, nothing else. It is judged by its ranking of validation titles."""
     config = run.config
     histories = rows.training_rows(run, kind="text")
-    replayed = _replay(run, general.general_text(run, decoder), run.data.n_users // 4)
+    n_rows = len(histories) if config.lm.path else run.data.n_users // 4
+    replayed = _replay(run, general.general_text(run, decoder), n_rows)
     packed = rows.mix([(histories, 1), *replayed], seed=config.seed)
     # A frozen decoder has nothing to learn from text alone: it is judged as it came.
     phases = _lm_phases(run, packed, [0.0 if config.lm.trains == "bridge" else config.lm_alone.text_epochs], "titles")
@@ -359,11 +360,14 @@ def _bdlm_rows(run: Run, text: General) -> Packed:
         titled = rows.training_rows(run, kind="ids_titles")
     cards, named = (rows.card_rows(run, named=named) for named in (False, True))
     parts = [(own, 1), (titled, c.titled_share), (cards, c.card_copies), (named, c.card_copies / 8)]
-    return rows.mix([*parts, *_replay(run, text, len(own))], seed=run.config.seed)
+    # An own model has more to lose than a small corpus taught: its share is of all other rows.
+    whole = sum(copies * len(packed) for packed, copies in parts if packed)
+    replayed = _replay(run, text, whole if run.config.lm.path else len(own))
+    return rows.mix([*parts, *replayed], seed=run.config.seed)
 
 
 def _replay(run: Run, text: General, n_rows: int) -> list:
-    """Rows of general text that keep the pretrained words alive, as a share of the histories' rows."""
+    """Rows of general text that keep the pretrained words alive, as a share of so many."""
     packed, share = text.replay, run.config.pretrain.replay_share
     return [] if packed is None or not share else [(packed, share * n_rows / len(packed))]
 
