@@ -17,11 +17,11 @@ FLOORS = [
     {"evaluation"},
     {"run"},
     {"report", "serving"},
-    {"train", "recommend", "export", "compare"},
+    {"story", "recommend", "export", "compare"},
     {"main", "sweep", "tune"},
 ]
 FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
-READS_CONFIGS = {"run", "train", "main", "sweep", "tune"}  # below run/, functions take scalars
+READS_CONFIGS = {"run", "story", "main", "sweep", "tune"}  # below run/, functions take scalars
 NEVER = {"torch", "tensorflow", "keras", "pickle", "cloudpickle", "dill", "joblib"}
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -65,7 +65,7 @@ def wrong(wing, names):
         ("mutual", "from bdlm_jax.domain import arm\nfrom . import losses\nimport jax", []),
         ("data", "import torch.nn\ndef f():\n    from pickle import loads", ["torch.nn", "pickle.loads"]),
         ("data", "import ml_collections", ["ml_collections"]),
-        ("train", "import ml_collections\nfrom bdlm_jax.types import InputError", []),
+        ("story", "import ml_collections\nfrom bdlm_jax.types import InputError", []),
     ],
 )
 def test_the_reader_of_imports_sees_what_is_wrong(wing, source, caught):

@@ -11,7 +11,7 @@ from bdlm_jax.run import build, contenders
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.runtime.fit import best_phases
 from bdlm_jax.runtime.log import read_metrics
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
 WORDS = ("lightgcn", "ease", "ids_lm", "ids_lm_distilled", "bdlm", "bdlm_warm", "cached", "pool", "pool_alone")

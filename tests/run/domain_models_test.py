@@ -9,7 +9,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.serving.answers import ARMS, recommend
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
 OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1, "length": 8}}
