@@ -46,6 +46,7 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],
         "tune": ["optuna>=4.0"],
+        "parquet": ["pyarrow>=17"],
         "test": [
             "hypothesis>=6.100",
             "ipykernel>=6.29",

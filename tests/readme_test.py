@@ -50,6 +50,22 @@ def test_a_command_names_what_exists(words, capsys):
         config.update_from_flattened_dict({key: type(before)(value)})
 
 
+def test_the_use_from_python_runs(tiny_run):
+    """In the tiny run's place and with its names; what each line returns is a table with rows."""
+    text = TEXT
+    for name, value in {"runs/quickstart": str(tiny_run[1]), "u0007": "u007", "i003": "i03", "i007": "i07"}.items():
+        text = text.replace(name, value)
+    (block,) = re.findall(r"^```python\n(import bdlm_jax\n.*?)^```", text, re.M | re.S)
+    assert len([line for line in block.splitlines() if line]) == 3
+    known, last = {}, block.splitlines()[-1]
+    exec(compile(block, "README.md", "exec"), known)
+    lines = re.findall(r"`(run\.(?:items\.nearest|history|results)[^`]*)`", text)
+    assert len(lines) == 3
+    lines += [last, f"run.recommend({re.search('histories=.*', last)[0]})"]
+    for line in lines:
+        assert len(eval(line, known)) > 0, line
+
+
 def test_downloads_are_called_as_they_are_defined():
     calls = re.findall(r"from bdlm_jax\.data\.download import (\w+); (\w+)\(", TEXT)
     assert calls
