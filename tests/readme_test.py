@@ -11,6 +11,7 @@ import pytest
 from bdlm_jax import compare, export, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
+from bdlm_jax.serving import __main__ as serving
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +20,7 @@ MAINS = {
     "bdlm_jax.recommend": recommend.main,
     "bdlm_jax.export": export.main,
     "bdlm_jax.report": report.main,
+    "bdlm_jax.serving": serving.main,
     "bdlm_jax.sweep": sweep.main,
 }
 LINES = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)).replace("\\\n", " ").splitlines()
