@@ -47,8 +47,11 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "parity": ["torch>=2.6"],
         "tune": ["optuna>=4.0"],
+        "http": ["fastapi>=0.115", "uvicorn>=0.30"],
         "parquet": ["pyarrow>=18"],
         "test": [
+            "fastapi>=0.115",
+            "httpx>=0.27",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "nbclient>=0.10",
@@ -61,6 +64,7 @@ setup(
             # Its formatter changes with its minor version; .pre-commit-config.yaml names the same.
             "ruff~=0.17.0",
             "tensorboardX>=2.6",
+            "uvicorn>=0.30",
         ],
     },
     classifiers=[

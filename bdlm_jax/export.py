@@ -1,4 +1,4 @@
-"""python -m bdlm_jax.export --workdir DIR --format domain|hf --out DIR2: what a finished run takes to other programs.
+"""python -m bdlm_jax.export --workdir DIR --format domain|hf --out DIR2 [--arm NAME]: a run for other programs.
 
 `domain` is two tables whose inner products are the scores, for NumPy and vector indexes; `hf` is a Hugging Face
 directory whose vocabulary ends in the users and items. A folder appears whole or not at all.
@@ -19,9 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--format", choices=FORMATS, required=True, help="domain: two tables; hf: a language model")
     parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--arm", default="", help="another model of the run than BDLM's, by its name in the results")
     given = parser.parse_args(arguments)
     try:
-        folder = FORMATS[given.format](workdir=given.workdir, out=given.out)
+        folder = FORMATS[given.format](workdir=given.workdir, out=given.out, arm=given.arm)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2

@@ -13,10 +13,10 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the LM step needs on 
 
 
 def main(config) -> None:
-    from bdlm_jax import train
+    from bdlm_jax import story
     from bdlm_jax.run import plan
 
-    (plan.print_needs if _DRY_RUN.value else train.train_together)(config, _WORKDIR.value)
+    (plan.print_needs if _DRY_RUN.value else story.train_together)(config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

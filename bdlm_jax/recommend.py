@@ -1,6 +1,7 @@
-"""python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10 [--explain].
+"""python -m bdlm_jax.recommend --workdir DIR --user ID | --history "title or id; …" --arm domain|lm -k 10 [--explain],
+or --all --out recs.csv for every user.
 
-With the domain arm neither JAX nor the language model is needed.
+With a domain model whose score is an inner product neither JAX nor the language model is needed.
 """
 
 import argparse
@@ -8,7 +9,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from bdlm_jax.serving.answers import ARMS, as_table, as_words, recommend
+import bdlm_jax
+from bdlm_jax.serving import answers
+from bdlm_jax.serving.all_users import write_all
 from bdlm_jax.types import InputError
 
 
@@ -18,22 +21,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="a raw user id")
     who.add_argument("--history", help="a new user: item ids or titles, oldest first, separated by ; or ,")
-    parser.add_argument("--arm", choices=ARMS, default="domain")
+    who.add_argument("--all", action="store_true", help="every user, into the file --out")
+    parser.add_argument("--out", help="of --all: a new .csv or .parquet file (the latter with the extra parquet)")
+    parser.add_argument("--arm", default="", help="domain or lm of BDLM, or another model of the run (default: domain)")
     parser.add_argument("-k", type=int, default=10, help="how many items (default 10)")
     parser.add_argument("--explain", action="store_true", help="the LM arm writes about each item (generated text)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of that text; 0 (default): the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--format", choices=("table", "json"), default="table")
-    given = vars(parser.parse_args(arguments))
-    shown = given.pop("format")
+    given = parser.parse_args(arguments)
+    if given.all != (given.out is not None):
+        parser.error("--all and --out go together")
+    if given.all and given.explain:
+        parser.error("--all does not --explain")
     try:
-        rows = recommend(**given)
+        run = bdlm_jax.load(given.workdir)
+        catalogue, arm = run.catalogue, run.arm(given.arm)
+        if given.all:
+            print(write_all(catalogue, arm, given.out, k=given.k))
+            return 0
+        who = {"histories": [given.history]} if given.user is None else {"users": [given.user]}
+        how = {name: getattr(given, name) for name in ("k", "explain", "temperature", "top_p", "seed")}
+        (rows,) = answers.recommend(catalogue, arm, **who, **how)
     except InputError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
         return 2
-    as_text = as_words if given["explain"] else as_table
-    print(json.dumps(rows, indent=1) if shown == "json" else as_text(rows))
+    as_text = answers.as_words if given.explain else answers.as_table
+    print(json.dumps(rows, indent=1) if given.format == "json" else as_text(rows))
     return 0
 
 

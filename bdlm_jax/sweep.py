@@ -39,7 +39,7 @@ def plan_runs(
       grid: "key=value,value" each; commas within brackets do not separate.
       hyper: take the settings that the experiment's `get_hyper` returns, too.
     """
-    from bdlm_jax import train  # here: in the process that plans alone, which lets go of its devices
+    from bdlm_jax import story  # here: in the process that plans alone, which lets go of its devices
     from bdlm_jax.run import checks
 
     file = config.split(":")[0]
@@ -62,7 +62,7 @@ def plan_runs(
         name = _name(settings) or Path(file).stem
         resolved = checks.name_config(read_config(config, settings), config)
         checks.check_config(resolved)
-        train.refuse_other_config(Path(workdir) / name / "config.json", resolved)
+        story.refuse_other_config(Path(workdir) / name / "config.json", resolved)
         runs[name] = settings
     return runs
 

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, request):
     """(config, workdir, results) of experiments/tiny.py, trained once; copy the workdir before you change it."""
-    from bdlm_jax.train import train_and_evaluate
+    from bdlm_jax.story import train_and_evaluate
     from experiments import tiny
 
     config, folder = tiny.get_config(), tmp_path_factory.getbasetemp()

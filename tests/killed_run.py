@@ -13,7 +13,7 @@ import traceback
 # Loaded lazily by the package; here, so that no attempt pays for it.
 import orbax.checkpoint  # noqa: F401
 
-from bdlm_jax import train
+from bdlm_jax import story
 from bdlm_jax.data import candidates
 from bdlm_jax.evaluation import evaluate
 from bdlm_jax.run import build
@@ -23,7 +23,7 @@ from experiments import tiny
 FUNCTIONS = {
     "candidates": (candidates, "save_candidates"),
     "evaluate": (evaluate, "evaluate_full"),
-    "results": (train, "write_json"),
+    "results": (story, "write_json"),
 }
 
 
@@ -67,7 +67,7 @@ def attempt(workdir, where, arm="", calls=1, signal_name="SIGKILL"):
         try:
             if where:
                 arrange(where, arm, calls, signal.Signals[signal_name])
-            train.train_and_evaluate(tiny.get_config(), workdir)
+            story.train_and_evaluate(tiny.get_config(), workdir)
             code = 0
         except SystemExit as stop:
             code = stop.code

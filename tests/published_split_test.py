@@ -2,7 +2,7 @@
 
 import pytest
 
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
 

@@ -11,6 +11,7 @@ import pytest
 from bdlm_jax import compare, export, pretrain, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
+from bdlm_jax.serving import __main__ as serving
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,7 @@ MAINS = {
     "bdlm_jax.export": export.main,
     "bdlm_jax.pretrain": pretrain.main,
     "bdlm_jax.report": report.main,
+    "bdlm_jax.serving": serving.main,
     "bdlm_jax.sweep": sweep.main,
 }
 LINES = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)).replace("\\\n", " ").splitlines()
@@ -49,6 +51,22 @@ def test_a_command_names_what_exists(words, capsys):
         for name in key.split("."):
             before = before[name]
         config.update_from_flattened_dict({key: type(before)(value)})
+
+
+def test_the_use_from_python_runs(tiny_run):
+    """In the tiny run's place and with its names; what each line returns is a table with rows."""
+    text = TEXT
+    for name, value in {"runs/quickstart": str(tiny_run[1]), "u0007": "u007", "i003": "i03", "i007": "i07"}.items():
+        text = text.replace(name, value)
+    (block,) = re.findall(r"^```python\n(import bdlm_jax\n.*?)^```", text, re.M | re.S)
+    assert len([line for line in block.splitlines() if line]) == 3
+    known, last = {}, block.splitlines()[-1]
+    exec(compile(block, "README.md", "exec"), known)
+    lines = re.findall(r"`(run\.(?:items\.nearest|history|results)[^`]*)`", text)
+    assert len(lines) == 3
+    lines += [last, f"run.recommend({re.search('histories=.*', last)[0]})"]
+    for line in lines:
+        assert len(eval(line, known)) > 0, line
 
 
 def test_downloads_are_called_as_they_are_defined():

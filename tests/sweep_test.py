@@ -12,7 +12,7 @@ import pytest
 
 from bdlm_jax import sweep
 from bdlm_jax.runtime import checkpoint
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from bdlm_jax.types import InputError
 from experiments import tiny
 

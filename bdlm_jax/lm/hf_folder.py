@@ -6,6 +6,7 @@ tokenizer. What the folder says of a run (its card, its raw ids) is `serving.exp
 
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +54,11 @@ def write_hf_folder(
     if config.max_positions is None and max_tokens is not None:
         changed["max_position_embeddings"] = max_tokens
     write_json(folder / "config.json", hf_config(config) | changed)
-    write_json(folder / "generation_config.json", special)
+    # Plain text holds no user and no item. A forward pass, which ranks, is not touched by it.
+    write_json(folder / "generation_config.json", special | {"suppress_tokens": _never_written(vocabulary)})
     _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
     tokenizer.save_pretrained(str(folder))
+    _tell_every_version(folder / "tokenizer_config.json")
 
 
 def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
@@ -80,6 +83,25 @@ def id_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
             "get other numbers in transformers than in the run; train with a tokenizer without holes."
         )
     return tokenizer
+
+
+def _never_written(vocabulary: Vocabulary) -> list[int]:
+    """What text may not hold: the id tokens, rows that no token has, and <user> and <item>."""
+    first = max(vocabulary.tokenizer.get_vocab().values()) + 1
+    return sorted({vocabulary.unnamed_user, vocabulary.unnamed_item, *range(first, vocabulary.n_tokens)})
+
+
+def _tell_every_version(path: Path) -> None:
+    """Leaves in tokenizer_config.json what transformers 4 and 5 both read.
+
+    Version 5 writes a class that 4 has not, a list that 4 takes for a dict (which tokens are special is also in
+    tokenizer.json), and how the folder was read.
+    """
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    read = {"is_local", "local_files_only", "backend"}
+    listed = {name for name in ("extra_special_tokens",) if isinstance(facts.get(name), list)}
+    kept = {name: fact for name, fact in facts.items() if name not in read | listed}
+    write_json(path, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm.text_head import TextHead
-from bdlm_jax.run import build, stages
+from bdlm_jax.run import build, served, stages
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
 from bdlm_jax.run.prepare import KNOWN
@@ -25,12 +25,24 @@ BEHIND = (1, 2, 5)  # items that a cached state has not read
 POOL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 
 
+class Served(NamedTuple):
+    """What serving is handed of a row: under which name, of which kind ("domain" or "lm"), and its record's fields."""
+
+    arm: str
+    kind: str
+    fields: Callable[[], dict]
+
+
 class Entry(NamedTuple):
-    """A row of the table: its scorer at test, made when it is asked for, and its protocols (None: the config's)."""
+    """A row of the table: its scorer at test, made when it is asked for, and its protocols (None: the config's).
+
+    served: None for what is there to be judged alone: BDLM's controls, sums, what needs no training.
+    """
 
     name: str
     scorer: Callable[[], CandidateScorer | CatalogueScorer]
     protocols: tuple[str, ...] | None = None
+    served: Served | None = None
 
 
 class Bdlm(NamedTuple):
@@ -88,10 +100,13 @@ def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> 
 
 def _bdlm(run: Run, decoder, word: str) -> Iterator[Entry]:
     made = train_bdlm(run, decoder, word)
-    yield Entry(f"{word}_lm", lambda: made.reader().scorer(made.run, made.lm))
-    model = made.run.config.domain.model
-    yield Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain))
-    if word == "bdlm":
+    model, kind = made.run.config.domain.model, made.run.config.prompts.kind
+    lm = Served("lm", "lm", lambda: served.lm_fields(made.run, made.reader(), made.lm, kind=kind))
+    domain = Served("domain", "domain", lambda: served.domain_fields(made.run, model, made.domain))
+    own = word == "bdlm"
+    yield Entry(f"{word}_lm", lambda: made.reader().scorer(made.run, made.lm), served=lm if own else None)
+    yield Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain), served=domain if own else None)
+    if own:
         unrefreshed = made.distilled.params["domain"]
         yield Entry("bdlm_domain_unrefreshed", lambda: _domain_scorer(made.run, model, unrefreshed))
 
@@ -113,8 +128,9 @@ def _closed_form(run: Run, decoder, model: str) -> Iterator[Entry]:
 
 
 def _domain_alone(run: Run, model: str) -> Iterator[Entry]:
-    fitted = _train(run, lambda run: stages.train_domain(run, model))
-    yield Entry(model, lambda: _domain_scorer(run.final, model, fitted.params["domain"]))
+    params = _train(run, lambda run: stages.train_domain(run, model)).params["domain"]
+    tables = Served(model, "domain", lambda: served.domain_fields(run.final, model, params))
+    yield Entry(model, lambda: _domain_scorer(run.final, model, params), served=tables)
 
 
 def _text_lm(run: Run, decoder) -> Iterator[Entry]:
@@ -125,7 +141,8 @@ def _text_lm(run: Run, decoder) -> Iterator[Entry]:
 
 def _ids_lm(run: Run, decoder) -> Iterator[Entry]:
     lm = _train(run, lambda run: stages.train_ids_lm(run, decoder())).params["lm"]
-    yield Entry("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, lm))
+    own = Served("ids_lm", "lm", lambda: served.lm_fields(run, stages.ids_reader(run, "test"), lm, kind="ids"))
+    yield Entry("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, lm), served=own)
 
 
 def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:

@@ -8,11 +8,11 @@ import numpy as np
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm import lora
-from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
-from bdlm_jax.run.build import Run, make_arm, make_meeting, parts_at_test
+from bdlm_jax.run.build import Run, make_arm, parts_at_test
 from bdlm_jax.run.prepare import domain_settings
 from bdlm_jax.run.rows import prompt_options
+from bdlm_jax.run.stages import Reader
 from bdlm_jax.types import Params
 
 
@@ -24,9 +24,9 @@ def catalogue_fields(run: Run) -> dict:
     return {**{name: column.tolist() for name, column in names.items()}, "indptr": indptr, "item": item}
 
 
-def domain_fields(run: Run, params: Params) -> dict:
-    """The domain arm's tables as they stand at test time, and what rebuilds the model."""
-    model, parts = run.config.domain.model, parts_at_test(run.config)
+def domain_fields(run: Run, model: str, params: Params) -> dict:
+    """A domain model's tables as they stand at test time, and what rebuilds the model."""
+    parts = parts_at_test(run.config)
     arm = make_arm(run, model, parts=parts)
     view = scorers.domain_view(arm, params)
     return {
@@ -41,12 +41,14 @@ def domain_fields(run: Run, params: Params) -> dict:
     }
 
 
-def lm_fields(run: Run, params: Params, texts: TextHead | None) -> dict:
-    """The decoder with its adapters merged, the rows of the id tokens, what makes prompts, and what texts add."""
-    c = run.config
+def lm_fields(run: Run, reader: Reader, params: Params, *, kind: str) -> dict:
+    """The decoder with its adapters merged, the rows of the id tokens, what makes prompts, and what texts add.
+
+    `reader` is how its states are read for the test, of prompts of that kind.
+    """
     id_rows = jax.jit(sharing.id_rows, static_argnames=("meeting", "arm"))
-    meeting = dataclasses.replace(make_meeting(run, reads=c.mutual.reads), shows_users=True)
-    rows_XM, _ = id_rows(params, meeting=meeting, arm=make_arm(run, c.domain.model))
+    meeting = dataclasses.replace(reader.meeting, shows_users=True)
+    rows_XM, _ = id_rows(params, meeting=meeting, arm=reader.arm)
     return {
         "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
         "config": run.lm,
@@ -54,6 +56,6 @@ def lm_fields(run: Run, params: Params, texts: TextHead | None) -> dict:
         "vocabulary": run.texts.vocabulary,
         "titles": run.texts.titles,
         "contexts": run.texts.contexts,
-        "texts": texts,
-        "prompts": prompt_options(run, c.prompts.kind, unnamed=not c.prompts.read_named),
+        "texts": reader.texts,
+        "prompts": prompt_options(run, kind, unnamed=not run.config.prompts.read_named),
     }

@@ -1,89 +1,103 @@
-"""What a user does with a finished run: raw ids in, raw ids, titles and scores out."""
+"""What a user asks of a finished run: raw ids in, raw ids, titles and scores out, as plain rows."""
 
-import os
 from collections.abc import Sequence
 
-from bdlm_jax.serving import artefact, scores
+import numpy as np
+
+from bdlm_jax.serving import scores
+from bdlm_jax.serving.artefact import Arm, ServedLM
 from bdlm_jax.serving.catalogue import Catalogue, find_item, find_items, find_user, one_line
 from bdlm_jax.types import InputError
 
-ARMS = ("domain", "lm")
+Row = dict  # {"rank", "item", "title"} and what more an answer has: plain, for JSON and for tables
+AT_ONCE = 64  # users scored together
 
 
 def recommend(
+    catalogue: Catalogue,
+    arm: Arm,
     *,
-    workdir: str | os.PathLike,
-    user: str | None = None,
-    history: str | Sequence[str] | None = None,
-    arm: str = "domain",
+    users: Sequence[str] | None = None,
+    histories: Sequence[str | Sequence[str]] | None = None,
     k: int = 10,
     explain: bool = False,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> list[dict]:
-    """Recommends k items, best first, to a known user or to a new one by history; what the user has had is left out.
+    exact: bool = False,
+) -> list[list[Row]]:
+    """Recommends k items, best first, to known users or to new ones by history; what a user has had is left out.
 
-    Rows are {"rank", "item", "title", "score"} and, explained, "words". `user` is a raw id, `history` raw item
-    ids or titles, oldest first; as one string, separated by ; or ,. `explain` lets the LM arm write about each item,
-    text generated behind the item's token, which may be wrong; `temperature`, `top_p` and `seed` are of that text, as
-    in `lm.generate`. Scores compare within one answer, not between arms.
+    For each user rows {"rank", "item", "title", "score"} and, explained, "words". `users` are raw ids, a history raw
+    item ids or titles, oldest first; as one string, separated by ; or ,. `explain` lets a language model write about
+    each item, text generated behind the item's token, which may be wrong; `temperature`, `top_p` and `seed` are of that
+    text, as in `lm.generate`. With `exact` a name is a whole id or title, and what is unknown is looked for no further.
+    Scores compare within one answer, not between users or arms.
     """
-    if (user is None) == (history is None):
-        raise InputError("give either a user or a history, not both and not neither.")
-    if arm not in ARMS:
-        raise InputError(f"arm {arm!r} is not known: write one of {', '.join(ARMS)}.")
+    if (users is None) == (histories is None):
+        raise InputError("give either users or histories, not both and not neither.")
     if k < 1:
         raise InputError(f"k is {k}, but at least one item must be asked for.")
-    if explain and arm == "domain":
-        raise InputError("the domain arm has no words to explain with: ask the LM arm (--arm lm).")
-    catalogue = artefact.load_catalogue(workdir)
-    index = None if user is None else find_user(catalogue, user)
-    items = find_items(catalogue, history) if index is None else catalogue.history(index)
-    if arm == "domain":
-        scores_I = scores.domain_scores(artefact.load_domain_arm(workdir), user=index, history=items)
+    if explain and not isinstance(arm, ServedLM):
+        raise InputError("a domain model has no words to explain with: ask a language model (--arm lm).")
+    indices = None if users is None else [find_user(catalogue, user, exact=exact) for user in users]
+    if users is None:
+        seen = [find_items(catalogue, history, exact=exact) for history in histories]
     else:
-        lm = artefact.load_lm_arm(workdir)
-        scores_I = scores.lm_scores(lm, items, user=index)
-    best = scores.top_items(scores_I, seen=items, k=k)
-    rows = [_row(catalogue, rank, item, score=float(scores_I[item])) for rank, item in enumerate(best, 1)]
-    if explain:
-        words = scores.lm_words(lm, items, best, user=index, seed=seed, temperature=temperature, top_p=top_p)
-        rows = [{**row, "words": text} for row, text in zip(rows, words)]
-    return rows
+        seen = [*map(catalogue.history, indices)]
+    answers = []
+    for start in range(0, len(seen), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        some = None if indices is None else indices[part]
+        scores_BI = scores.arm_scores(arm, seen[part], users=some)
+        best = [scores.top_items(scores_I, seen=had, k=k) for scores_I, had in zip(scores_BI, seen[part])]
+        answers += [_rows(catalogue, items, score=row[items].tolist()) for items, row in zip(best, scores_BI)]
+        if explain:
+            for n, (had, items) in enumerate(zip(seen[part], best)):
+                how = {"user": some and some[n], "seed": seed, "temperature": temperature, "top_p": top_p}
+                for row, words in zip(answers[start + n], scores.lm_words(arm, had, items, **how)):
+                    row["words"] = words
+    return answers
 
 
-def known_history(*, workdir: str | os.PathLike, user: str) -> list[dict]:
-    """Returns what a known user has had, oldest first, as [{"rank", "item", "title"}]."""
-    catalogue = artefact.load_catalogue(workdir)
-    return [_row(catalogue, n, item) for n, item in enumerate(catalogue.history(find_user(catalogue, user)), 1)]
+def history(catalogue: Catalogue, user: str) -> list[Row]:
+    """Returns what a known user has had, oldest first."""
+    return _rows(catalogue, catalogue.history(find_user(catalogue, user)))
 
 
-def same_titles(*, workdir: str | os.PathLike) -> list[list[str]]:
+def nearest(catalogue: Catalogue, arm: Arm, item: str, *, k: int = 10) -> list[Row]:
+    """Returns the k items whose rows point most nearly where an item's does: "score" is the cosine of their angle."""
+    target, rows = find_item(catalogue, item), arm.items
+    cosine_I = rows @ rows[target] / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(rows[target]), 1e-12)
+    best = scores.top_items(cosine_I, seen=[target], k=k)
+    return _rows(catalogue, best, score=cosine_I[best].tolist())
+
+
+def audience(catalogue: Catalogue, arm: Arm, item: str, *, k: int = 10) -> list[dict]:
+    """Returns the k users on whose list an item stands highest, among those who have not had it.
+
+    [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
+    """
+    target, found = find_item(catalogue, item), []
+    open_to = [user for user in range(len(catalogue.user_ids)) if target not in catalogue.history(user)]
+    for start in range(0, len(open_to), AT_ONCE):
+        users = open_to[start : start + AT_ONCE]
+        seen = [*map(catalogue.history, users)]
+        for user, had, scores_I in zip(users, seen, scores.arm_scores(arm, seen, users=users)):
+            better_I = scores_I > scores_I[target]
+            found.append({"user": catalogue.user_ids[user], "rank": 1 + int(better_I.sum() - better_I[had].sum())})
+    return sorted(found, key=lambda one: one["rank"])[:k]
+
+
+def same_titles(catalogue: Catalogue) -> list[list[str]]:
     """Returns the groups of raw item ids that share one title to the letter: no text can tell them apart."""
-    catalogue, groups = artefact.load_catalogue(workdir), {}
+    groups: dict[str, list[str]] = {}
     for raw, title in zip(catalogue.item_ids, catalogue.titles):
         groups.setdefault(title, []).append(raw)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict]:
-    """Returns the k users on whose list of the domain arm an item stands highest, among those who have not had it.
-
-    [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
-    """
-    catalogue, arm = artefact.load_catalogue(workdir), artefact.load_domain_arm(workdir)
-    target, found = find_item(catalogue, item), []
-    for user, raw in enumerate(catalogue.user_ids):
-        seen = catalogue.history(user)
-        if target not in seen:
-            scores_I = scores.domain_scores(arm, user=user)
-            better_I = scores_I > scores_I[target]
-            found.append({"user": raw, "rank": 1 + int(better_I.sum() - better_I[seen].sum())})
-    return sorted(found, key=lambda one: one["rank"])[:k]
-
-
-def as_table(rows: list[dict]) -> str:
+def as_table(rows: list[Row]) -> str:
     width = max([4, *(len(row["item"]) for row in rows)])
     lines = [f"rank  {'item':<{width}}  {'score':>9}  title"]
     for row in rows:
@@ -91,11 +105,13 @@ def as_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def as_words(rows: list[dict]) -> str:
+def as_words(rows: list[Row]) -> str:
     titled = [(f"{row['item']} {one_line(row['title'])}", one_line(row["words"])) for row in rows]
     lines = [f"recommended: {item} | in the LM's own words: {words}" for item, words in titled]
     return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])
 
 
-def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:
-    return {"rank": rank, "item": catalogue.item_ids[item], "title": catalogue.titles[item], **more}
+def _rows(catalogue: Catalogue, items: np.ndarray, **columns: list) -> list[Row]:
+    named = [(rank, catalogue.item_ids[item], catalogue.titles[item]) for rank, item in enumerate(items, 1)]
+    values = zip(*columns.values()) if columns else [()] * len(named)
+    return [dict(zip(("rank", "item", "title", *columns), (*name, *more))) for name, more in zip(named, values)]

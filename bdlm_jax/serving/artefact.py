@@ -1,7 +1,8 @@
-"""What is left of a run for serving: two arms that load apart from each other, and the catalogue they speak of.
+"""What is left of a run for serving: arms that load apart from each other, and the catalogue they speak of.
 
-The domain arm is two tables and, for inner-product models, NumPy alone: it loads without JAX, without transformers and
-without the language model's weights. What needs them is imported where it is used.
+BDLM's arms are called "domain" and "lm", a model alone as its row of the results. A domain model is two tables and,
+where its score is their inner product, NumPy alone: it loads without JAX, without transformers and without a language
+model's weights. What needs them is imported where it is used.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from bdlm_jax.runtime.files import load_safetensors, replacing, save_safetensors
 from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import Array, InputError, Params
 
-FORMAT = 3
-_FACTS = ("model", "options", "dot", "reads_history")  # of the domain arm, in the manifest
+FORMAT = 4
+_FACTS = ("model", "options", "dot", "reads_history")  # of a domain model, in the manifest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedDomain:
-    """The domain arm: encoded tables, and what rebuilds the model where they do not suffice."""
+    """A domain model: encoded tables, and what rebuilds the model where they do not suffice."""
 
     model: str  # a name of `domain.models.MODELS`
     user_UD: np.ndarray  # the known users
@@ -33,6 +34,11 @@ class ServedDomain:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model's settings
     dot: bool = True  # the score is the inner product of two rows
     reads_history: bool = False  # the model makes a new user's row of their history
+
+    @property
+    def items(self) -> np.ndarray:
+        """Rows of the items, of which near ones are alike."""
+        return self.item_ID
 
     @cached_property
     def rebuilt(self):
@@ -45,7 +51,7 @@ class ServedDomain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedLM:
-    """The LM arm: decoder, rows of the id tokens, and how its prompts are made."""
+    """A language model: decoder, rows of the id tokens, and how its prompts are made."""
 
     params: Params
     config: Any  # `LMConfig`
@@ -56,36 +62,52 @@ class ServedLM:
     prompts: Any  # `PromptOptions`
     texts: Any = None  # `TextHead`, where items' texts weigh in the scores
 
+    @property
+    def items(self) -> np.ndarray:
+        """Rows of the items' tokens, of which near ones are alike."""
+        first = self.vocabulary.item_tokens.start - self.vocabulary.n_text
+        return np.asarray(self.id_rows_XM[first : first + len(self.titles)])
 
-def is_served(workdir: str | os.PathLike) -> bool:
-    """Tells whether an earlier start of the run has written what is served."""
+    @cached_property
+    def placed(self) -> tuple[Params, Array]:
+        """Decoder and rows where JAX computes, put there once."""
+        import jax
+
+        return jax.device_put((self.params, self.id_rows_XM))
+
+
+Arm = ServedDomain | ServedLM
+
+
+def served_arms(workdir: str | os.PathLike) -> dict[str, dict]:
+    """The manifest's facts of every arm that is served, in the order of the run's models; none where nothing is.
+
+    "kind" is "domain" or "lm", "row" the model's name in the results.
+    """
     path = Path(workdir, "serving", "serving.json")
-    return path.is_file() and _read(path).get("format") == FORMAT
+    if not path.is_file():
+        return {}
+    manifest = _read(path)
+    try:
+        return {facts["arm"]: facts for facts in manifest["arms"]} if manifest.get("format") == FORMAT else {}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no manifest: delete {path.parent}, run bdlm_jax.main again.") from error
 
 
-def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: ServedDomain, lm: ServedLM) -> None:
-    """Writes workdir/serving, from which `load_*` give the same records back; whole or not at all."""
-    tables = {"user": domain.user_UD, "item": domain.item_ID, "degree": domain.degree_I, "domain": domain.domain}
-    tokens = {"titles": _joined(lm.titles)} | ({"contexts": _joined(lm.contexts)} if lm.contexts else {})
-    tokens |= {"content": lm.texts.content_IC} if lm.texts else {}
-    manifest = {
-        "format": FORMAT,
-        "domain": {name: getattr(domain, name) for name in _FACTS},
-        "lm": {
-            "config": dataclasses.asdict(lm.config),
-            "vocabulary": {name: getattr(lm.vocabulary, name) for name in ("n_users", "n_items", "chat")},
-            "prompts": dataclasses.asdict(lm.prompts),
-            "texts": {"last": lm.texts.last, "mean": lm.texts.mean} if lm.texts else None,
-        },
-    }
-    with replacing(Path(workdir, "serving")) as folder:
-        folder.mkdir()
-        (folder / "catalogue.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
+def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalogue, *, row: str = "") -> None:
+    """Writes an arm to workdir/serving, and the catalogue with the first; it is served once all of it is on disk."""
+    folder, arms = Path(workdir, "serving"), served_arms(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not arms:
+        write_json(folder / "catalogue.json", catalogue.names)
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
-        save_safetensors(folder / "domain.safetensors", tables)
-        save_safetensors(folder / "lm.safetensors", {"lm": lm.params, "id_rows": lm.id_rows_XM, **tokens})
-        lm.vocabulary.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        write_json(folder / "serving.json", manifest)
+    facts, tensors = (_lm if isinstance(arm, ServedLM) else _domain)(arm)
+    if isinstance(arm, ServedLM) and not any(other["kind"] == "lm" for other in arms.values()):
+        with replacing(folder / "tokenizer") as tokenizer:  # one for all, for a run has one
+            arm.vocabulary.tokenizer.save_pretrained(str(tokenizer))
+    save_safetensors(folder / f"{name}.safetensors", tensors)
+    arms[name] = {"arm": name, "row": row or name, **facts}
+    write_json(folder / "serving.json", {"format": FORMAT, "arms": [*arms.values()]})
 
 
 def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
@@ -96,22 +118,42 @@ def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
         raise InputError(f"{folder}/catalogue.json holds no catalogue: delete {folder}.") from error
 
 
-def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:
-    """Reads the domain arm; neither JAX nor the LM's weights are touched."""
-    folder, manifest = _open(workdir)
-    tree = _read(folder / "domain.safetensors")
+def find_arm(workdir: str | os.PathLike, name: str = "", *, kind: str = "") -> str:
+    """The name of an arm that is served: by default BDLM's, or else the first (of a kind, where one is given)."""
+    _, arms = _open(workdir)
+    fitting = [arm for arm, facts in arms.items() if kind in ("", facts["kind"])]
+    if not fitting:
+        what = {"domain": "domain model", "lm": "language model"}[kind]
+        raise InputError(f"{workdir} serves no {what}, but {', '.join(arms)}: train one in it, or take another run.")
+    if name and name not in fitting:
+        raise InputError(f"arm {name!r} is none of this run's: choose one of {', '.join(fitting)}.")
+    return name or min(fitting, key=("domain", "lm", *fitting).index)
+
+
+def load_arm(workdir: str | os.PathLike, name: str = "") -> Arm:
+    """Reads an arm, by default `find_arm`'s."""
+    name = find_arm(workdir, name)
+    return (load_lm_arm if _open(workdir)[1][name]["kind"] == "lm" else load_domain_arm)(workdir, name)
+
+
+def load_domain_arm(workdir: str | os.PathLike, name: str = "") -> ServedDomain:
+    """Reads a domain model; neither JAX nor an LM's weights are touched."""
+    name = find_arm(workdir, name, kind="domain")
+    folder, arms = _open(workdir)
+    tree = _read(folder / f"{name}.safetensors")
     tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
-    return ServedDomain(**tables, domain=tree.get("domain", {}), **manifest["domain"])
+    return ServedDomain(**tables, domain=tree.get("domain", {}), **{fact: arms[name][fact] for fact in _FACTS})
 
 
-def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
+def load_lm_arm(workdir: str | os.PathLike, name: str = "") -> ServedLM:
     from bdlm_jax.lm.config import LMConfig
     from bdlm_jax.lm.prompts import PromptOptions
     from bdlm_jax.lm.text_head import TextHead
     from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer
 
-    folder, manifest = _open(workdir)
-    facts, tree = manifest["lm"], _read(folder / "lm.safetensors")
+    name = find_arm(workdir, name, kind="lm")
+    folder, arms = _open(workdir)
+    facts, tree = arms[name], _read(folder / f"{name}.safetensors")
     config, words = LMConfig(**facts["config"]), facts["vocabulary"]
     words["chat"] = tuple(words.get("chat", ()))  # JSON has lists
     return ServedLM(
@@ -126,6 +168,25 @@ def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
     )
 
 
+def _domain(arm: ServedDomain) -> tuple[dict, dict]:
+    tensors = {"user": arm.user_UD, "item": arm.item_ID, "degree": arm.degree_I, "domain": arm.domain}
+    return {"kind": "domain", **{fact: getattr(arm, fact) for fact in _FACTS}}, tensors
+
+
+def _lm(arm: ServedLM) -> tuple[dict, dict]:
+    tensors = {"lm": arm.params, "id_rows": arm.id_rows_XM, "titles": _joined(arm.titles)}
+    tensors |= {"contexts": _joined(arm.contexts)} if arm.contexts else {}
+    tensors |= {"content": arm.texts.content_IC} if arm.texts else {}
+    facts = {
+        "kind": "lm",
+        "config": dataclasses.asdict(arm.config),
+        "vocabulary": {name: getattr(arm.vocabulary, name) for name in ("n_users", "n_items", "chat")},
+        "prompts": dataclasses.asdict(arm.prompts),
+        "texts": {"last": arm.texts.last, "mean": arm.texts.mean} if arm.texts else None,
+    }
+    return facts, tensors
+
+
 def _joined(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     ends = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     return {"indptr": ends, "token": np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)}
@@ -135,16 +196,16 @@ def _cut(joined: dict[str, np.ndarray]) -> list[np.ndarray]:
     return np.split(joined["token"], joined["indptr"][1:-1])
 
 
-def _open(workdir: str | os.PathLike) -> tuple[Path, dict]:
+def _open(workdir: str | os.PathLike) -> tuple[Path, dict[str, dict]]:
     folder = Path(workdir, "serving")
     if not (folder / "serving.json").is_file():
         raise InputError(
-            f'{workdir} holds no finished run with "bdlm" among its models: run bdlm_jax.main on it first.'
+            f"{workdir} holds no finished run that recommends: run bdlm_jax.main on it first, with a domain model, "
+            "ids_lm or bdlm among its models."
         )
-    manifest = _read(folder / "serving.json")
-    if manifest.get("format") != FORMAT:
+    if not (arms := served_arms(workdir)):
         raise InputError(f"{folder} was written by another version of bdlm_jax: run bdlm_jax.main on {workdir} again.")
-    return folder, manifest
+    return folder, arms
 
 
 def _read(path: Path) -> dict:

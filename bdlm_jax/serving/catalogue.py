@@ -48,27 +48,29 @@ class Catalogue:
         return self.item[self.indptr[user] : self.indptr[user + 1]]
 
 
-def find_user(catalogue: Catalogue, user: str) -> int:
-    """Finds a raw user id; InputError names ids that look alike."""
+def find_user(catalogue: Catalogue, user: str, *, exact: bool = False) -> int:
+    """Finds a raw user id; InputError names ids that look alike (not where `exact`: it takes time)."""
     user = str(user).strip()
     if user not in catalogue.user_index:
-        near = _near(user, catalogue.user_ids) or catalogue.user_ids[:_SUGGESTIONS]
+        near = ([] if exact else _near(user, catalogue.user_ids)) or catalogue.user_ids[:_SUGGESTIONS]
         raise InputError(
             f"user {user!r} is none of the {len(catalogue.user_ids)} of this run (known are {', '.join(near)}, …): "
-            "give a known id, or --history for a new user."
+            "give a known id, or a history for a new user."
         )
     return catalogue.user_index[user]
 
 
-def find_item(catalogue: Catalogue, name: str) -> int:
-    """Finds the one item that a raw id, a title or part of a title names; case does not matter in titles."""
+def find_item(catalogue: Catalogue, name: str, *, exact: bool = False) -> int:
+    """Finds the one item that a raw id, a title or (unless `exact`) part of a title names; case counts in ids alone."""
     name = name.strip()
-    items = _exact(catalogue, name) or _part(catalogue, name)
+    items = _exact(catalogue, name) or ([] if exact else _part(catalogue, name))
     if len(items) == 1:
         return items[0]
     if items:
         shown = ", ".join(f"{catalogue.item_ids[i]} ({one_line(catalogue.titles[i])})" for i in items[:_SUGGESTIONS])
         raise InputError(f"{name!r} names {len(items)} items, such as {shown}: give the id of one.")
+    if exact:
+        raise InputError(f"{name!r} is no item id and no title of this run: give one as the run's catalogue has it.")
     items = [catalogue.title_index[near][0] for near in _near(name.casefold(), catalogue.title_index)]
     items += [catalogue.item_index[near] for near in _near(name, catalogue.item_index)]
     shown = "; ".join(f"{one_line(catalogue.titles[i])} ({catalogue.item_ids[i]})" for i in items[:_SUGGESTIONS])
@@ -76,14 +78,14 @@ def find_item(catalogue: Catalogue, name: str) -> int:
     raise InputError(f"{name!r} is no item id and no part of a title: {hint}")
 
 
-def find_items(catalogue: Catalogue, history: str | Sequence[str]) -> np.ndarray:
+def find_items(catalogue: Catalogue, history: str | Sequence[str], *, exact: bool = False) -> np.ndarray:
     """Finds the items of a history, in the order given, each once.
 
     A sequence holds single names. A string is cut at ; and , but a title may hold either: from the left, the longest
     run of pieces that is an id or a title is taken, else the longest that is part of a title.
     """
     names = _names(catalogue, history) if isinstance(history, str) else map(str, history)
-    found = dict.fromkeys(find_item(catalogue, name) for name in names)
+    found = dict.fromkeys(find_item(catalogue, name, exact=exact) for name in names)
     if not found:
         raise InputError("the history is empty: name at least one item by id or title.")
     return np.array(list(found), np.int64)

@@ -1,19 +1,34 @@
-"""Scores of the served arms: for a known user or a new one by history, one at a time and without a run's data.
+"""Scores of the served arms: for known users or new ones by history, and without a run's data.
 
 Inner-product models need NumPy alone, microseconds a user; what needs JAX is imported where it is used.
 """
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bdlm_jax.serving.artefact import ServedDomain, ServedLM
+from bdlm_jax.serving.artefact import Arm, ServedDomain, ServedLM
 from bdlm_jax.types import Array
 
+LM_ROWS = 16  # packed rows that go through a language model at once
 
-def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array | None = None) -> np.ndarray:
-    """Scores the catalogue (I,) for a known user, or for a new one by history (item indices, oldest first).
+
+def arm_scores(arm: Arm, histories: Sequence[Array], *, users: Sequence[int] | None = None) -> np.ndarray:
+    """Scores the catalogue (B, I) for known users with their histories, or for new ones by history alone.
+
+    Histories are item indices, oldest first.
+    """
+    score = lm_scores if isinstance(arm, ServedLM) else domain_scores
+    return score(arm, histories, users=users)
+
+
+def domain_scores(
+    arm: ServedDomain, histories: Sequence[Array] = (), *, users: Sequence[int] | None = None
+) -> np.ndarray:
+    """`arm_scores` of a domain model, which needs no history of a known user.
 
     A new user stands where one propagation over the finished item table puts a new node:
         e_new = 1/√|h| · Σ_{i in h} e_i / √(deg_i + 1).
@@ -21,37 +36,27 @@ def domain_scores(arm: ServedDomain, *, user: int | None = None, history: Array 
     new edges counted in the degrees; that the finished rows stand in for those of each layer, and the same rule for MF
     and NCF, is ours. A model that reads histories (SASRec) reads the new one, as it does for everybody.
     """
-    if user is not None:
-        state_D = arm.user_UD[user]
+    if users is None:
+        read = _read_history if arm.reads_history else _propagate_to
+        state_BD = np.stack([read(arm, np.asarray(history, np.int64)) for history in histories])
     else:
-        history = np.asarray(history, np.int64)
-        if arm.reads_history:
-            state_D = np.asarray(arm.rebuilt.read(arm.domain, arm.item_ID, history), np.float32)
-        else:
-            weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
-            state_D = (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
+        state_BD = arm.user_UD[np.asarray(users, np.int64)]
     if arm.dot:
-        return arm.item_ID @ state_D
-    return np.asarray(arm.rebuilt.score(arm.domain, state_D[None], arm.item_ID)[0], np.float32)
+        return state_BD @ arm.item_ID.T
+    return np.asarray(arm.rebuilt.score(arm.domain, state_BD, arm.item_ID), np.float32)
 
 
-def lm_scores(arm: ServedLM, history: Array, *, user: int | None = None) -> np.ndarray:
-    """Scores the catalogue (I,) by the LM's state after the history: logits restricted to the item tokens.
+def lm_scores(arm: ServedLM, histories: Sequence[Array], *, users: Sequence[int] | None = None) -> np.ndarray:
+    """`arm_scores` by the LM's states after the histories: logits restricted to the item tokens.
 
     The <uid> and context of a known user are shown where the run reads them.
     """
-    import jax
-
-    from bdlm_jax.lm import causal_lm, packing
-
-    prompt = _history_prompt(arm, history, user=user)
-    packed = packing.pack([prompt], arm.prompts.max_tokens, pad=arm.vocabulary.pad).rows(np.zeros(1, np.int64))
-    rows = (packed["tokens"], packed["positions"], packed["segments"])
-    hidden = jax.jit(causal_lm.lm_hidden, static_argnames="config")
-    state_M = np.asarray(hidden(arm.params, arm.config, *rows, arm.id_rows_XM)[0, len(prompt) - 1], np.float32)
-    first = arm.vocabulary.item_tokens.start - arm.vocabulary.n_text
-    scores_I = arm.id_rows_XM[first : first + len(arm.titles)] @ state_M
-    return scores_I if arm.texts is None else scores_I + arm.texts.content_IC @ arm.texts.read(history)
+    known = itertools.repeat(None) if users is None else users
+    states_BM = _read_states(arm, [_history_prompt(arm, h, user=user) for h, user in zip(histories, known)])
+    scores_BI = states_BM @ arm.items.T
+    if arm.texts is None:
+        return scores_BI
+    return scores_BI + np.stack([arm.texts.read(h) for h in histories]) @ np.asarray(arm.texts.content_IC).T
 
 
 def lm_words(
@@ -67,7 +72,8 @@ def lm_words(
 
     from bdlm_jax.lm import generate
 
-    vocabulary, max_new = arm.vocabulary, max([1, *map(len, arm.titles)])
+    (params, id_rows_XM), vocabulary = arm.placed, arm.vocabulary
+    max_new = max([1, *map(len, arm.titles)])
     prefix = np.array([vocabulary.bos], np.int32)
     if arm.prompts.kind == "ids_titles":
         # An item never follows a user token that ends a prompt.
@@ -79,8 +85,8 @@ def lm_words(
     allowed_V = np.arange(arm.config.vocab_size) < len(vocabulary.tokenizer)
     allowed_V[list(specials - {vocabulary.eos})] = False
     written = generate.generate(
-        arm.params, arm.config, tokens, np.ones_like(tokens, bool), max_new=max_new, eos=vocabulary.eos,
-        pad=vocabulary.pad, key=jax.random.key(seed), allowed_V=allowed_V, id_rows_XM=arm.id_rows_XM, **sampling,
+        params, arm.config, tokens, np.ones_like(tokens, bool), max_new=max_new, eos=vocabulary.eos,
+        pad=vocabulary.pad, key=jax.random.key(seed), allowed_V=allowed_V, id_rows_XM=id_rows_XM, **sampling,
     )  # fmt: skip
     texts = (itertools.takewhile(vocabulary.eos.__ne__, row) for row in np.asarray(written).tolist())
     return [vocabulary.decode(list(text)).strip() for text in texts]
@@ -96,6 +102,57 @@ def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
         least = np.partition(scores_I[items], -k)[-k]
         items = items[scores_I[items] >= least]
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
+
+
+def _propagate_to(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
+    weight_n = 1 / np.sqrt(np.maximum(len(history), 1) * (arm.degree_I[history] + 1.0))
+    return (weight_n.astype(np.float32)[:, None] * arm.item_ID[history]).sum(axis=0)
+
+
+def _read_history(arm: ServedDomain, history: np.ndarray) -> np.ndarray:
+    return np.asarray(arm.rebuilt.read(arm.domain, arm.item_ID, history), np.float32)
+
+
+def _read_states(arm: ServedLM, prompts: list) -> np.ndarray:
+    """The LM's states (B, M) at the last tokens of prompts, several of which share a row where they fit.
+
+    Rows, their length and their places are padded to powers of two, so that few shapes are ever compiled.
+    """
+    from bdlm_jax.lm import packing
+
+    ends = [dataclasses.replace(prompt, user=n, user_at=len(prompt) - 1) for n, prompt in enumerate(prompts)]
+    length = min(arm.prompts.max_tokens, _power_of_two(max(map(len, prompts))))
+    packed = packing.pack(ends, length, pad=arm.vocabulary.pad)
+    state_BM, (params, id_rows_XM) = np.zeros((len(prompts), arm.config.width), np.float32), arm.placed
+    for start in range(0, len(packed), LM_ROWS):
+        block = packed.rows(np.arange(start, min(start + LM_ROWS, len(packed))))
+        n_rows, n_places = block["user"].shape
+        more = _power_of_two(n_rows) - n_rows, _power_of_two(n_places) - n_places
+        rows = [np.pad(block[name], ((0, more[0]), (0, 0))) for name in ("tokens", "positions", "segments")]
+        index_RT = np.pad(block["user_index"], ((0, more[0]), (0, more[1])))
+        read_RTM = np.asarray(_reader()(params, arm.config, *rows, index_RT, id_rows_XM), np.float32)
+        row, place = np.nonzero(block["user"] >= 0)
+        state_BM[block["user"][row, place]] = read_RTM[row, place]
+    return state_BM
+
+
+@functools.cache
+def _reader() -> Callable[..., Array]:
+    """(params, config, tokens, positions, segments, places (R, T), id rows) -> states (R, T, M), compiled."""
+    import jax
+
+    from bdlm_jax.lm import causal_lm
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def read(params, config, tokens_RL, positions_RL, segments_RL, index_RT, id_rows_XM):
+        hidden_RLM = causal_lm.lm_hidden(params, config, tokens_RL, positions_RL, segments_RL, id_rows_XM)
+        return causal_lm.gather_positions(hidden_RLM, index_RT)
+
+    return read
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _history_prompt(arm: ServedLM, history: Array, *, user: int | None, room: int = 0, **changes):

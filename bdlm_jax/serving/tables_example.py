@@ -1,8 +1,8 @@
 """python recommend.py USER [K]: raw id, score and title of the best items that the user has not had."""
 
+import argparse
 import json
 import pathlib
-import sys
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -13,6 +13,10 @@ ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
 
 
 def recommend(user, k=10):
+    if user not in ids["user_ids"]:
+        raise ValueError(f"user {user!r} is none of the {len(ids['user_ids'])} that ids.json lists.")
+    if k < 1:
+        raise ValueError(f"K is {k}, but at least one item must be asked for.")
     row = ids["user_ids"].index(user)
     scores = table["item"] @ table["user"][row]
     scores[seen["item"][seen["indptr"][row] : seen["indptr"][row + 1]]] = -np.inf
@@ -21,5 +25,13 @@ def recommend(user, k=10):
 
 
 if __name__ == "__main__":
-    for item, score, title in recommend(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10):
+    parser = argparse.ArgumentParser(prog="recommend.py", usage=argparse.SUPPRESS)
+    parser.add_argument("user", help="a raw user id")
+    parser.add_argument("k", type=int, nargs="?", default=10, help="how many items (default 10)")
+    given = parser.parse_args()
+    try:
+        rows = recommend(given.user, given.k)
+    except ValueError as error:
+        parser.error(str(error))
+    for item, score, title in rows:
         print(f"{item}\t{score:.4f}\t{title}")

@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+import functools
 import json
 
 import jax
@@ -67,6 +70,40 @@ def test_transformers_computes_our_logits_from_the_folder(family, vocabulary, tm
     if config.logit_softcap is not None:
         id_BLX = config.logit_softcap * np.tanh(id_BLX / config.logit_softcap)
     np.testing.assert_allclose(theirs_BLV, np.concatenate([text_BLV, id_BLX], axis=-1), rtol=0, atol=1e-4)
+
+
+def test_plain_text_is_the_bases_though_every_state_would_rather_write_an_id(vocabulary, tmp_path):
+    """As `lm.trains="bridge"` leaves a user's model: its weights as they came, and rows of ids beside them."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    base = make_golden.HERE / "llama"
+    config = lm_config_from_hf(base, vocab_size=vocabulary.n_text)
+    rows_XM = 100 * np.random.default_rng(0).normal(size=(vocabulary.n_rows, config.width))
+    write_hf_folder(tmp_path, load_lm(base, config), config, vocabulary, rows_XM)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    models = [*map(load, (base, tmp_path))]
+    tokens_BL = torch.arange(5, 29).reshape(4, 6)
+    options = {"attention_mask": torch.ones_like(tokens_BL), "do_sample": False, "pad_token_id": vocabulary.pad}
+    options |= {"max_new_tokens": 12, "eos_token_id": vocabulary.eos}
+    never = [vocabulary.unnamed_user, vocabulary.unnamed_item]  # which a user's model has not: here they are its words
+    base_BL = models[0].generate(tokens_BL, suppress_tokens=never, **options)
+    assert models[1].generate(tokens_BL, **options).tolist() == base_BL.tolist()
+    assert len(set(base_BL[:, 6:].flatten().tolist())) > 3
+    assert (models[1].generate(tokens_BL, suppress_tokens=None, **options) >= 264).any()
+
+
+def test_both_versions_of_transformers_find_the_tokenizer(vocabulary, tmp_path):
+    """Version 4 has no TokenizersBackend and wants a dict where 5 writes a list."""
+    params, config, rows_XM = random_lm("qwen2", vocabulary)
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    write_hf_folder(tmp_path, params, config, dataclasses.replace(vocabulary, tokenizer=tokenizer), rows_XM)
+    facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert facts["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert {"is_local", "backend"}.isdisjoint(facts)
+    assert not any(isinstance(fact, list) for fact in facts.values())
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    never = json.loads((tmp_path / "generation_config.json").read_text())["suppress_tokens"]
+    assert never == [3, 4, *range(261, vocabulary.n_tokens)]
 
 
 def test_gemmas_id_rows_are_divided_where_they_are_read_and_whole_where_they_are_ranked(vocabulary, tmp_path):

@@ -27,7 +27,15 @@ def test_the_defaults_pass():
 
 def test_every_word_and_number_has_a_rule():
     free = {"select", "evaluate.protocols", "dry_run.device", "distributed.coordinator"}  # checked elsewhere, or free
-    paths = {"data.path", "tokenizer.path", "lm.path", "lm.config", "pretrain.corpus", "runtime.store", "runtime.kept_data"}
+    paths = {
+        "data.path",
+        "tokenizer.path",
+        "lm.path",
+        "lm.config",
+        "pretrain.corpus",
+        "runtime.store",
+        "runtime.kept_data",
+    }
     ruled = {key for key, value in SETTINGS.items() if not isinstance(value, bool)} - {"data.candidates.cand20"}
     assert ruled - set(RULES) - free - paths == {"data.candidates.cand100"}
 

@@ -11,7 +11,8 @@ from bdlm_jax.run import build, contenders
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.runtime.fit import best_phases
 from bdlm_jax.runtime.log import read_metrics
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.serving import artefact
+from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
 WORDS = ("lightgcn", "ease", "ids_lm", "ids_lm_distilled", "bdlm", "bdlm_warm", "cached", "pool", "pool_alone")
@@ -48,6 +49,12 @@ def test_every_word_gives_its_rows(refitted):
         assert np.array_equal(counts.target, full["ease"].target)
     different = {full[name].better.tobytes() for name in ROWS}
     assert len(different) >= len(ROWS) - 1  # a pool may be its first arm
+
+
+def test_models_by_themselves_are_served(refitted):
+    """BDLM's controls, sums and what needs no training are there to be judged."""
+    served = {name: facts["row"] for name, facts in artefact.served_arms(refitted[0]).items()}
+    assert served == {"lightgcn": "lightgcn", "ids_lm": "ids_lm", "lm": "bdlm_lm", "domain": "bdlm_domain"}
 
 
 def test_a_refit_lasts_as_long_as_was_chosen_and_learns_from_the_validation_part(refitted):

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
+import bdlm_jax
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.serving import artefact, scores
-from bdlm_jax.serving.answers import ARMS, recommend
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
 OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1, "length": 8}, "itemgcn": {"length": 8}}
@@ -35,10 +35,12 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     counts = load_counts(tmp_path / "per_user" / "bdlm_domain.npz")["full"]
     assert served.model == model
     for user, target, better in zip(counts.user, counts.target, counts.better):
-        scores_I = scores.domain_scores(served, user=user)
+        (scores_I,) = scores.domain_scores(served, users=[user])
         unseen = np.setdiff1d(np.arange(len(scores_I)), catalogue.history(user))
         assert np.sum(scores_I[unseen] > scores_I[target]) == better
-    for arm in ARMS:
-        for who in ({"user": "u04"}, {"history": "i03;i07,i11"}):
-            rows = recommend(workdir=tmp_path, arm=arm, k=5, **who)
-            assert len(rows) == 5 and all(math.isfinite(row["score"]) for row in rows)
+    run = bdlm_jax.load(tmp_path)
+    assert run.arms == (model, "lm", "domain")
+    for arm in run.arms:
+        for who in ({"users": ["u04"]}, {"histories": ["i03;i07,i11"]}):
+            found = run.recommend(**who, arm=arm, k=5)
+            assert len(found) == 5 and np.isfinite(found["score"]).all()

@@ -11,6 +11,7 @@ from bdlm_jax.data.splits import TRAIN, Split
 from bdlm_jax.domain import ncf
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
+from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.run import build, rows, stages
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.serving import artefact, scores
@@ -34,7 +35,7 @@ def test_the_domain_arm_scores_as_the_evaluator_does(run):
     scorer = scorers.domain_scorer(arm, params_of(run, "refresh", "domain"))
     expected_UI = np.asarray(scorer.score(np.arange(run.data.n_users)))
     served = artefact.load_domain_arm(run.folder)
-    scores_UI = np.stack([scores.domain_scores(served, user=user) for user in range(run.data.n_users)])
+    scores_UI = scores.domain_scores(served, users=range(run.data.n_users))
     np.testing.assert_allclose(scores_UI, expected_UI, rtol=1e-4, atol=1e-6)
 
 
@@ -49,12 +50,27 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     reader = reader._replace(users=users, histories=rows.known_histories(past, "test"))
     expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
-    for user in (0, 7, run.data.n_users - 1):
-        scores_I = scores.lm_scores(served, catalogue.history(user), user=user)
-        np.testing.assert_allclose(scores_I, expected_UI[user], rtol=1e-4, atol=1e-4)
+    users = [0, 7, *range(20, 70), run.data.n_users - 1]  # more than go through the model at once
+    scores_BI = scores.lm_scores(served, [*map(catalogue.history, users)], users=users)
+    np.testing.assert_allclose(scores_BI, expected_UI[users], rtol=1e-4, atol=1e-4)
     assert served.config == run.lm
     assert served.vocabulary.n_tokens == run.texts.vocabulary.n_tokens
     assert served.prompts.max_tokens == config.prompts.length
+
+
+def test_every_arm_ranks_as_it_was_tested(run):
+    catalogue, arms = artefact.load_catalogue(run.folder), artefact.served_arms(run.folder)
+    assert [*arms] == ["mf", "lightgcn", "ids_lm", "lm", "domain"]
+    for name, facts in arms.items():
+        counts = load_counts(run.folder / "per_user" / f"{facts['row']}.npz")["full"]
+        histories = [*map(catalogue.history, counts.user)]
+        known = [history[history != item] for history, item in zip(histories, counts.target)]
+        scores_UI = scores.arm_scores(artefact.load_arm(run.folder, name), known, users=counts.user.tolist())
+        target_N = scores_UI[np.arange(len(counts.target)), counts.target]
+        for had, scores_I in zip(known, scores_UI):
+            scores_I[had] = -np.inf
+        better = np.sum(scores_UI > target_N[:, None], axis=1)
+        assert np.mean(better == counts.better) > 0.97, name  # sums in another order part what is nearly level
 
 
 def test_the_catalogue_holds_every_interaction_and_raw_names(run):
@@ -72,9 +88,11 @@ def test_records_come_back_as_they_were_written(tiny_run, tmp_path):
     own = ncf.ncf_arm(Inputs(width=16), hidden=(8,)).init(jax.random.key(3))
     domain = dataclasses.replace(tables, model="ncf", domain=own, options={"hidden": [8]}, dot=False)
     lm = dataclasses.replace(lm, contexts=lm.titles[: len(catalogue.user_ids)])
-    assert not artefact.is_served(tmp_path)
-    artefact.write_serving(tmp_path, catalogue, domain, lm)
-    assert artefact.is_served(tmp_path)
+    assert artefact.served_arms(tmp_path) == {}
+    artefact.write_arm(tmp_path, "lm", lm, catalogue, row="bdlm_lm")
+    artefact.write_arm(tmp_path, "ncf", domain, catalogue)
+    rows = {name: (facts["kind"], facts["row"]) for name, facts in artefact.served_arms(tmp_path).items()}
+    assert rows == {"lm": ("lm", "bdlm_lm"), "ncf": ("domain", "ncf")}
     for record, load in zip((catalogue, domain, lm), LOADERS):
         for field in dataclasses.fields(record):
             if field.name != "vocabulary":
@@ -85,26 +103,53 @@ def test_records_come_back_as_they_were_written(tiny_run, tmp_path):
     assert vocabulary.tokenizer.get_vocab() == lm.vocabulary.tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        ({"name": "both"}, "arm 'both' is none of this run's: choose one of mf, lightgcn, ids_lm, lm, domain"),
+        ({"name": "lm", "kind": "domain"}, "arm 'lm' is none of this run's: choose one of mf, lightgcn, domain"),
+    ],
+)
+def test_an_arm_is_found_by_name_and_bdlms_is_the_first(tiny_run, tmp_path, ask, message):
+    folder = tiny_run[1]
+    found = [artefact.find_arm(folder, *who) for who in ((), ("lightgcn",), ("lm",))]
+    assert [*found, artefact.find_arm(folder, kind="lm")] == ["domain", "lightgcn", "lm", "lm"]
+    with pytest.raises(InputError, match=message):
+        artefact.find_arm(folder, **ask)
+    artefact.write_arm(tmp_path, "mf", artefact.load_domain_arm(folder), artefact.load_catalogue(folder))
+    assert artefact.find_arm(tmp_path) == "mf"
+    manifest = tmp_path / "serving" / "serving.json"
+    manifest.write_text('{"format": 3, "domain": {}}')  # another version's, which the next start writes anew
+    assert artefact.served_arms(tmp_path) == {}
+    artefact.write_arm(tmp_path, "mf", artefact.load_domain_arm(folder), artefact.load_catalogue(folder))
+    assert [*artefact.served_arms(tmp_path)] == ["mf"]
+    with pytest.raises(InputError, match="serves no language model, but mf: train one in it"):
+        artefact.find_arm(tmp_path, kind="lm")
+
+
 def test_the_domain_arm_loads_without_jax_and_without_the_lm(tiny_run, tmp_path):
     shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
     shutil.rmtree(tmp_path / "serving" / "tokenizer")
     (tmp_path / "serving" / "lm.safetensors").unlink()
     program = (
-        "import sys; from bdlm_jax.recommend import recommend\n"
-        f"rows = recommend(workdir={str(tmp_path)!r}, history=['i01', 'i03'], k=2)\n"
-        f"rows += recommend(workdir={str(tmp_path)!r}, user='u000', k=2)\n"
-        "print(len(rows), sorted({'jax', 'flax', 'transformers', 'tokenizers', 'torch', 'scipy'} & set(sys.modules)))"
+        "import sys; from bdlm_jax import recommend\n"
+        f"ask = ['--workdir', {str(tmp_path)!r}, '-k', '2']\n"
+        "codes = [recommend.main([*ask, *who]) for who in (['--history', 'i01;i03'], ['--user', 'u000'])]\n"
+        "heavy = {'jax', 'flax', 'transformers', 'tokenizers', 'torch', 'scipy', 'pandas'}\n"
+        "print(codes, sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "4 []", done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0] []", done.stderr
 
 
 @pytest.mark.parametrize(
     ("damaged", "text", "message"),
     [
-        ("serving.json", None, 'no finished run with "bdlm"'),
+        ("serving.json", None, "no finished run that recommends"),
         ("serving.json", '{"format": 0}', "another version"),
         ("serving.json", '{"format"', "serving.json cannot be read .* delete .*/serving"),
+        ("serving.json", "[]", "serving.json holds no manifest: delete .*/serving"),
+        ("serving.json", '{"format": 4, "arms": [3]}', "serving.json holds no manifest: delete .*/serving"),
         ("catalogue.json", "{}", "catalogue.json holds no catalogue: delete .*/serving"),
         ("catalogue.safetensors", "{}", "catalogue.safetensors cannot be read .* delete .*/serving"),
         ("domain.safetensors", "{}", "domain.safetensors cannot be read .* delete .*/serving"),

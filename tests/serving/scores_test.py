@@ -24,8 +24,8 @@ def test_a_new_node_is_one_propagation_over_its_history():
     # Items 0 and 1, with degrees 3 + 1 and 0 + 1 once the new user has them, and 2 items in the history.
     state = np.array([1.0 / np.sqrt(2 * 4), 2.0 / np.sqrt(2 * 1)])
     expected_I = [state[0], 2 * state[1], 3 * state[0] + state[1]]
-    np.testing.assert_allclose(scores.domain_scores(arm, history=[0, 1]), expected_I, rtol=1e-6)
-    np.testing.assert_array_equal(scores.domain_scores(arm, history=np.zeros(0, np.int64)), np.zeros(3))
+    np.testing.assert_allclose(scores.domain_scores(arm, [[0, 1]]), [expected_I], rtol=1e-6)
+    np.testing.assert_array_equal(scores.domain_scores(arm, [np.zeros(0, np.int64)]), np.zeros((1, 3)))
 
 
 def test_sasrec_reads_a_new_history():
@@ -33,7 +33,7 @@ def test_sasrec_reads_a_new_history():
     item_ID = np.asarray(jax.random.normal(jax.random.key(1), (3, 4)))
     state_D = sasrec.States(2, 2).apply({"params": domain}, item_ID, np.array([[2, 0, 1, -1]]))[0, 3]
     served = ServedDomain("sasrec", NOBODY_4D, item_ID, np.ones(3), domain, {"length": 4}, reads_history=True)
-    new_I = scores.domain_scores(served, history=[2, 0, 1])
+    (new_I,) = scores.domain_scores(served, [[2, 0, 1]])
     np.testing.assert_allclose(new_I, item_ID @ state_D, rtol=1e-4, atol=1e-5)
 
 
@@ -43,7 +43,7 @@ def test_ncf_scores_by_its_own_network():
     item_ID, user_UD = jax.random.normal(jax.random.key(1), (3, 4)), jax.random.normal(jax.random.key(2), (2, 4))
     served = ServedDomain("ncf", user_UD, item_ID, np.ones(3), domain, {"hidden": [8]}, dot=False)
     expected_UI = arm.score(domain, user_UD, item_ID)
-    np.testing.assert_allclose(scores.domain_scores(served, user=1), expected_UI[1], rtol=1e-5)
+    np.testing.assert_allclose(scores.domain_scores(served, users=[1, 0]), expected_UI[::-1], rtol=1e-5)
 
 
 def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
@@ -54,13 +54,13 @@ def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
 
 def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
     served, history = served_lm(tiny_run), [3, 4]
-    new_I = scores.lm_scores(served, history)
+    new_I, turned_I = scores.lm_scores(served, [history, history[::-1]])
     assert np.isfinite(new_I).all()
-    assert not np.allclose(new_I, scores.lm_scores(served, history[::-1])), "order counts"
+    assert not np.allclose(new_I, turned_I), "order counts"
     for named in (False, True):
         reading = served_lm(tiny_run, unnamed=not named)
-        assert np.allclose(new_I, scores.lm_scores(reading, history)), "nobody's name is shown for a new user"
-        assert np.allclose(new_I, scores.lm_scores(reading, history, user=0)) != named
+        assert np.allclose(new_I, scores.lm_scores(reading, [history])), "nobody's name is shown for a new user"
+        assert np.allclose(new_I, scores.lm_scores(reading, [history], users=[0])) != named
 
 
 @pytest.mark.parametrize("user_token", ["start", "end", "none"])

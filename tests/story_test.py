@@ -5,7 +5,7 @@ from bdlm_jax.data import twins
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain.closed_form import ease, interaction_matrix
 from bdlm_jax.evaluation.evaluate import load_counts
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from bdlm_jax.types import InputError
 from experiments import tiny
 

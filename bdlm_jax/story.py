@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: data → pretrain → each contender trained, then tested → serving → report.
+"""The story of a run, top to bottom: data → pretrain → each contender trained, tested, and served → report.
 
 Every stage keeps its checkpoints under workdir/<stage>; a finished stage is read back, an unfinished one goes on where
 it was, and the final numbers are the same to the bit however often the run was killed.
@@ -58,8 +58,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         for word in config.models:
             for entry in contenders.make_entries(run, word, decoder):
                 _test(run, rows, entry)
-        if "bdlm" in config.models and not artefact.is_served(folder):
-            _serve(run, contenders.train_bdlm(run, decoder))
+                _serve(run, entry)
         language = _measure_language(run, decoder)
 
         # Report.
@@ -99,13 +98,12 @@ def _test(run: Run, rows: list, entry: Entry) -> None:
     rows += evaluate.result_rows(entry.name, evaluate.load_counts(path), run.data.slices)
 
 
-def _serve(run: Run, bdlm: contenders.Bdlm) -> None:
-    artefact.write_serving(
-        run.folder,
-        Catalogue(**served.catalogue_fields(run)),
-        ServedDomain(**served.domain_fields(bdlm.run, bdlm.domain)),
-        ServedLM(**served.lm_fields(bdlm.run, bdlm.lm, bdlm.texts)),
-    )
+def _serve(run: Run, entry: Entry) -> None:
+    """Writes what `recommend` loads of a model, once."""
+    if entry.served and entry.served.arm not in artefact.served_arms(run.folder):
+        record = {"domain": ServedDomain, "lm": ServedLM}[entry.served.kind](**entry.served.fields())
+        catalogue = Catalogue(**served.catalogue_fields(run))
+        artefact.write_arm(run.folder, entry.served.arm, record, catalogue, row=entry.name)
 
 
 def _measure_language(run: Run, decoder) -> dict | None:

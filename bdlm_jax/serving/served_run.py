@@ -1,0 +1,145 @@
+"""A finished run as Python holds it: `bdlm_jax.load("runs/quickstart")`. Answers are pandas tables."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdlm_jax.serving import answers, artefact
+from bdlm_jax.serving.artefact import Arm
+from bdlm_jax.serving.catalogue import Catalogue
+from bdlm_jax.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class ServedRun:
+    """A finished run, opened for questions: each of its arms is read when it is first asked.
+
+    Attributes:
+        folder: the run directory.
+        arms: what recommends: "domain" and "lm" are BDLM's two, any other has its model's name in the results. Where a
+            question names none, BDLM's domain arm answers, or else the first.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        self.folder = Path(workdir)
+        self.arms: tuple[str, ...] = tuple(artefact.served_arms(workdir))
+        if not self.arms and not (self.folder / "results.json").is_file():
+            artefact.find_arm(workdir)  # says what is missing
+        self._loaded: dict[str, Arm] = {}
+
+    def __repr__(self) -> str:
+        return f"ServedRun({str(self.folder)!r}, arms={self.arms})"
+
+    @functools.cached_property
+    def catalogue(self) -> Catalogue:
+        """Raw ids, titles and histories."""
+        return artefact.load_catalogue(self.folder)
+
+    def arm(self, name: str = "") -> Arm:
+        """The record of an arm, read once."""
+        name = artefact.find_arm(self.folder, name)
+        if name not in self._loaded:
+            self._loaded[name] = artefact.load_arm(self.folder, name)
+        return self._loaded[name]
+
+    @property
+    def users(self) -> list[str]:
+        """The raw ids of the users."""
+        return self.catalogue.user_ids
+
+    @functools.cached_property
+    def items(self) -> "Items":
+        """The items, and questions about them."""
+        return Items(self)
+
+    @functools.cached_property
+    def results(self) -> "pd.DataFrame":
+        """What the run measured on its test users: model, slice, metric, value, users."""
+        path = self.folder / "results.json"
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} cannot be read ({error}): run bdlm_jax.main on {self.folder} again.") from error
+        return _table(rows, "model", "slice", "metric", "value", "users")
+
+    def recommend(
+        self,
+        users: str | Iterable[str] | None = None,
+        *,
+        histories: Iterable[str | Sequence[str]] | None = None,
+        arm: str = "",
+        k: int = 10,
+        **explained: Any,
+    ) -> "pd.DataFrame":
+        """Recommends k items, best first, to known users or to new ones by history; what they have had is left out.
+
+        Args:
+            users: raw ids, or one.
+            histories: of new users: lists of raw item ids or titles, oldest first. In the table they count from 0.
+            arm: one of `arms`.
+            explained: `explain`, `temperature`, `top_p` and `seed` of `answers.recommend`.
+
+        Returns:
+            Columns user (or history), rank, item, title, score and, explained, words.
+
+        Raises:
+            InputError: an id or title that the run does not know, with those that look alike.
+        """
+        users = [users] if isinstance(users, str) else users if users is None else [*users]
+        histories = None if histories is None else [*histories]
+        found = answers.recommend(self.catalogue, self.arm(arm), users=users, histories=histories, k=k, **explained)
+        name, keys = ("history", range(len(found))) if users is None else ("user", map(str, users))
+        rows = [{name: key, **row} for key, answer in zip(keys, found) for row in answer]
+        return _table(rows, name, "rank", "item", "title", "score")
+
+    def history(self, user: str) -> "pd.DataFrame":
+        """What a known user has had, oldest first: rank, item, title."""
+        return _table(answers.history(self.catalogue, user), "rank", "item", "title")
+
+
+class Items:
+    """The items of a run, and what its arms make of them."""
+
+    def __init__(self, run: ServedRun):
+        self._run = run
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def ids(self) -> list[str]:
+        """The raw ids."""
+        return self._run.catalogue.item_ids
+
+    @property
+    def titles(self) -> list[str]:
+        """Their titles, in the order of the ids."""
+        return self._run.catalogue.titles
+
+    def nearest(self, item: str, *, arm: str = "", k: int = 10) -> "pd.DataFrame":
+        """The k items most like one, given by its raw id, its title or a part of it: rank, item, title, score.
+
+        The score is the cosine of the angle between their rows, of -1 to 1.
+        """
+        rows = answers.nearest(self._run.catalogue, self._run.arm(arm), item, k=k)
+        return _table(rows, "rank", "item", "title", "score")
+
+    def audience(self, item: str, *, arm: str = "", k: int = 10) -> "pd.DataFrame":
+        """The k users on whose list an item stands highest, among those who have not had it: user, rank."""
+        return _table(answers.audience(self._run.catalogue, self._run.arm(arm), item, k=k), "user", "rank")
+
+    def same_titles(self) -> list[list[str]]:
+        """Groups of raw ids that share one title to the letter: no text can tell them apart."""
+        return answers.same_titles(self._run.catalogue)
+
+
+def _table(rows: Iterable[dict], *columns: str) -> "pd.DataFrame":
+    import pandas as pd  # here: the command line answers without
+
+    frame = pd.DataFrame(list(rows))
+    return frame.reindex(columns=[*columns, *frame.columns.difference(columns)])
