@@ -299,7 +299,7 @@ def ml1m(rows, given) -> None:
 
 def end_to_end(rows, given, config, *, wanted: str = "") -> None:
     """Trains and evaluates every model of a config, and notes the seconds and what the models reach."""
-    from bdlm_jax.train import train_and_evaluate
+    from bdlm_jax.story import train_and_evaluate
     from experiments import tiny
 
     if given.tiny:

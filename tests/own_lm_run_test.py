@@ -4,10 +4,9 @@ import json
 
 import pytest
 
+import bdlm_jax
 from bdlm_jax.run.pretraining import Settings, pretrain
-from bdlm_jax.serving import artefact
-from bdlm_jax.serving.answers import recommend
-from bdlm_jax.train import train_and_evaluate
+from bdlm_jax.story import train_and_evaluate
 from experiments import own_lm, tiny
 
 
@@ -31,5 +30,5 @@ def test_an_own_model_is_trained_served_and_says_how_well_it_still_speaks(tmp_pa
     assert language["text"] == "the model's own samples" and language["tokens"] > 16
     assert (language["before"] == language["after"]) == (trains == "bridge")
     assert f"{language['after']:.2f}, and was {language['before']:.2f}" in (tmp_path / "run" / "results.md").read_text()
-    user = artefact.load_catalogue(tmp_path / "run").user_ids[0]
-    assert len(recommend(workdir=tmp_path / "run", user=user, arm="lm", k=3)) == 3
+    run = bdlm_jax.load(tmp_path / "run")
+    assert len(run.recommend(users=run.users[:1], arm="lm", k=3)) == 3
