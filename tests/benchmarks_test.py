@@ -20,7 +20,7 @@ def test_every_part_of_the_accelerator_benchmark_runs_and_is_written_down(tmp_pa
     import accelerator_parts
 
     # Whole runs are trained once a session, and this is one.
-    monkeypatch.setattr("bdlm_jax.train.train_and_evaluate", lambda config, workdir: tiny_run[2])
+    monkeypatch.setattr("bdlm_jax.story.train_and_evaluate", lambda config, workdir: tiny_run[2])
     assert set(accelerator.LIMITS) == set(accelerator_parts.PARTS)
     accelerator.main(["--out", str(tmp_path), "--size", "tiny", "--here"])
     page, found = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
