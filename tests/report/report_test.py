@@ -55,6 +55,15 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
         assert (folder / name).stat().st_size < 100_000
 
 
+def test_a_page_says_where_drawn_cases_stand_for_all(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "fixed draw" not in page_of(folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["data"]["judged"] = {"test": 40}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "Judged on a fixed draw of the cases: 40 of 100 of test." in page_of(folder)
+
+
 def test_metrics_of_few_targets_are_counted_and_not_shown(tmp_path):
     pages = [page_of(make_run(tmp_path / f"{n}", twins=n)) for n in (20, 19)]
     enough, few = (page.split("## Slice twins")[1].split("##")[0] for page in pages)
