@@ -8,8 +8,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.serving.answers import ARMS, as_table, as_words, recommend
-from bdlm_jax.types import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = given.pop("format")
     try:
         rows = recommend(**given)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
+    except REFUSED as error:
+        return refuse(error)
     as_text = as_words if given["explain"] else as_table
     print(json.dumps(rows, indent=1) if shown == "json" else as_text(rows))
     return 0

@@ -41,7 +41,7 @@ def recommend(
     index = None if user is None else find_user(catalogue, user)
     items = find_items(catalogue, history) if index is None else catalogue.history(index)
     if arm == "domain":
-        scores_I = scores.domain_scores(artefact.load_domain_arm(workdir), user=index, history=items)
+        scores_I = scores.domain_scores(_load_domain_arm(workdir, catalogue), user=index, history=items)
     else:
         lm = artefact.load_lm_arm(workdir)
         scores_I = scores.lm_scores(lm, items, user=index)
@@ -72,7 +72,8 @@ def audience(*, workdir: str | os.PathLike, item: str, k: int = 10) -> list[dict
 
     [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
     """
-    catalogue, arm = artefact.load_catalogue(workdir), artefact.load_domain_arm(workdir)
+    catalogue = artefact.load_catalogue(workdir)
+    arm = _load_domain_arm(workdir, catalogue)
     target, found = find_item(catalogue, item), []
     for user, raw in enumerate(catalogue.user_ids):
         seen = catalogue.history(user)
@@ -95,6 +96,14 @@ def as_words(rows: list[dict]) -> str:
     titled = [(f"{row['item']} {one_line(row['title'])}", one_line(row["words"])) for row in rows]
     lines = [f"recommended: {item} | in the LM's own words: {words}" for item, words in titled]
     return "\n".join([*lines, "(the LM's words are generated text, not facts looked up)"])
+
+
+def _load_domain_arm(workdir: str | os.PathLike, catalogue: Catalogue) -> artefact.ServedDomain:
+    arm = artefact.load_domain_arm(workdir)
+    if (len(arm.user_UD), len(arm.item_ID)) != (len(catalogue.user_ids), len(catalogue.item_ids)):
+        folder = os.path.join(workdir, "serving")
+        raise InputError(f"{folder} is of two runs: its tables have other rows than its catalogue; delete it.")
+    return arm
 
 
 def _row(catalogue: Catalogue, rank: int, item: int, **more) -> dict:

@@ -4,16 +4,26 @@ The domain arm is two tables and, for inner-product models, NumPy alone: it load
 without the language model's weights. What needs them is imported where it is used.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bdlm_jax.runtime.files import load_safetensors, replacing, save_safetensors, write_json
+from bdlm_jax.runtime.files import (
+    damaged_file,
+    load_safetensors,
+    read_json,
+    replacing,
+    save_safetensors,
+    write_checksums,
+    write_json,
+)
 from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import Array, InputError, Params
 
@@ -58,9 +68,12 @@ class ServedLM:
 
 
 def is_served(workdir: str | os.PathLike) -> bool:
-    """Tells whether an earlier start of the run has written what is served."""
+    """Tells whether an earlier start of the run has written what is served, and all of it is whole."""
     path = Path(workdir, "serving", "serving.json")
-    return path.is_file() and _read(path).get("format") == FORMAT
+    try:
+        return path.is_file() and damaged_file(path.parent) is None and _read(path).get("format") == FORMAT
+    except InputError:
+        return False
 
 
 def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: ServedDomain, lm: ServedLM) -> None:
@@ -80,28 +93,35 @@ def write_serving(workdir: str | os.PathLike, catalogue: Catalogue, domain: Serv
     }
     with replacing(Path(workdir, "serving")) as folder:
         folder.mkdir()
-        (folder / "catalogue.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
+        (folder / "catalogue.json").write_text(
+            json.dumps(catalogue.names | {"dropped": catalogue.dropped}), encoding="utf-8"
+        )
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
         save_safetensors(folder / "domain.safetensors", tables)
         save_safetensors(folder / "lm.safetensors", {"lm": lm.params, "id_rows": lm.id_rows_XM, **tokens})
         lm.vocabulary.tokenizer.save_pretrained(str(folder / "tokenizer"))
         write_json(folder / "serving.json", manifest)
+        write_checksums(folder)
 
 
 def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
     folder, _ = _open(workdir)
-    try:
-        return Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
-    except TypeError as error:
-        raise InputError(f"{folder}/catalogue.json holds no catalogue: delete {folder}.") from error
+    with _shaped(folder / "catalogue.json", "catalogue"):
+        catalogue = Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
+        n_users, n_items = len(catalogue.indptr) - 1, len(catalogue.item_ids)
+        whole = len(catalogue.user_ids) == n_users and len(catalogue.titles) == n_items
+        if not whole or catalogue.item.max(initial=0) >= n_items or catalogue.indptr[-1] != len(catalogue.item):
+            raise ValueError("its names and its tables are not of one length")
+    return catalogue
 
 
 def load_domain_arm(workdir: str | os.PathLike) -> ServedDomain:
     """Reads the domain arm; neither JAX nor the LM's weights are touched."""
     folder, manifest = _open(workdir)
     tree = _read(folder / "domain.safetensors")
-    tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
-    return ServedDomain(**tables, domain=tree.get("domain", {}), **manifest["domain"])
+    with _shaped(folder / "serving.json", "domain arm"):
+        tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
+        return ServedDomain(**tables, domain=tree.get("domain", {}), **manifest["domain"])
 
 
 def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
@@ -111,18 +131,23 @@ def load_lm_arm(workdir: str | os.PathLike) -> ServedLM:
     from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer
 
     folder, manifest = _open(workdir)
-    facts, tree = manifest["lm"], _read(folder / "lm.safetensors")
-    config = LMConfig(**facts["config"])
-    return ServedLM(
-        params=tree["lm"],
-        config=config,
-        id_rows_XM=tree["id_rows"],
-        vocabulary=Vocabulary(load_tokenizer(folder / "tokenizer"), min_text=config.vocab_size, **facts["vocabulary"]),
-        titles=_cut(tree["titles"]),
-        contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
-        prompts=PromptOptions(**facts["prompts"]),
-        texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
-    )
+    if damaged := damaged_file(folder, *(path.relative_to(folder).as_posix() for path in folder.glob("tokenizer/*"))):
+        raise _refusal(damaged, "its checksum differs")
+    tree = _read(folder / "lm.safetensors")
+    with _shaped(folder / "serving.json", "LM arm"):
+        facts = manifest["lm"]
+        config = LMConfig(**facts["config"])
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return ServedLM(
+            params=tree["lm"],
+            config=config,
+            id_rows_XM=tree["id_rows"],
+            vocabulary=Vocabulary(tokenizer, min_text=config.vocab_size, **facts["vocabulary"]),
+            titles=_cut(tree["titles"]),
+            contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
+            prompts=PromptOptions(**facts["prompts"]),
+            texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
+        )
 
 
 def _joined(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -147,7 +172,29 @@ def _open(workdir: str | os.PathLike) -> tuple[Path, dict]:
 
 
 def _read(path: Path) -> dict:
+    remedy = f"delete {path.parent} and run bdlm_jax.main again"
+    if path.suffix != ".safetensors":
+        if damaged_file(path.parent, path.name):
+            raise _refusal(path, "its checksum differs")
+        return read_json(path, remedy=remedy)
     try:
-        return load_safetensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # InputError too
-        raise InputError(f"{path} cannot be read ({error}): delete {path.parent}, run bdlm_jax.main again.") from error
+        return load_safetensors(path)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}: {remedy}.") from error
+
+
+@contextlib.contextmanager
+def _shaped(path: Path, what: str) -> Iterator[None]:
+    """Names the file where a block does not find in it what an `what` has."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path} holds no {what} ({error}): delete {path.parent} and run bdlm_jax.main again."
+        ) from error
+
+
+def _refusal(path: Path, why: object) -> InputError:
+    return InputError(f"{path} cannot be read ({why}): delete {path.parent} and run bdlm_jax.main again.")
