@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bdlm_jax import export
-from bdlm_jax.runtime.files import load_safetensors
+from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.serving.answers import recommend
 from bdlm_jax.serving.exports import EXAMPLE, export_domain, export_hf
@@ -36,6 +36,7 @@ def change_manifest(workdir, to, change):
     facts = json.loads(path.read_text())
     change(facts)
     path.write_text(json.dumps(facts))
+    (path.parent / CHECKSUMS).unlink()
     return to
 
 
@@ -46,6 +47,19 @@ def test_the_example_beside_the_tables_recommends_what_recommend_does(tiny_run, 
     rows = recommend(workdir=tiny_run[1], user=user, k=k)
     expected = [[row["item"], f"{row['score']:.4f}", row["title"]] for row in rows]
     assert [line.split("\t") for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "raw id, score and title"),
+        (("u000", "-3"), "python recommend.py USER"),
+        (("nobody",), "'nobody' is none of the 150"),
+    ],
+)
+def test_the_example_refuses_what_it_cannot_answer(domain, words, told):
+    done = subprocess.run([sys.executable, domain / "recommend.py", *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "") and told in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_example_stands_in_the_readme():

@@ -16,10 +16,14 @@ def recommend(user, k=10):
     row = ids["user_ids"].index(user)
     scores = table["item"] @ table["user"][row]
     scores[seen["item"][seen["indptr"][row] : seen["indptr"][row + 1]]] = -np.inf
-    best = np.argsort(-scores, kind="stable")[: min(k, int(np.isfinite(scores).sum()))]
+    best = np.argsort(-scores, kind="stable")[: max(0, min(k, int(np.isfinite(scores).sum())))]
     return [(ids["item_ids"][i], float(scores[i]), ids["titles"][i]) for i in best]
 
 
 if __name__ == "__main__":
-    for item, score, title in recommend(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10):
+    if len(sys.argv) not in (2, 3) or not (k := (*sys.argv, "10")[2]).isdecimal():
+        sys.exit(__doc__)
+    if sys.argv[1] not in ids["user_ids"]:
+        sys.exit(f"{sys.argv[1]!r} is none of the {len(ids['user_ids'])} users of this export.")
+    for item, score, title in recommend(sys.argv[1], int(k)):
         print(f"{item}\t{score:.4f}\t{title}")
