@@ -169,7 +169,7 @@ def check_odd(key, value, folder):
     config = tiny.get_config()
     try:
         config.update_from_flattened_dict({key: value})
-    except (TypeError, ValueError, AttributeError, KeyError):
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError):
         return  # refused where it is written, see main_test.py
 
     def ask():
