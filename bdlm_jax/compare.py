@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from bdlm_jax.report.comparison import compare_runs
 from bdlm_jax.report.finished_run import read_run
 from bdlm_jax.report.page import write_page
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.files import write_text
-from bdlm_jax.types import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         made = compare_runs([read_run(folder) for folder in given.runs], metric=given.metric, baselines=given.baseline)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
-    text = "\n".join(made.lines()) + "\n"
+        text = "\n".join(made.lines()) + "\n"
+        if given.out:
+            write_text(given.out, "# Comparison\n\n" + text)
+        if given.html:
+            write_page(given.html, "Comparison", {"": made.runs}, {"": made.claims})
+    except REFUSED as error:
+        return refuse(error)
     print(text, end="")
-    if given.out:
-        write_text(given.out, "# Comparison\n\n" + text)
-    if given.html:
-        write_page(given.html, "Comparison", {"": made.runs}, {"": made.claims})
     return 0
 
 

@@ -8,8 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.serving.exports import export_domain, export_hf
-from bdlm_jax.types import InputError
 
 FORMATS = {"domain": export_domain, "hf": export_hf}
 
@@ -23,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         folder = FORMATS[given.format](workdir=given.workdir, out=given.out, arm=given.arm)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
+    except REFUSED as error:
+        return refuse(error)
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>14,}  {path}")
     return 0

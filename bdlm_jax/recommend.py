@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 import bdlm_jax
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.serving import answers
 from bdlm_jax.serving.all_users import write_all
-from bdlm_jax.types import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         who = {"histories": [given.history]} if given.user is None else {"users": [given.user]}
         how = {name: getattr(given, name) for name in ("k", "explain", "temperature", "top_p", "seed")}
         (rows,) = answers.recommend(catalogue, arm, **who, **how)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
+    except REFUSED as error:
+        return refuse(error)
     as_text = answers.as_words if given.explain else answers.as_table
     print(json.dumps(rows, indent=1) if given.format == "json" else as_text(rows))
     return 0

@@ -5,26 +5,22 @@ it was, and the final numbers are the same to the bit however often the run was 
 """
 
 import functools
-import importlib.metadata
-import json
 import logging
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
 
-from bdlm_jax import __version__
 from bdlm_jax.data.splits import TEST
 from bdlm_jax.evaluation import evaluate
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.run import checks, contenders, general, served, stages
 from bdlm_jax.run.build import Run, start_run
 from bdlm_jax.run.contenders import Entry
+from bdlm_jax.run.workdir import begin, finish, hold, record
 from bdlm_jax.runtime import distributed, parallel
-from bdlm_jax.runtime.files import write_json
+from bdlm_jax.runtime.files import read_json, write_json
 from bdlm_jax.runtime.log import StopSignal, progress
 from bdlm_jax.serving import artefact
 from bdlm_jax.serving.artefact import ServedDomain, ServedLM
@@ -37,24 +33,25 @@ _LOG = logging.getLogger(__name__)
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """Trains and evaluates every model of the config, and writes the run directory; returns what results.json holds.
 
-    An unfinished run in `workdir` is continued; `fit.Stopped` is raised after SIGTERM or SIGINT, when all is saved.
+    An unfinished run in `workdir` is continued; `log.Stopped` is raised after SIGTERM or SIGINT, when all is saved.
     """
     checks.check_config(config)
-    folder, began = Path(workdir), time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    parallel.enable_compilation_cache(folder / "compiled")
-    _record(config, folder)
+    began = time.monotonic()
+    with hold(workdir) as folder, StopSignal() as stop:
+        parallel.enable_compilation_cache(folder / "compiled")
+        begin(folder, config)
 
-    with StopSignal() as stop:
         # Data: the split, the frozen candidates, the words.
         run, rows = start_run(config, folder, stop), []
         data = run.data
+        record(folder, config)  # not before: data that is refused leaves no config behind
         _tell(run)
 
         # Pretrain: the "general LLM" of a small world, once and only if somebody needs it.
         decoder = functools.cache(lambda: stages.pretrain_lm(run))
 
         # Every contender: trained, then tested once.
+        artefact.forget_damaged(folder)
         for word in config.models:
             for entry in contenders.make_entries(run, word, decoder):
                 _test(run, rows, entry)
@@ -70,6 +67,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         if data.world is not None:
             results["ceilings"] = evaluate.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
+        finish(folder)
         report.write_report(folder, results)
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
     return results
@@ -88,14 +86,30 @@ def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
 def _test(run: Run, rows: list, entry: Entry) -> None:
     """Evaluates a model on test, once: the counts of every case are kept, and read back by a later start."""
     path = run.folder / "per_user" / f"{entry.name}.npz"
-    if not path.exists():
-        bar = functools.partial(progress, description=f"test {entry.name}")
-        sliced = [name for name in run.data.candidates["test"] if name not in run.config.data.candidates]
-        scorer, names = entry.scorer(), (*(entry.protocols or run.config.evaluate.protocols), *sliced)
+    sliced = [name for name in run.data.candidates["test"] if name not in run.config.data.candidates]
+    names = (*(entry.protocols or run.config.evaluate.protocols), *sliced)
+    counts = _counted(path, names)
+    if counts is None:
+        bar, scorer = functools.partial(progress, description=f"test {entry.name}"), entry.scorer()
         evaluate.save_counts(
             path, {name: stages.count_cases(run, scorer, "test", name, progress=bar) for name in names}
         )
-    rows += evaluate.result_rows(entry.name, evaluate.load_counts(path), run.data.slices)
+        counts = evaluate.load_counts(path)
+    rows += evaluate.result_rows(entry.name, counts, run.data.slices)
+
+
+def _counted(path: Path, names: Sequence[str]) -> dict[str, evaluate.Counts] | None:
+    """The counts of an earlier test under these protocols, if there was one and they are whole."""
+    if not path.exists():
+        return None
+    try:
+        counts = evaluate.load_counts(path)
+        if counts.keys() == {*names}:  # a zip whose list of members is damaged may be read without its last ones
+            return counts
+    except InputError:
+        pass
+    _LOG.warning("%s is damaged; its cases are counted again", path)
+    return None
 
 
 def _serve(run: Run, entry: Entry) -> None:
@@ -113,7 +127,7 @@ def _measure_language(run: Run, decoder) -> dict | None:
     path = run.folder / "language.json"
     if not path.exists():
         write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm["lm"]))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, remedy="delete it and start the run again")
 
 
 def _tell(run: Run) -> None:
@@ -124,43 +138,3 @@ def _tell(run: Run) -> None:
         data.n_users, data.n_items, fingerprint["interactions"], parts, fingerprint["sha256"][:12],
         run.texts.vocabulary.n_text, parallel.device_summary(),
     )  # fmt: skip
-
-
-def _record(config: ml_collections.ConfigDict, folder: Path) -> None:
-    """Keeps the resolved config, the versions and the revision."""
-    refuse_other_config(folder / "config.json", config)
-    write_json(folder / "config.json", json.loads(config.to_json_best_effort()))
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jraph", "numpy")
-    facts = {"python": sys.version.split()[0], "devices": parallel.device_summary(), "cores": os.cpu_count()}
-    versions = {"bdlm_jax": __version__, **{name: importlib.metadata.version(name) for name in names}}
-    write_json(folder / "environment.json", {**facts, **versions, "git": _revision()})
-
-
-def refuse_other_config(path: Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses to continue a run whose config.json, where there is one, says other settings."""
-    if path.exists():
-        trees = (path.read_text(encoding="utf-8"), config.to_json_best_effort())
-        before, after = (dict(_flat(json.loads(tree))) for tree in trees)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key) and not key.startswith(("name", "tuned_on", "runtime.")):
-                raise InputError(
-                    f"{path} was written with another config.{key}: {before.get(key)!r}, and now it is "
-                    f"{after.get(key)!r}; choose a new --workdir, or the old settings."
-                )
-
-
-def _flat(tree: dict, prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _revision() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

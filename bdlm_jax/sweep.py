@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bdlm_jax.run import command
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.log import StopSignal
 from bdlm_jax.types import InputError
 
@@ -39,8 +40,8 @@ def plan_runs(
       grid: "key=value,value" each; commas within brackets do not separate.
       hyper: take the settings that the experiment's `get_hyper` returns, too.
     """
-    from bdlm_jax import story  # here: in the process that plans alone, which lets go of its devices
-    from bdlm_jax.run import checks
+    from bdlm_jax.run import checks  # here: in the process that plans alone, which lets go of its devices
+    from bdlm_jax.run.workdir import refuse_other_config
 
     file = config.split(":")[0]
     if not Path(file).is_file():
@@ -62,7 +63,7 @@ def plan_runs(
         name = _name(settings) or Path(file).stem
         resolved = checks.name_config(read_config(config, settings), config)
         checks.check_config(resolved)
-        story.refuse_other_config(Path(workdir) / name / "config.json", resolved)
+        refuse_other_config(Path(workdir) / name, resolved)
         runs[name] = settings
     return runs
 
@@ -76,6 +77,7 @@ def read_config(file: str, settings: dict[str, str]) -> ConfigDict:
         values(words)
     except Exception as error:  # config_flags passes on whatever the config file or an override raises
         raise InputError(command.explain(error, words, file).replace("--config.", "--set ")) from None
+    command.refuse_no_config(values.config, file)
     return values.config
 
 
@@ -132,9 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             options = {"seeds": given.seeds, "grid": given.set, "hyper": given.hyper}
             runs = pool.submit(plan_runs, given.config, given.workdir, **options).result()
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
+    except REFUSED as error:
+        return refuse(error)
     commands = {
         workdir / name: [
             sys.executable, "-m", "bdlm_jax.main", f"--config={given.config}", f"--workdir={workdir / name}",
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(f"{folder}: {how}" for folder, how in ended.items()))
     if "not started" in ended.values() or "stopped" in ended.values():
         print("stopped; the same command goes on")
+        return 128 + signal.SIGTERM
     return int(any(how.startswith("failed") for how in ended.values()))
 
 
@@ -182,7 +184,8 @@ def _start(folder: Path, command: list[str], *, in_file: bool) -> subprocess.Pop
 def _ending(folder: Path, code: int, *, stopped: bool) -> str:
     if is_finished(folder):
         return "finished"
-    if stopped and code in (0, -signal.SIGTERM):  # a run that is still importing dies of it, and has nothing to save
+    # A run that is still importing dies of it, and has nothing to save.
+    if stopped and code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):
         return "stopped"
     line = _last_line(folder)
     how = f"failed with exit code {code}" if code else "failed: somebody else has stopped it"

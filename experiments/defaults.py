@@ -64,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.cold_share = 0.1  # of the items, of cold_items
     data.split_seed = 0  # of ratio and cold_items: runs that differ in `seed` alone split alike
     data.refit = "none"  # none | validation: train once more with that part, as long as was chosen, before the test
+    data.titles = "required"  # required | none: whether a language model may train where no item has a text
     data.item_fields = ("title",)
     data.user_fields = ()
     data.candidates = ml_collections.ConfigDict({"cand20": 19, "cand100": 99})

@@ -12,6 +12,7 @@ import pytest
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.run.checks import check_config, name_config
 from bdlm_jax.run.prepare import prepare_data
+from bdlm_jax.types import InputError
 from experiments import defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,12 @@ def test_own_data_reads_the_folder_that_the_readme_describes(tmp_path):
     config = load("own_data").get_config()
     config.data.path = str(folder)
     check_config(config)
+    words = r"asks for 19 others .* have 9 items: set config\.evaluate\.protocols=\('full',\) and .* out of config"
+    with pytest.raises(InputError, match=words):
+        prepare_data(config, tmp_path / "data")
+    config.evaluate.protocols, config.evaluate.text_protocols, config.models = ("full",), (), ("lightgcn", "bdlm")
     data = prepare_data(config, tmp_path / "data")
+    assert not data.candidates["test"]  # so few items fill none
     assert data.n_users == 6  # user 9 has one interaction of the three that are asked for
     assert len(data.split.edges(TRAIN)[0]) == 6 * (4 - 2)
     assert data.item_texts[0] == "Thing 0"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import bdlm_jax
 from bdlm_jax import export
-from bdlm_jax.runtime.files import load_safetensors
+from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.serving.exports import EXAMPLE, export_domain, export_hf
 
@@ -40,6 +40,7 @@ def change_manifest(workdir, to, arm, change):
     (facts,) = [facts for facts in manifest["arms"] if facts["arm"] == arm]
     change(facts)
     path.write_text(json.dumps(manifest))
+    (path.parent / CHECKSUMS).unlink()
     return to
 
 

@@ -62,7 +62,7 @@ def test_an_experiments_own_grid(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     folder = tmp_path / "seed=0"
-    folder.mkdir()
+    (folder / "mf" / "checkpoints").mkdir(parents=True)  # something was trained there
     (folder / "config.json").write_text(
         json.dumps({**json.loads(tiny.get_config().to_json_best_effort()), "parallel": "pmap"})
     )
@@ -83,6 +83,7 @@ signal.sigwait([signal.SIGTERM])
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 time.sleep(0.5)
 pathlib.Path(sys.argv[1], 'saved').touch()
+sys.exit(143)
 """
 
 
@@ -141,7 +142,7 @@ def test_a_stopped_sweep_goes_on_and_trains_once_what_its_runs_share(tmp_path):
         time.sleep(0.05)
     process.terminate()
     told = process.communicate()[0]
-    assert process.returncode == 0 and "stopped; the same command goes on" in told, told
+    assert process.returncode == 143 and "stopped; the same command goes on" in told, told
     (begun,) = stages.glob("mf-*")
     assert not (begun / "done.json").exists() and 0 < checkpoint.steps(begun / "checkpoints")[-1] < 2000
 

@@ -7,12 +7,18 @@ Rows are sorted by user, then time; equal times keep the order of the file.
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from bdlm_jax.types import InputError
+
+_LOG = logging.getLogger(__name__)
+_MISSING = {"nan", "NaN", "<NA>", "NaT", "None"}  # as pandas and Python write a missing id into a CSV file
+_OR_DATES = ", or in every row a date as 2024-05-31 or 2024-05-31T18:30:00"
+_DIGITS = 1000  # of an id that is taken as a number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +116,7 @@ def build_interactions(
 
     row_E = np.lexsort((time_E, user_E))  # stable, so equal times keep the order of the rows
     row_E = _without_duplicates(row_E, user_E, item_E, len(item_ids), duplicates, where)
+    _LOG.info("data: %d rows read, %d dropped as duplicates", len(user_E), len(user_E) - len(row_E))
     interactions = Interactions(
         user_E=user_E[row_E],
         item_E=item_E[row_E],
@@ -138,17 +145,19 @@ def k_core(interactions: Interactions, *, user: int = 5, item: int = 5) -> Inter
             break
         keep_E = still_E
     if not keep_E.any():
-        raise InputError(f"no interaction is left in the {user}/{item}-core; lower k_core's 'user' or 'item'.")
+        raise InputError(f"no interaction is left in the {user}/{item}-core; lower config.data.min_user or min_item.")
     return _subset(interactions, keep_E, user_U, item_I)
 
 
 def filter_rating(interactions: Interactions, *, minimum: float) -> Interactions:
     """Keeps the rows rated `minimum` or more, and drops users and items that lose their last row; cold items stay."""
     if interactions.rating_E is None:
-        raise InputError("filter_rating needs the field 'rating', which this source does not have; leave it out.")
+        raise InputError(
+            "config.data.min_rating needs the field 'rating', which this source does not have; leave it 0."
+        )
     keep_E = interactions.rating_E >= minimum
     if not keep_E.any():
-        raise InputError(f"no interaction has a rating of {minimum} or more; lower the minimum.")
+        raise InputError(f"no interaction has a rating of {minimum} or more; lower config.data.min_rating.")
     cold_I = np.bincount(interactions.item_E, minlength=interactions.n_items) == 0
     user_U = np.bincount(interactions.user_E[keep_E], minlength=interactions.n_users) > 0
     item_I = np.bincount(interactions.item_E[keep_E], minlength=interactions.n_items) > 0
@@ -175,7 +184,7 @@ def _check_columns(columns: dict, duplicates: str) -> None:
     if columns["time"] is not None and columns["order"] is not None:
         raise InputError("fields 'time' and 'order' are both given; give the one that the split should follow.")
     if duplicates not in ("first", "last", "keep", "error"):
-        raise InputError(f"duplicates is {duplicates!r}; use 'first', 'last', 'keep' or 'error'.")
+        raise InputError(f"config.data.options.duplicates is {duplicates!r}; use 'first', 'last', 'keep' or 'error'.")
     if columns["user"] is None or columns["item"] is None:
         raise InputError("the fields 'user' and 'item' are both needed; one is missing.")
     n_rows = len(columns["user"])
@@ -195,11 +204,15 @@ def _encode_ids(values, name, where, extra=()) -> tuple[np.ndarray, np.ndarray]:
         plain = isinstance(values, np.ndarray) and values.dtype != object
         code_E, raw = pd.factorize(values if plain else np.array(list(values), object))
     ids = [_id_text(value) for value in raw]
+    if missing := _MISSING.intersection(ids):
+        row = int(np.argmax(code_E == ids.index(min(missing))))
+        raise InputError(f"{where(row)}: field '{name}' is {min(missing)!r}, a missing id; give every row an id.")
     bad_E = (code_E < 0) | np.isin(code_E, [code for code, text in enumerate(ids) if not text])
     if bad_E.any():
         raise InputError(f"{where(int(np.argmax(bad_E)))}: field '{name}' is empty or not an id; give every row an id.")
     unsorted = list(dict.fromkeys([*ids, *(_id_text(value) or str(value) for value in extra)]))
-    numeric = all(text.removeprefix("-").isdecimal() and str(int(text)) == text for text in unsorted)
+    numeric = all(len(text) <= _DIGITS and text.removeprefix("-").isdecimal() for text in unsorted)
+    numeric = numeric and all(str(int(text)) == text for text in unsorted)
     ranked = sorted(unsorted, key=int if numeric else None)
     rank = {text: n for n, text in enumerate(ranked)}
     return np.array([rank[text] for text in ids], np.int32)[code_E], np.array(ranked, str)
@@ -208,7 +221,7 @@ def _encode_ids(values, name, where, extra=()) -> tuple[np.ndarray, np.ndarray]:
 def _id_text(value) -> str:
     """An id as text; "" for what is no id (missing values, fractions, truth values)."""
     if isinstance(value, str):
-        return str(value)
+        return str(value) if value.strip() else ""
     if isinstance(value, (bool, np.bool_)) or value is None:
         return ""
     if isinstance(value, (float, np.floating)):  # pandas turns a column of whole numbers with a gap into floats
@@ -221,22 +234,35 @@ def _finite_numbers(values, name, where) -> np.ndarray:
     number_E = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy()
     if number_E.dtype.kind not in "iuf":  # whole numbers past 64 bits, or truth values
         number_E = number_E.astype(np.float64)
-    _refuse(~np.isfinite(number_E), values, name, where, "a finite number")
+    _refuse(~np.isfinite(number_E), values, name, where, "a finite number" + (_OR_DATES if name == "time" else ""))
     return number_E
 
 
 def _whole_numbers(values, name, where) -> np.ndarray:
-    number_E = _finite_numbers(values, name, where)
+    number_E = _dates(values) if name == "time" else None
+    number_E = _finite_numbers(values, name, where) if number_E is None else number_E
+    dates = f" (seconds, say){_OR_DATES}" if name == "time" else ""
     bad_E = (number_E < 0) | (number_E > np.iinfo(np.int64).max) | (number_E % 1 != 0)
-    _refuse(bad_E, number_E, name, where, "a whole number of 0 or more (seconds, say)")
+    _refuse(bad_E, number_E, name, where, f"a whole number of 0 or more{dates}")
     return number_E.astype(np.int64)
+
+
+def _dates(values) -> np.ndarray | None:
+    """Milliseconds since 1970 of ISO 8601 dates; None where they are numbers, or no dates."""
+    text = pd.Series(values)
+    if text.dtype.kind in "iufb" or not text.astype(str).str.match(r"\d{4}-\d\d-\d\d").all():  # pandas knows "now"
+        return None
+    date = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce")
+    if date.isna().any():
+        return None
+    return ((date - pd.Timestamp(0, tz="UTC")) // pd.Timedelta("1ms")).to_numpy()
 
 
 def _refuse(bad_E, values, name, where, wanted: str) -> None:
     if bad_E.any():
         row = int(np.argmax(bad_E))
         value = list(values)[row]
-        shown = repr(value) if isinstance(value, str) else value
+        shown = repr(value[:60]) if isinstance(value, str) else value
         raise InputError(f"{where(row)}: field '{name}' is {shown}; give {wanted}.")
 
 
@@ -247,7 +273,10 @@ def _without_duplicates(row_E, user_E, item_E, n_items, rule, where) -> np.ndarr
     again_E = pd.Series(pair_E).duplicated("last" if rule == "last" else "first").to_numpy()
     if rule == "error" and again_E.any():
         row = int(row_E[np.argmax(again_E)])
-        raise InputError(f"{where(row)}: this user-item pair stands in the table before; drop it or set duplicates.")
+        raise InputError(
+            f"{where(row)}: this user-item pair stands in the table before; drop it, or set "
+            "config.data.options.duplicates."
+        )
     return row_E[~again_E]
 
 

@@ -72,7 +72,10 @@ def list_files(path: str | Path) -> dict[str, File]:
         folders = [entry for entry in inside if entry.is_dir()]
         if len(folders) == 1 and not any(_DATA.search(entry.name) for entry in inside):
             inside = sorted(folders[0].iterdir())
-        return {entry.name.removesuffix(".gz"): File(entry) for entry in inside if entry.is_file()}
+        files = {entry.name: File(entry) for entry in inside if entry.is_file()}
+        if twice := sorted(name for name in files if f"{name}.gz" in files):
+            raise InputError(f"{path} holds {twice[0]} and {twice[0]}.gz; remove one, for only one would be read.")
+        return {name.removesuffix(".gz"): file for name, file in files.items()}
     if not path.exists():
         raise InputError(f"{path} is not there; check the path.")
     try:
@@ -226,6 +229,8 @@ def open_table(
     if not first:
         raise InputError(f"{file.label}, line 1: the table is empty; check the file.")
     table = dataclasses.replace(table, names=[name.strip() for name in first], width=width or len(first))
+    if twice := header and [name for name in table.names if name and table.names.count(name) > 1]:
+        raise InputError(f"{file.label}, line 1: the column {twice[0]!r} stands twice; rename or remove one.")
     return dataclasses.replace(table, lines=table.check_width())
 
 
@@ -235,7 +240,12 @@ def _decode(data: bytes, label: str, encodings: Sequence[str]) -> str:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
             line = data[: error.start].count(b"\n") + 1
-    raise InputError(f"{label}, line {line}: the text is not {encoding}; convert it or name its encoding.")
+        except (LookupError, UnicodeError):
+            raise InputError(f"config.data.options.encoding: {encoding} is no encoding; give utf-8, say.") from None
+    raise InputError(
+        f"{label}, line {line}: the text is not {encoding}; convert it or name its encoding in "
+        "config.data.options.encoding."
+    )
 
 
 def open_atomic(file: File) -> tuple[Table, list[str]]:

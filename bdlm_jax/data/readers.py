@@ -5,6 +5,7 @@
 
 import html
 import inspect
+import logging
 import re
 from array import array
 from collections.abc import Container, Iterable, Mapping
@@ -18,6 +19,8 @@ from bdlm_jax.data.parquet import ParquetTable, open_parquet
 from bdlm_jax.data.raw_files import File, Table, clean_text, id_lists, json_lines, list_files, open_atomic, open_table
 from bdlm_jax.data.splits import Split, from_parts
 from bdlm_jax.types import InputError
+
+_LOG = logging.getLogger(__name__)
 
 _COLUMNS = {
     "user": ("user", "user_id", "userid", "uid", "reviewerid"),
@@ -96,8 +99,11 @@ def read_table(
     """
     path = Path(path)
     if path.is_dir():
-        found = {Path(n).stem: file.path for n, file in list_files(path).items() if n.endswith((".csv", ".tsv"))}
-        found = {entry.stem: entry for entry in path.glob("*.parquet")} | found
+        tables = {n: file.path for n, file in list_files(path).items() if n.endswith((".csv", ".tsv"))}
+        found = {entry.stem: entry for entry in path.glob("*.parquet")} | {Path(n).stem: p for n, p in tables.items()}
+        for stem in ("interactions", "items", "users"):
+            if {f"{stem}.csv", f"{stem}.tsv"} <= tables.keys():
+                raise InputError(f"{path} holds {stem}.csv and {stem}.tsv; remove one, for only one would be read.")
         if "interactions" not in found:
             raise InputError(f"{path} has no interactions.csv, .tsv or .parquet; name the table itself.")
         path, items, users = found["interactions"], items or found.get("items"), users or found.get("users")
@@ -118,15 +124,22 @@ def _columns(table: Table | ParquetTable, columns: Mapping[str, str | int] | Non
     names, known = table.names, ", ".join(table.names)
     if columns is None:
         if not table.header:
-            raise InputError(f"{table.label} has no header, so columns= must give the positions of 'user' and 'item'.")
+            raise InputError(
+                f"{table.label} has no header; give the positions of user and item in config.data.options.columns."
+            )
         columns = _recognised(names, _COLUMNS)
         if "time" in columns:
             columns.pop("order", None)
+        elif "order" not in columns:
+            told = "no column says when (timestamp, order); the rows are taken in the order of the file"
+            _LOG.warning("%s: %s. config.data.options.columns names it.", table.label, told)
     for role in (*columns, "user", "item"):
         if role not in _COLUMNS:
-            raise InputError(f"columns= has the role {role!r}; the roles are {', '.join(_COLUMNS)}.")
+            raise InputError(f"config.data.options.columns has the role {role!r}; the roles are {', '.join(_COLUMNS)}.")
         if role not in columns:
-            raise InputError(f"{table.label}: no column for '{role}' (it has {known}); name it with columns=.")
+            raise InputError(
+                f"{table.label}: no column for '{role}' (it has {known}); name it in config.data.options.columns."
+            )
     positions = {}
     for role, column in columns.items():
         if table.header and column in names:
@@ -153,7 +166,8 @@ def _read_fields(path, beside: Path, columns, encoding: str, known) -> dict[str,
         columns = _recognised(names, known)
         columns |= {name: name for name in names if name not in columns.values()}
     if "id" not in columns:
-        raise InputError(f"{path}: no id column (it has {', '.join(names)}); name it as 'id' with item_columns=.")
+        option = "item_columns" if known is _ITEM_COLUMNS else "user_columns"
+        raise InputError(f"{path}: no id column (it has {', '.join(names)}); name it in config.data.options.{option}.")
     missing = [column for column in columns.values() if column not in names]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(names)}.")
@@ -162,7 +176,12 @@ def _read_fields(path, beside: Path, columns, encoding: str, known) -> dict[str,
 
 
 def _fields(table: Table | ParquetTable, key: int, positions: dict[str, int]) -> dict[str, dict[str, str]]:
-    return {row[key]: {field: clean_text(row[at]) for field, at in positions.items()} for row in table.rows()}
+    fields: dict[str, dict[str, str]] = {}
+    for n, row in enumerate(table.rows()):
+        made = {field: clean_text(row[at]) for field, at in positions.items()}
+        if fields.setdefault(row[key], made) != made:
+            raise InputError(f"{table.where(n)}: the id {row[key]!r} stood before, with other text; drop one of them.")
+    return fields
 
 
 def read_recbole(path: str | Path, *, name: str | None = None, title: str | None = None, **rest) -> Interactions:
@@ -175,7 +194,10 @@ def read_recbole(path: str | Path, *, name: str | None = None, title: str | None
     files = list_files(path)
     found = sorted(file.removesuffix(".inter") for file in files if file.endswith(".inter"))
     if name is None and len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} .inter files where one is needed; choose with name= (of {found}).")
+        raise InputError(
+            f"{path} holds {len(found)} .inter files where one is needed; choose in "
+            f"config.data.options.name (of {found})."
+        )
     name = name or found[0]
     if name not in found:
         raise InputError(f"{path} has no {name}.inter; it has {', '.join(found) or 'no .inter file'}.")

@@ -250,14 +250,18 @@ def _hold_out_last(interactions: Interactions, part_E: np.ndarray, row_R: np.nda
     length_U = np.bincount(interactions.user_E[row_R], minlength=interactions.n_users)
     end_U = np.cumsum(length_U)[length_U >= max(min_history + 2, 2)]
     if not len(end_U):
-        raise InputError(f"no user has {min_history + 2} interactions; lower min_history or choose another split.")
+        raise InputError(
+            f"no user has {min_history + 2} interactions; lower config.data.min_user or choose another data.split."
+        )
     part_E[row_R[end_U - 1]] = TEST
     part_E[row_R[end_U - 2]] = VALIDATION
 
 
 def _check_fractions(validation: float, test: float) -> None:
     if validation < 0 or test < 0 or not 0 < validation + test < 1:
-        raise InputError(f"validation={validation} and test={test} must be fractions whose sum lies between 0 and 1.")
+        raise InputError(
+            f"config.data.validation {validation} and data.test {test} must be fractions whose sum is between 0 and 1."
+        )
 
 
 def _count(n, fraction: float):

@@ -130,21 +130,25 @@ def make_world(
 def _check_sizes(size: dict) -> None:
     for name, bound in (_LEAST | {"history": size["min_history"]}).items():
         if size[name] < bound:
-            raise InputError(f"make_world: {name} is {size[name]}, but must be {bound} or more.")
+            raise InputError(f"config.data.options: {name} is {size[name]}, but must be {bound} or more.")
     for name in ("follow", "taste", "loyalty"):
         if not 0 < size[name] < 1:
-            raise InputError(f"make_world: {name} is {size[name]}, but must lie between 0 and 1, both excluded.")
+            raise InputError(
+                f"config.data.options: {name} is {size[name]}, but must lie between 0 and 1, both excluded."
+            )
     shares = size["cold_share"], size["knowledge_share"]
     if min(shares) <= 0 or sum(shares) >= 1:
-        raise InputError("make_world: cold_share and knowledge_share must be above 0 and together below 1.")
+        raise InputError("config.data.options: cold_share and knowledge_share must be above 0 and together below 1.")
     n_texts = sum(size[name] for name in ("n_twins", "n_singles", "n_cold", "n_knowledge"))
     n_possible = size["n_categories"] * size["n_styles"] * size["n_materials"]
     if n_texts > n_possible:
         few = f"categories × styles × materials give only {n_possible}: raise one of these or ask for fewer items"
-        raise InputError(f"make_world: {n_texts} texts are needed, but {few}.")
+        raise InputError(f"config.data.options: {n_texts} texts are needed, but {few}.")
     history, n_warm = size["history"], 2 * size["n_twins"] + size["n_singles"]
     if n_warm < 3 * history:
-        raise InputError(f"make_world: a history of {history} needs {3 * history:g} warm items: raise n_twins.")
+        raise InputError(
+            f"config.data.options: a history of {history} needs {3 * history:g} warm items: raise n_twins."
+        )
 
 
 def _make_items(rng, n_of_kind, *, n_twins, n_groups, n_categories, n_styles, n_materials):

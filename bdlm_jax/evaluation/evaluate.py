@@ -17,7 +17,7 @@ from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.splits import seen_mask
 from bdlm_jax.evaluation.metrics import METRICS, case_metric, count_better, count_catalogue
 from bdlm_jax.runtime.files import replacing
-from bdlm_jax.types import Array, LeakError
+from bdlm_jax.types import Array, InputError, LeakError
 
 MOST_AT_ONCE = 2**26  # scores that lie in memory together: a chunk has fewer users where the catalogue is large
 
@@ -148,9 +148,13 @@ def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> No
 
 def load_counts(path: str | os.PathLike) -> dict[str, Counts]:
     """Reads what `save_counts` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        names = dict.fromkeys(name.split("/")[0] for name in arrays.files)
-        return {name: Counts(**{field: arrays[f"{name}/{field}"] for field in Counts._fields}) for name in names}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = dict.fromkeys(name.split("/")[0] for name in arrays.files)
+            return {name: Counts(**{field: arrays[f"{name}/{field}"] for field in Counts._fields}) for name in names}
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
+        why = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({why}); the same command of bdlm_jax.main counts anew.") from error
 
 
 def _chunks(rows_N: np.ndarray, size: int) -> list[np.ndarray]:

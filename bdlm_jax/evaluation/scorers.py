@@ -5,6 +5,7 @@ encodes once and takes inner products; the text-only LM weighs candidates by the
 What is compiled stands here once, with the model as an argument: a later validation finds it compiled.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -63,12 +64,19 @@ def pool_scorer(first: CatalogueScorer, second: CatalogueScorer, weight: float) 
 
 
 def text_scorer(
-    params: Params, config: causal_lm.LMConfig, prefixes, continuations, *, users_at_once: int = 16
+    params: Params,
+    config: causal_lm.LMConfig,
+    prefixes,
+    continuations,
+    *,
+    users_at_once: int = 16,
+    heed: Callable[[Iterable], Iterable] = iter,
 ) -> CandidateScorer:
     """Scores candidates by Σ log p(title tokens, <eos> | the user's last titles), InstructRec-like and without ids.
 
     Equal titles get the equal score to the bit: each row computes a title once and copies it. `params` has the adapters
-    too; prefixes (U, P) and continuations (I, T) are tokens and mask; memory grows with `users_at_once`.
+    too; prefixes (U, P) and continuations (I, T) are tokens and mask; memory grows with `users_at_once`. `heed` goes
+    along with the batches, and may raise.
     """
     (prefix_UP, prefix_mask_UP), (title_IT, title_mask_IT) = prefixes, continuations
     _, same_I = np.unique(np.where(title_mask_IT, title_IT, -1), axis=0, return_inverse=True)
@@ -76,7 +84,7 @@ def text_scorer(
 
     def score(user_B: np.ndarray, items_BC: np.ndarray) -> Array:
         parts = []
-        for start in range(0, len(user_B), users_at_once):
+        for start in heed(range(0, len(user_B), users_at_once)):
             rows = np.minimum(np.arange(start, start + users_at_once), len(user_B) - 1)
             users, items = user_B[rows], np.maximum(items_BC[rows], 0)
             arrays = prefix_UP[users], prefix_mask_UP[users], title_IT[items], title_mask_IT[items]
@@ -97,14 +105,18 @@ def read_states(
     n_users: int,
     n_items: int,
     batch_rows: int = 64,
+    heed: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, np.ndarray]:
-    """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero."""
+    """Runs the LM over prompts and collects the states where users (U, M) and items (I, M) are read, else zero.
+
+    `heed` goes along with the batches, and may raise.
+    """
     params = _near(params)
     rows_XM, rows_IM = _id_rows(params, meeting=meeting, arm=arm)
     state_UM = np.zeros((n_users, meeting.lm.width), np.float32)
     state_IM = np.zeros((n_items, meeting.lm.width), np.float32)
     batch_rows = min(batch_rows, max(len(packed), 1))
-    for start in progress(range(0, len(packed), batch_rows), description="reading states"):
+    for start in heed(progress(range(0, len(packed), batch_rows), description="reading states")):
         batch = packed.rows(np.minimum(np.arange(start, start + batch_rows), len(packed) - 1))
         placed = sharding.spread_rows(batch, params["lm"]["embedding"])
         user_BTM, card_BTM = _read(params["lm"], placed, rows_XM, config=meeting.lm)

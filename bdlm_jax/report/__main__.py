@@ -17,6 +17,7 @@ from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
 from bdlm_jax.report.keep import keep
 from bdlm_jax.report.tables import group_lines
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
 
@@ -88,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.collect:
             words = {"title": given.title, "head": given.head, "include": given.include, "html": given.html}
             collect(given.collect, given.out or "docs/results.md", command=command, **words)
-    except InputError as error:
-        print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2
+    except REFUSED as error:
+        return refuse(error)
     return 0
 
 

@@ -21,6 +21,7 @@ from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
 from bdlm_jax.report.compact import load_compact
+from bdlm_jax.runtime.files import damaged_file, read_json
 from bdlm_jax.runtime.fit import best_phases
 from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
@@ -29,8 +30,19 @@ PAUSE_SECONDS = 600.0  # a longer silence between two rows of the logs is a paus
 FEWEST_TARGETS = 20  # with fewer the 95 % interval of a share around one half is wider than .43
 Key = tuple[str, str, str]  # (model, slice, metric)
 # What does not change the experiment: which seeds and models a run has, where things lie, how fast they go.
-_ASIDE = ("seed", "models", "tuned_on", "data.path", "pretrain.corpus", "runtime.", "distributed.", "dry_run.")
+_ASIDE = (
+    "seed",
+    "models",
+    "tuned_on",
+    "data.path",
+    "pretrain.corpus",
+    "runtime.",
+    "distributed.",
+    "dry_run.",
+    "data.titles",
+)
 BDLM = ("bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
+_AGAIN = "the same command of bdlm_jax.main makes it anew"
 _STAGES = ("*", "*/*", "*/*/*")  # "**" would not follow links into a store of stages
 
 
@@ -72,17 +84,31 @@ class Finished(NamedTuple):
 def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished:
     """Reads a run directory or its kept copy; `results` is what results.json holds, or None to read it."""
     folder = Path(folder)
+    for name in ("config.json", "environment.json", *(() if results else ("results.json",))):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is not there: {folder} holds no finished run; start it again.")
+    done = [path.parent for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))]
+    if damaged := damaged_file(folder):
+        raise InputError(f"{damaged} is damaged or gone, for its checksum differs; {_AGAIN}.")
+    for at in done:
+        if damaged := damaged_file(at, "done.json", "metrics.jsonl"):
+            raise InputError(f"{damaged} is damaged, for its checksum differs; delete {at}, and {_AGAIN}.")
     try:
-        config, environment = (_read(folder / name) for name in ("config.json", "environment.json"))
-        results = results or _read(folder / "results.json")
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is not there: {folder} holds no finished run; start it again.") from None
+        return _read_run(folder, results, done)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} holds no whole run: {error!r} is amiss in its files; {_AGAIN}.") from error
+
+
+def _read_run(folder: Path, results: dict | None, done: Sequence[Path]) -> Finished:
+    config, environment = (_read(folder / name) for name in ("config.json", "environment.json"))
+    results = results or _read(folder / "results.json")
     cells = {(r["model"], r["slice"], r["metric"]): (r["value"], r["users"]) for r in results["rows"]}
     if (folder / "facts.json").is_file():
         facts, (counts, _) = _read(folder / "facts.json"), load_compact(folder / "counts.npz")
     else:
         counts = {path.stem: load_counts(path) for path in sorted((folder / "per_user").glob("*.npz"))}
-        done = [path.parent for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))]
         facts = {
             "best": {at.relative_to(folder).as_posix(): best_phases(at) for at in done},
             "curves": {at.relative_to(folder).as_posix(): _curves(at, config["select"]) for at in done},
@@ -266,4 +292,4 @@ def _curves(stage: Path, metric: str) -> dict[str, list[float]]:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, remedy=_AGAIN)

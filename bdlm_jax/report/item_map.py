@@ -1,12 +1,12 @@
 """Both arms' item vectors before and after BDLM on one plane, and how far the arms agree on who is near whom."""
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 
 from bdlm_jax.report.finished_run import Finished
-from bdlm_jax.runtime.files import load_safetensors
+from bdlm_jax.runtime.files import damaged_file, load_safetensors, read_json
+from bdlm_jax.types import InputError
 
 MOST_ITEMS = 1500
 NEIGHBOURS = 10
@@ -31,7 +31,10 @@ def item_map(run: Finished) -> ItemMap | None:
     tables, catalogue = _tables(run), run.folder / "serving" / "catalogue.json"
     if tables is None or not catalogue.is_file():
         return None
-    titles = json.loads(catalogue.read_text(encoding="utf-8"))["titles"]
+    remedy = f"delete {catalogue.parent}, and the same command of bdlm_jax.main makes it anew"
+    if damaged_file(catalogue.parent, catalogue.name):
+        raise InputError(f"{catalogue} is damaged, for its checksum differs; {remedy}.")
+    titles = read_json(catalogue, remedy=remedy)["titles"]
     degree_I = load_safetensors(run.folder / "serving" / "domain.safetensors")["degree"]
     order_I = np.argsort(-degree_I, kind="stable")
     shown_S = order_I[np.linspace(0, len(order_I) - 1, min(MOST_ITEMS, len(order_I))).astype(int)]

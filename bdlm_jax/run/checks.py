@@ -22,7 +22,7 @@ from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.domain.graph import BACKENDS
 from bdlm_jax.domain.lightgcn import LAYER_WEIGHTS
 from bdlm_jax.domain.models import MODELS, make_arm
-from bdlm_jax.lm import hf_weights
+from bdlm_jax.lm import causal_lm, hf_weights, lora
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.prompts import USER_TOKENS
 from bdlm_jax.lm.vocabulary import count_tokens
@@ -38,6 +38,8 @@ from bdlm_jax.types import InputError
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
 SPLITS = ("leave_one_out", "global_time", "ratio", "cold_items")  # of data/splits.py
 SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
+_TOO_MANY = 2**31  # of anything that is counted: indices and numbers of steps are int32
+_LARGEST_WORLD = 1_000_000  # users, sentences, …
 _DATA = ("twins", *READERS)
 
 
@@ -54,13 +56,25 @@ def _from(least: float, most: float = math.inf, below: float = math.inf) -> Rule
     return Rule(lambda v: not isinstance(v, bool) and least <= v <= most and v < below, words)
 
 
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return bool(rule.holds(value))
+    except (TypeError, ValueError, OverflowError):  # of another type than the setting
+        return False
+
+
 def _word(choices: Iterable[str]) -> Rule:
     return Rule(lambda v: v in choices, "one of " + ", ".join(choices))
 
 
 def _words(least: int, choices: Iterable[str] = ()) -> Rule:
     def holds(v):
-        return len(set(v)) == len(v) >= least and all(isinstance(w, str) and (not choices or w in choices) for w in v)
+        several = isinstance(v, (tuple, list))  # a lone word is a sequence of letters
+        return (
+            several
+            and len(set(v)) == len(v) >= least
+            and all(isinstance(w, str) and (not choices or w in choices) for w in v)
+        )
 
     return Rule(holds, "a tuple of different words" + (" out of " + ", ".join(choices) if choices else ""))
 
@@ -76,9 +90,11 @@ def _is_pattern(text: str) -> bool:
 _ABOVE_0 = Rule(lambda v: 0 < v < math.inf, "a number above 0")
 _TYPES = _word(("float32", "bfloat16"))
 RULES = {
+    "seed": Rule(lambda v: type(v) is int and 0 <= v < 2**32, "a whole number of at least 0 and below 2**32"),
     "tuned_on": Rule(lambda v: all(type(seed) is int and seed >= 0 for seed in v), "a tuple of seeds"),
     "parallel": _word(("jit", "pmap", "mesh")), "models": _words(1, (*MODELS, *OTHERS)),
     "data.kind": _word(_DATA), "data.split": _word(SPLITS), "data.refit": _word(("none", "validation")),
+    "data.titles": _word(("required", "none")),
     "data.validation": _from(0, below=1), "data.test": _from(0, below=1), "data.cold_share": _from(0, below=1),
     "data.item_fields": _words(1),
     "data.user_fields": _words(0), "tokenizer.vocab_size": _from(261), "lm.width": _from(2),
@@ -112,7 +128,7 @@ _MANY = {
         itemgcn.epochs itemgcn.batch_size itemgcn.evaluate_every itemgcn.length
         mutual.distill_epochs evaluate.chunk evaluate.text_history distributed.processes dry_run.devices""",
     _from(0): """lm.learning_rate pretrain.learning_rate mutual.learning_rate_bridge pretrain.samples lm.text_row_rate
-        seed data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
+        data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
@@ -129,11 +145,17 @@ RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
 def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> None:
     """Checks every setting by itself, then together, then the paths (unless not asked for) and the devices."""
     settings = dict(_flatten(config))
+    for key, value in settings.items():
+        if value is None and ".options." not in key:  # ConfigDict lets it stand for anything
+            raise InputError(f"config.{key} is None; give a value, as experiments/defaults.py does.")
     for key, rule in RULES.items():
         if key not in settings:
             raise InputError(f"config.{key} is missing; begin with experiments/defaults.py, which has every setting.")
-        if not rule.holds(settings[key]):
+        if not _holds(rule, settings[key]):
             raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}.")
+        counts = isinstance(settings[key], int) or re.search("epochs|times|copies|share$", key)
+        if counts and settings[key] >= _TOO_MANY and not key.endswith("seed"):
+            raise InputError(f"config.{key} is {settings[key]!r}; it must be below 2**31.")
     _check_data(config.data, config.models)
     _check_models(config)
     _check_lm(config, lm_shape(config))
@@ -159,6 +181,8 @@ def _check_data(data, models) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known) or 'none'}."
             raise InputError(f"config.data.options.{name} is no option of the data kind {data.kind}{meant}")
+        if data.kind == "twins":
+            _check_size(name, data.options[name], usual=inspect.signature(twins.make_world).parameters[name].default)
     for name, n in data.candidates.items():
         if type(n) is not int or n < 1:
             raise InputError(f"config.data.candidates.{name} is {n!r}; it must be a number of negatives, at least 1.")
@@ -171,8 +195,19 @@ def _check_data(data, models) -> None:
     shares = data.validation > 0 < data.test and data.validation + data.test < 1
     if data.split in ("global_time", "ratio") and not shares:
         raise InputError(f"config.data.validation and test must be above 0, below 1 together with split {data.split}.")
+    for name in ("min_rating", "min_user", "min_item"):
+        if data.kind in ("twins", "adjacency") and data[name]:
+            raise InputError(f"config.data.{name} is {data[name]}, but data of the kind {data.kind} come as they are.")
     if data.kind in ("twins", "adjacency") and data.split != "leave_one_out":
         raise InputError(f"config.data.split is {data.split}, but data of the kind {data.kind} are split already.")
+
+
+def _check_size(name: str, value: Any, *, usual: float) -> None:
+    """Refuses a size of the twins world of another type, or beyond what a generated world is for."""
+    number = type(value) is type(usual) or (type(value) is int and type(usual) is float)
+    if not number or not abs(value) <= _LARGEST_WORLD:
+        kind = "a whole number" if type(usual) is int else "a number"
+        raise InputError(f"config.data.options.{name} is {value!r}; it must be {kind} of at most {_LARGEST_WORLD:,}.")
 
 
 def _check_models(config) -> None:
@@ -204,6 +239,9 @@ def _check_lm(config, shape: LMConfig) -> None:
         raise InputError(f"config.lm.accumulate needs another mutual.align than {align}, which compares a whole batch.")
     if lm.batch_rows % lm.accumulate:
         raise InputError(f"config.lm.batch_rows {lm.batch_rows} does not divide into lm.accumulate {lm.accumulate}.")
+    if lm.trains == "lora":  # shapes alone: no weight is drawn or read
+        options = {"rank": lm.lora_rank, "targets": lm.lora_targets, "alpha": lm.lora_alpha}
+        jax.eval_shape(lambda key: lora.init_lora(key, causal_lm.init_lm(key, shape), **options), jax.random.key(0))
     if lm.trains == "bridge" and lm.path and config.pretrain.corpus:
         raise InputError("config.lm.trains bridge freezes the decoder, so pretrain.corpus has nothing to train.")
     if shape.max_positions is not None:

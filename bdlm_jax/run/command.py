@@ -25,14 +25,17 @@ def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
 
 def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
     from bdlm_jax.run import checks
+    from bdlm_jax.runtime.door import REFUSED, refuse
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     try:
         act(checks.name_config(flags.FLAGS.config, argv[0]))
-    except (checks.InputError, FloatingPointError) as error:
-        _leave(error, code=1 if isinstance(error, FloatingPointError) else 2)
+    except FloatingPointError as error:
+        _leave(error, code=1)
+    except REFUSED as error:
+        sys.exit(refuse(error))
 
 
 def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
@@ -51,14 +54,24 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except Exception as error:  # config_flags passes on whatever the config file or an override raises
         _leave(explain(error, argv, given["config"]))
+    refuse_no_config(flags.FLAGS.config, given["config"])
     if rest[1:]:
         _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
     return [given["config"]]
 
 
+def refuse_no_config(config: object, file: str) -> None:
+    """Leaves where an experiment's get_config() gives something else than the settings."""
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        _leave(f"{file}: get_config() returns a {kind}, not a ConfigDict; begin with defaults.get_config().")
+
+
 def explain(error: Exception, argv: list[str], file: str) -> str:
     """What ml_collections and absl say of a setting, in one sentence."""
     text = str(error)
+    if "'get_config'" in text:
+        return f"{file} has no get_config(); write one that returns a ConfigDict, as experiments/tiny.py does."
     key = isinstance(error, (AttributeError, KeyError)) and re.search(r"(?:Key \W|'(?!Key ))(\w+)", text)
     if not key:
         return f"{file}: {text.splitlines()[-1]}" if "Traceback" in text else " ".join(text.split())

@@ -18,17 +18,18 @@ from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.interactions import Interactions
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain.closed_form import CLOSED_FORM
-from bdlm_jax.domain.models import SETTINGS, takes
+from bdlm_jax.domain.models import MODELS, SETTINGS, takes
 from bdlm_jax.lm import hf_config, hf_weights, vocabulary
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.runtime.files import write_json
+from bdlm_jax.runtime.files import damaged_file, read_json, write_checksums, write_json
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
 
 PARTS = {"validation": VALIDATION, "test": TEST}
 HELD_OUT, _MOST_HELD_OUT = 20, 1000  # one document of so many, of an own model's corpus; so many at most
+_PROTOCOLS = ("protocols", "text_protocols")  # settings of config.evaluate
 UNTRAINED = ("item_pop", *CLOSED_FORM)
 MOST_SCORES = 10**10  # of a part that one model gives for its full ranking, unless `evaluate.cases` says otherwise
 KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be known when a part is predicted
@@ -43,6 +44,7 @@ class Data(NamedTuple):
     corpus: documents for pretraining, maybe empty.
     held_out: documents of `pretrain.corpus` that no own model trains on: what its language is measured by.
     fingerprint: counts and hashes of the table and of every candidate file.
+    dropped: {raw id of a user whom the filters leave out: why}.
     """
 
     split: Split
@@ -54,6 +56,7 @@ class Data(NamedTuple):
     world: twins.World | None
     fingerprint: dict
     held_out: Sequence[str] = ()
+    dropped: dict[str, str] = {}  # noqa: RUF012 (never written to)
 
     @property
     def n_users(self) -> int:
@@ -78,7 +81,7 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
 
     A second call checks that both are unchanged.
     """
-    c, world = config.data, None
+    c, world, dropped = config.data, None, {}
     if c.kind == "twins":
         world = twins.make_world(seed=config.seed, **c.options.to_dict())
         split = world.split
@@ -89,6 +92,8 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         table = load(c.kind, c.path, **c.options.to_dict())
         if isinstance(table, Interactions):
             _LOG.info("%d users, %d items, %d interactions; splitting", table.n_users, table.n_items, len(table))
+        if not isinstance(table, Split):
+            table, dropped = _filtered(config, table)
         split = table if isinstance(table, Split) else _split(config, table)
     table = split.interactions
     empty = [part for part in PARTS if not split.counts()[part]]
@@ -103,7 +108,7 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
     _LOG.info("drawing candidates, or checking those of an earlier start")
     made = {part: _candidates(config, folder, split, part, judged[part]) for part in PARTS}
-    for name in c.candidates:
+    for name in made["test"]:
         candidate_files.check_independent(split, made["validation"][name], made["test"][name])
     slices = {"all": np.ones(table.n_items, bool)}
     if world is not None:
@@ -127,12 +132,13 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         split=split,
         slices=slices,
         candidates=made,
-        item_texts=table.item_text(tuple(c.item_fields)),
+        item_texts=_item_texts(config, table),
         user_texts=table.user_text(tuple(c.user_fields)) if c.user_fields else None,
         corpus=documents,
         world=world,
         fingerprint=fingerprint,
         held_out=held_out,
+        dropped=dropped,
     )
 
 
@@ -148,6 +154,20 @@ def judged_cases(config: ml_collections.ConfigDict, split: Split, part: str) -> 
     return candidate_files.draw_cases(n_cases, most, seed=config.data.candidates_seed, part=PARTS[part])
 
 
+def _item_texts(config, table) -> list[str]:
+    """What the LMs read of items; without any, an LM would train on nothing and nobody would see it."""
+    texts, fields = table.item_text(tuple(config.data.item_fields)), ", ".join(config.data.item_fields)
+    titled = sum(map(bool, texts))
+    _LOG.info("data: %d of %d items have a text (%s)", titled, len(texts), fields)
+    reads = [word for word in config.models if word not in (*MODELS, *UNTRAINED)]
+    if not titled and reads and config.data.titles != "none":
+        raise InputError(
+            f"config.data: no item has a text (data.item_fields is {fields}), which {reads[0]} reads: give titles "
+            "whose ids are written as those of the interactions, or set config.data.titles=none."
+        )
+    return texts
+
+
 def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Path) -> Vocabulary:
     """Loads the run's tokenizer, or trains one on the item texts and the corpus and keeps it in `folder`.
 
@@ -157,12 +177,13 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     own = bool(config.lm.path)
     if given := tokenizer_folder(config):
         tokenizer = vocabulary.load_tokenizer(given)
-    elif (folder / "tokenizer.json").exists():
+    elif (folder / "tokenizer.json").exists() and damaged_file(folder) is None:
         tokenizer = vocabulary.load_tokenizer(folder)
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
         tokenizer.save_pretrained(str(folder))
+        write_checksums(folder)
     rows = lm_shape(config).vocab_size if own else 0
     chat = vocabulary.chat_head(tokenizer) if _chats(config, tokenizer) else ()
     prompts, needed = config.prompts, max(0, len(chat) - 1) + title_room(config)
@@ -258,12 +279,26 @@ def _read_config_json(path: str) -> dict:
     return content
 
 
+def _filtered(config, table) -> tuple[Interactions, dict[str, str]]:
+    """Drops what `min_rating` and the k-core drop; also says of every user who goes why."""
+    c, dropped, filters = config.data, {}, []
+    if c.min_rating:
+        filter_rating = functools.partial(interactions.filter_rating, minimum=c.min_rating)
+        filters.append((f"rated below data.min_rating {c.min_rating:g}", filter_rating))
+    if c.min_user or c.min_item:
+        core = functools.partial(interactions.k_core, user=c.min_user or 1, item=c.min_item or 1)
+        filters.append((f"fewer than data.min_user {c.min_user} or min_item {c.min_item} ask for", core))
+    for why, filtered in filters:
+        before, table = table, filtered(table)
+        _LOG.info("data: %d interactions dropped: %s", len(before) - len(table), why)
+        gone = set(before.user_ids.tolist()).difference(table.user_ids.tolist())
+        dropped |= dict.fromkeys(gone, f"the interactions that the data have are {why}")
+    _LOG.info("data: %d interactions kept", len(table))
+    return table, dropped
+
+
 def _split(config, table) -> Split:
     c = config.data
-    if c.min_rating:
-        table = interactions.filter_rating(table, minimum=c.min_rating)
-    if c.min_user or c.min_item:
-        table = interactions.k_core(table, user=c.min_user or 1, item=c.min_item or 1)
     if c.split == "leave_one_out":
         return splits.leave_one_out(table)
     if c.split == "global_time":
@@ -279,19 +314,45 @@ def _split(config, table) -> Split:
 def _candidates(config, folder: Path, split: Split, part: str, case_M: np.ndarray | None) -> dict[str, Candidates]:
     found = {}
     for name, n in config.data.candidates.items():
+        if n >= split.interactions.n_items:
+            _refuse_if_used(config, name, n, n_items=split.interactions.n_items)
+            continue
         path = folder / f"{part}_{name}.npz"
-        if not path.exists():
+        try:
+            found[name] = candidate_files.load_candidates(path)
+        except InputError as error:  # a damaged file: the same draw again, which the fingerprint holds to the first
+            if path.exists():
+                _LOG.warning("%s They are drawn again.", error)
             options = {"n_negatives": n, "seed": config.data.candidates_seed, "name": name, "case_M": case_M}
             made = candidate_files.make_candidates(split, PARTS[part], **options)
             candidate_files.save_candidates(path, made)
-        found[name] = candidate_files.load_candidates(path)
+            found[name] = candidate_files.load_candidates(path)
         candidate_files.check_candidates(split, found[name])
+        if part == "test" and (short := int((found[name].items_NC < 0).any(axis=1).sum())):
+            told = "of %d cases rank fewer than the %d others of %s: their users have had nearly all items"
+            _LOG.warning(f"%d {told}", short, len(found[name]), n, name)
     return found
+
+
+def _refuse_if_used(config, name: str, n: int, *, n_items: int) -> None:
+    """A protocol that the catalogue cannot fill would be another one under its name."""
+    e, select = config.evaluate, config.select.partition("/")[2]
+    ranked_by_text = name == "cand20" and "text_lm" in config.models
+    if name in (*e.protocols, *e.text_protocols, select) or ranked_by_text:
+        fit = {key: tuple(p for p in e[key] if config.data.candidates.get(p, 0) < n_items) for key in _PROTOCOLS}
+        told = " and ".join(f"config.evaluate.{key}={words}" for key, words in fit.items())
+        told += ", choose another config.select" if name == select else ""
+        told += ", and take text_lm, which needs cand20, out of config.models" if ranked_by_text else ""
+        raise InputError(
+            f"config.data.candidates.{name} asks for {n} others beside each target, and the data have {n_items} items: "
+            f"set {told}."
+        )
+    _LOG.warning("candidates %s are left out: the data have %d items", name, n_items)
 
 
 def _check_fingerprint(path: Path, fingerprint: dict) -> None:
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, remedy="delete it if the data are the same as before")
         if any(before.get(name) != value for name, value in json.loads(json.dumps(fingerprint)).items()):
             raise InputError(f"{path} was written for other data than the config gives now: choose a new --workdir.")
 

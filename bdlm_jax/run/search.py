@@ -21,6 +21,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.run import build, checks, stages
 from bdlm_jax.run.build import Decoder, Run, start_run
+from bdlm_jax.run.workdir import hold
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.log import StopSignal
 from bdlm_jax.types import InputError
@@ -104,7 +105,7 @@ def tune(config: ml_collections.ConfigDict, workdir: str, *, word: str, n_trials
     checks.check_config(config)
     own = {key: functools.reduce(lambda section, name: section[name], key.split("."), config) for key in SPACES[word]}
     own = {key: value for key, value in own.items() if SPACES[word][key].low <= value <= SPACES[word][key].high}
-    with StopSignal() as stop:
+    with hold(folder), StopSignal() as stop:
         run = start_run(config, folder, stop)
         if not run.data.split.counts()["validation"]:
             raise InputError("tuning needs a validation part, and this data has none; choose another data.split.")
@@ -112,7 +113,7 @@ def tune(config: ml_collections.ConfigDict, workdir: str, *, word: str, n_trials
         decoder = functools.cache(lambda: stages.pretrain_lm(run))
         while len(done := _finished(study)) < n_trials:
             # Of the trial's own number: a study that was stopped goes on with the draws that it would have made.
-            study.sampler = optuna.samplers.TPESampler(seed=config.seed * 10_007 + len(done))
+            study.sampler = optuna.samplers.TPESampler(seed=(config.seed * 10_007 + len(done)) % 2**32)
             if not done:
                 study.enqueue_trial(own)
             study.optimize(functools.partial(_try, run, word, tuple(own), decoder), n_trials=1)

@@ -21,7 +21,12 @@ def catalogue_fields(run: Run) -> dict:
     table = run.data.split.interactions
     indptr, item = run.data.split.histories(TRAIN, VALIDATION, TEST)
     names = {"user_ids": table.user_ids, "item_ids": table.item_ids, "titles": table.item_fields["title"]}
-    return {**{name: column.tolist() for name, column in names.items()}, "indptr": indptr, "item": item}
+    return {
+        **{name: column.tolist() for name, column in names.items()},
+        "indptr": indptr,
+        "item": item,
+        "dropped": run.data.dropped,
+    }
 
 
 def domain_fields(run: Run, model: str, params: Params) -> dict:

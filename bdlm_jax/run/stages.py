@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from bdlm_jax.data.candidates import check_unchanged, draw_cases
@@ -24,6 +25,7 @@ from bdlm_jax.run.general import General
 from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
+from bdlm_jax.runtime.log import heed
 from bdlm_jax.types import Params
 
 TEXT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # tried, of the text head's terms
@@ -42,7 +44,7 @@ class Reader(NamedTuple):
 
     def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
         sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
-        return scorers.read_states(params, packed, arm=self.arm, meeting=self.meeting, **sizes)
+        return scorers.read_states(params, packed, arm=self.arm, meeting=self.meeting, heed=_heed(run), **sizes)
 
     def scorer(self, run: Run, params: Params) -> CatalogueScorer:
         """The LM arm as a scorer: one forward pass a user."""
@@ -251,7 +253,7 @@ def refresh_domain(
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
     """The text-only LM as a scorer for a part."""
     prefixes = rows.text_prefixes(run, part=part)
-    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run))
+    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run), heed=_heed(run))
 
 
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
@@ -261,7 +263,7 @@ def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callabl
     `evaluate.validation_users` at most: the same ones for every model and seed.
     """
     chunk = evaluate.chunk_users(run.config.evaluate.chunk, run.data.n_items)
-    options = {"chunk": chunk, "progress": progress}
+    options = {"chunk": chunk, "progress": lambda chunks: _heed(run)(progress(chunks))}
     if protocol != "full":
         candidates = run.data.candidates[part][protocol]
         check_unchanged(candidates, run.data.fingerprint["candidates"][f"{part}/{protocol}"])
@@ -283,6 +285,14 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
     protocol = protocol or selected
     counts = count_cases(run, scorer, "validation", protocol)
     return {f"{name}/{protocol}": evaluate.mean_metric(counts, name) for name in {"hr@1", "ndcg@10", metric}}
+
+
+def _heed(run: Run) -> Callable:
+    """Goes through work that nobody saves, and leaves it where a stop is requested.
+
+    Several processes leave together, between phases: the signal may have come to one of them alone.
+    """
+    return functools.partial(heed, run.stop) if jax.process_count() == 1 else iter
 
 
 def _train_lm(

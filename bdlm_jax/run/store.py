@@ -24,7 +24,7 @@ from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.run.prepare import Data, Texts, lm_shape
 from bdlm_jax.runtime.files import write_json
-from bdlm_jax.runtime.fit import Stopped
+from bdlm_jax.runtime.log import Stopped
 from bdlm_jax.types import leaf_name
 
 _LOG = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _hold(folder: Path, stop) -> contextlib.AbstractContextManager:
                 _LOG.info("another run trains %s; waiting for it", folder)
             waits = True
             if stop is not None and stop.requested:
-                raise Stopped(0) from None
+                raise Stopped(stop.code) from None
 
 
 def _link(link: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdlm_jax.runtime import distributed
-from bdlm_jax.runtime.files import flush_to_disk
+from bdlm_jax.runtime.files import damaged_file, flush_to_disk, write_checksums
 from bdlm_jax.runtime.sharding import is_key, is_spread
 from bdlm_jax.types import InputError, leaf_name
 
@@ -37,9 +37,14 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
         # Orbax refuses arrays without elements; their kind says everything.
         leaves = {name: _packed(leaf) for name, leaf in named.items() if np.size(leaf)}
         told = {"kinds": kinds, "keys": keys}
-        with _manager(folder, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
-            manager.save(step, args=ocp.args.PyTreeSave(leaves), custom_metadata=told, force=True)
+        try:
+            with _manager(folder, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
+                manager.save(step, args=ocp.args.PyTreeSave(leaves), custom_metadata=told, force=True)
+        except (OSError, ValueError, RuntimeError) as error:  # what tensorstore makes of a full disk
+            told = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / str(step)} cannot be written ({told}); make room there.") from error
         if distributed.is_first():
+            write_checksums(folder / str(step))
             flush_to_disk(folder / str(step))
     return folder / str(step)
 
@@ -70,15 +75,23 @@ def restore(checkpoint: str | Path, *, like: Any) -> Any:
     checkpoint, named = Path(checkpoint).absolute(), _named(like)
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} holds no checkpoint; give a folder that `latest` names.")
+    if damaged := damaged_file(checkpoint):
+        raise InputError(f"{damaged} is damaged, for its checksum differs. {_remedy(checkpoint)}")
     step = int(checkpoint.name)
     with _manager(checkpoint.parent, together=any(map(is_spread, named.values()))) as manager:
         told = manager.metadata(step).custom_metadata
+        if not told or not {"kinds", "keys"} <= told.keys():
+            raise InputError(f"{checkpoint} says nothing of what it holds. {_remedy(checkpoint)}")
         _check_same(checkpoint, told["kinds"], {name: _kind(leaf) for name, leaf in named.items()})
         form = {name: _form(leaf) for name, leaf in named.items() if np.size(leaf)}
         how = ocp.checkpoint_utils.construct_restore_args(form)
         leaves = manager.restore(step, args=ocp.args.PyTreeRestore(form, restore_args=how))
     back = [_unpacked(leaves.get(name), leaf, told["keys"].get(name)) for name, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(like), back)
+
+
+def _remedy(checkpoint: Path) -> str:
+    return f"Delete {checkpoint.parents[1]}, and the same command trains this stage again."
 
 
 _STORABLE = (bool, int, float, str, np.ndarray, np.generic, jax.Array)

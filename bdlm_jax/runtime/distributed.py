@@ -31,6 +31,10 @@ def join(*, coordinator: str, processes: int, process: int) -> None:
         return
     given = {}
     if coordinator != "auto":
+        if not coordinator.rpartition(":")[2].isdecimal():
+            raise InputError(
+                f"config.distributed.coordinator is {coordinator!r}; give host:port of process 0, or auto."
+            )
         if not 0 <= process < processes:
             raise InputError(f"config.distributed.process is {process}; it must be from 0 to {processes - 1}.")
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}

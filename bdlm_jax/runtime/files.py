@@ -1,13 +1,15 @@
 """Files that are whole or not there: what is written stands beside its place and is renamed into it at the end.
 
-Nothing here imports JAX, so that a served domain arm loads without it.
+What is read back can be told from what a disk made of it: tables carry a checksum of their content, and other files
+have theirs in a SHA256SUMS beside them. Nothing here imports JAX, so that a served domain arm loads without it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from bdlm_jax.types import InputError
 
 _POINTER = b"version https://git-lfs"
+CHECKSUMS = "SHA256SUMS"  # as sha256sum writes them; `sha256sum -c SHA256SUMS` checks them too
 
 
 @contextlib.contextmanager
@@ -46,24 +49,34 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
-    """Writes nested dicts and lists of arrays (NumPy or JAX, bfloat16 too) as one flat file with names "a/b/0"."""
+    """Writes nested dicts and lists of arrays (NumPy or JAX, bfloat16 too) as one flat file with names "a/b/0".
+
+    Its metadata hold a checksum of names, types, shapes and values.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     flat: dict[str, np.ndarray] = {}
     _flatten(tree, "", flat)
     with replacing(path) as partial:
-        save_file(flat, partial)
+        try:
+            save_file(flat, partial, metadata={"sha256": _digest(flat)})
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be written ({error}); make room there.") from error
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save_safetensors` wrote; a level named 0, 1, … is a list."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """Reads what `save_safetensors` wrote, and refuses what is not that any more; a level named 0, 1, … is a list."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        flat = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="numpy") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            told = (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{path} cannot be read as a safetensors file: {error}.") from error
+    if told and told != _digest(flat):
+        raise InputError(f"{path} is damaged, for its checksum differs.")
     tree: dict[str, Any] = {}
     for name, array in flat.items():
         *parents, last = name.split("/")
@@ -81,6 +94,70 @@ def refuse_pointer(path: str | os.PathLike) -> None:
             raise InputError(
                 f"{path} is a Git-LFS pointer, not the file itself: fetch it with git lfs pull, or from the hub."
             )
+
+
+def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
+    """Notes the sha256 of the named files of a folder (None: of all below it) in its SHA256SUMS."""
+    folder = Path(folder)
+    if names is None:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = sorted({*names} - {CHECKSUMS})
+    write_text(folder / CHECKSUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+
+
+def damaged_file(folder: str | os.PathLike, *names: str) -> Path | None:
+    """The first file of a folder that its SHA256SUMS knows otherwise, or a missing one; None where all is well.
+
+    Args:
+        names: those that are looked at, all without any; what SHA256SUMS does not name is taken as it is.
+    """
+    folder = Path(folder)
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    told: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, space, name = line.partition("  ")
+        if len(digest) != 64 or not space or not name:
+            return path
+        told[name] = digest
+    for name in names or told:
+        file = folder / name
+        if name in told and (not file.is_file() or _sha256(file) != told[name]):
+            return file
+    return None
+
+
+def read_json(path: str | os.PathLike, *, remedy: str) -> dict:
+    """Reads a JSON object; `remedy` is what to do where the file is none any more."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({why}); {remedy}.") from error
+    return value
+
+
+def explain_os(error: OSError) -> str:
+    """What the system refused, in one sentence for people."""
+    path = error.filename2 or error.filename
+    what = f"{path} cannot be read or written" if path is not None else "a file cannot be read or written"
+    return f"{what} ({error.strerror or error}); check the path, its rights and the room on the disk."
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(flat: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(flat.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\x1d".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _flatten(tree: Any, prefix: str, flat: dict[str, np.ndarray]) -> None:

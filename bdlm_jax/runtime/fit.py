@@ -6,6 +6,7 @@ against the other arm's representations as they stood when the phase began.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -17,11 +18,20 @@ import jax
 import numpy as np
 
 from bdlm_jax.runtime import checkpoint, distributed
-from bdlm_jax.runtime.files import load_safetensors, save_safetensors, write_json
-from bdlm_jax.runtime.log import MetricLog, StopSignal, progress
+from bdlm_jax.runtime.files import (
+    damaged_file,
+    load_safetensors,
+    read_json,
+    save_safetensors,
+    write_checksums,
+    write_json,
+)
+from bdlm_jax.runtime.log import MetricLog, Stopped, StopSignal, progress
 from bdlm_jax.runtime.parallel import Compiled
 from bdlm_jax.runtime.sharding import spread
-from bdlm_jax.types import Params, TrainState
+from bdlm_jax.types import InputError, Params, TrainState
+
+_LOG = logging.getLogger(__name__)
 
 LOOK_EVERY = 25  # units between two looks at the losses, each of which waits for the device
 
@@ -61,10 +71,6 @@ class Fitted(NamedTuple):
     phase: dict[str, int]
 
 
-class Stopped(SystemExit):
-    """The run was asked to stop and has saved; the exit code is 0 because nothing failed."""
-
-
 def fit(
     folder: str | os.PathLike,
     *,
@@ -99,7 +105,7 @@ def fit(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "done.json").exists():
+    if not _is_done(folder):
         tree = _restore_or_begin(folder, arms, params, key, judged)
         cursor, best = tree["cursor"], tree["best"]
         with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
@@ -116,8 +122,9 @@ def fit(
                 if watch:
                     watch(number, {arm: best[arm]["value"] for arm in judged})
                 if any(distributed.agree(loop.stopping())):
-                    raise Stopped(0)
+                    raise Stopped(stop.code)
         write_json(folder / "done.json", {"best": best, "units": cursor["units"]})
+        write_checksums(folder, ["done.json", "metrics.jsonl", *(f"best_{arm}.safetensors" for arm in judged)])
     return _read_fitted(folder, judged)
 
 
@@ -167,7 +174,7 @@ class _Loop:
                     self._put_back(phase.arm, state)
                     self.save()
                 if stopping and not last:
-                    raise Stopped(0)
+                    raise Stopped(self.stop.code)
         self._put_back(phase.arm, state)
         del state
         self.tree["params"] = arm.finish(self.tree["params"])
@@ -189,9 +196,12 @@ class _Loop:
     def _view(self, number: int) -> Params:
         """The other arm as it stood when the phase began; kept on disk, for the phase changes what it came from."""
         path = self.folder / "view.safetensors"
-        if self.tree["cursor"]["unit"] > 0 and path.exists():
-            return load_safetensors(path)
+        begun = self.tree["cursor"]["unit"] > 0
+        if begun and path.exists():
+            return _read_tensors(path)
         view = jax.tree.map(np.asarray, self.arms[self.phases[number].arm].view(self.tree["params"]))
+        if begun and view:
+            raise InputError(f"{path} is gone. {_remedy(path)}")
         if view:
             save_safetensors(path, view)
         else:
@@ -262,12 +272,41 @@ def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -
 
 def best_phases(folder: str | os.PathLike) -> dict[str, dict]:
     """{arm: {"phase", "value"}} of a finished stage."""
-    return json.loads((Path(folder) / "done.json").read_text(encoding="utf-8"))["best"]
+    remedy = "delete it, and the same command of bdlm_jax.main makes it anew"
+    return read_json(Path(folder) / "done.json", remedy=remedy)["best"]
+
+
+def _is_done(folder: Path) -> bool:
+    """Tells whether the stage is finished; a damaged done.json goes, for the last checkpoint makes the same again."""
+    path = folder / "done.json"
+    if not path.exists():
+        return False
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))["best"]
+        whole = all(type(one["phase"]) is int and type(one["value"]) is float for one in best.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if whole and damaged_file(folder, "done.json") is None:
+        return True
+    _LOG.warning("%s is damaged; it is made again of the last checkpoint", path)
+    path.unlink()
+    return False
+
+
+def _read_tensors(path: Path) -> Params:
+    try:
+        return load_safetensors(path)
+    except InputError as error:
+        raise InputError(f"{error} {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    return f"Delete {path.parent}, and the same command trains this stage again."
 
 
 def _read_fitted(folder: Path, judged: Sequence[str]) -> Fitted:
     best = best_phases(folder)
     # A flat file cannot hold the empty tree of an arm without params of its own.
-    params = {name: {"domain": {}} | load_safetensors(folder / f"best_{name}.safetensors") for name in judged}
+    params = {name: {"domain": {}} | _read_tensors(folder / f"best_{name}.safetensors") for name in judged}
     value, phase = ({name: best[name][what] for name in judged} for what in ("value", "phase"))
     return Fitted(params, value, phase)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    text = path.read_bytes().decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             rows.append({name: math.nan if value is None else value for name, value in row.items()})
@@ -144,15 +145,20 @@ class _Lines(tqdm):
             print(self, file=self.fp, flush=True)
 
 
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved: it can go on, but it is not finished, and its exit code says so."""
+
+
 class StopSignal:
     """Turns SIGTERM and SIGINT into a flag, so that a loop can save and leave; a second signal acts as usual.
 
-    Used as a context manager; `.requested` turns True. Outside the main thread it watches nothing, because Python
-    hands signals to the main thread only.
+    Used as a context manager; `.requested` turns True, and `.code` is the exit code that a shell gives to a program
+    that the signal ended (143, 130). Outside the main thread it watches nothing, because Python hands signals to the
+    main thread only.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.code = False, 128 + signal.SIGTERM
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -167,7 +173,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: Any) -> None:
-        self.requested = True
+        self.requested, self.code = True, 128 + number
         self.__exit__()
         told = f"\n{signal.Signals(number).name}: saving, then leaving (again: leave at once)."
         print(told, file=sys.stderr, flush=True)
+
+
+def heed(stop: StopSignal | None, iterable: Iterable) -> Iterator:
+    """Yields what `iterable` does, until a stop is requested: then it raises `Stopped`."""
+    for each in iterable:
+        if stop is not None and stop.requested:
+            raise Stopped(stop.code)
+        yield each

@@ -5,16 +5,26 @@ where its score is their inner product, NumPy alone: it loads without JAX, witho
 model's weights. What needs them is imported where it is used.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
+import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bdlm_jax.runtime.files import load_safetensors, replacing, save_safetensors, write_json
+from bdlm_jax.runtime.files import (
+    damaged_file,
+    load_safetensors,
+    read_json,
+    replacing,
+    save_safetensors,
+    write_checksums,
+    write_json,
+)
 from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import Array, InputError, Params
 
@@ -94,12 +104,26 @@ def served_arms(workdir: str | os.PathLike) -> dict[str, dict]:
         raise InputError(f"{path} holds no manifest: delete {path.parent}, run bdlm_jax.main again.") from error
 
 
+def is_served(workdir: str | os.PathLike) -> bool:
+    """Tells whether an earlier start of the run has written what is served, and all of it is whole."""
+    try:
+        return bool(served_arms(workdir)) and damaged_file(Path(workdir, "serving")) is None
+    except InputError:
+        return False
+
+
+def forget_damaged(workdir: str | os.PathLike) -> None:
+    """Removes what is served unless all of it is whole, so that the run writes it anew."""
+    if not is_served(workdir):
+        shutil.rmtree(Path(workdir, "serving"), ignore_errors=True)
+
+
 def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalogue, *, row: str = "") -> None:
     """Writes an arm to workdir/serving, and the catalogue with the first; it is served once all of it is on disk."""
     folder, arms = Path(workdir, "serving"), served_arms(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     if not arms:
-        write_json(folder / "catalogue.json", catalogue.names)
+        write_json(folder / "catalogue.json", catalogue.names | {"dropped": catalogue.dropped})
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
     facts, tensors = (_lm if isinstance(arm, ServedLM) else _domain)(arm)
     if isinstance(arm, ServedLM) and not any(other["kind"] == "lm" for other in arms.values()):
@@ -108,14 +132,18 @@ def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalo
     save_safetensors(folder / f"{name}.safetensors", tensors)
     arms[name] = {"arm": name, "row": row or name, **facts}
     write_json(folder / "serving.json", {"format": FORMAT, "arms": [*arms.values()]})
+    write_checksums(folder)
 
 
 def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
     folder, _ = _open(workdir)
-    try:
-        return Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
-    except TypeError as error:
-        raise InputError(f"{folder}/catalogue.json holds no catalogue: delete {folder}.") from error
+    with _shaped(folder / "catalogue.json", "catalogue"):
+        catalogue = Catalogue(**_read(folder / "catalogue.json"), **_read(folder / "catalogue.safetensors"))
+        n_users, n_items = len(catalogue.indptr) - 1, len(catalogue.item_ids)
+        whole = len(catalogue.user_ids) == n_users and len(catalogue.titles) == n_items
+        if not whole or catalogue.item.max(initial=0) >= n_items or catalogue.indptr[-1] != len(catalogue.item):
+            raise ValueError("its names and its tables are not of one length")
+    return catalogue
 
 
 def find_arm(workdir: str | os.PathLike, name: str = "", *, kind: str = "") -> str:
@@ -141,8 +169,9 @@ def load_domain_arm(workdir: str | os.PathLike, name: str = "") -> ServedDomain:
     name = find_arm(workdir, name, kind="domain")
     folder, arms = _open(workdir)
     tree = _read(folder / f"{name}.safetensors")
-    tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
-    return ServedDomain(**tables, domain=tree.get("domain", {}), **{fact: arms[name][fact] for fact in _FACTS})
+    with _shaped(folder / "serving.json", "domain model"):
+        tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
+        return ServedDomain(**tables, domain=tree.get("domain", {}), **{fact: arms[name][fact] for fact in _FACTS})
 
 
 def load_lm_arm(workdir: str | os.PathLike, name: str = "") -> ServedLM:
@@ -153,19 +182,23 @@ def load_lm_arm(workdir: str | os.PathLike, name: str = "") -> ServedLM:
 
     name = find_arm(workdir, name, kind="lm")
     folder, arms = _open(workdir)
+    if damaged := damaged_file(folder, *(path.relative_to(folder).as_posix() for path in folder.glob("tokenizer/*"))):
+        raise _refusal(damaged, "its checksum differs")
     facts, tree = arms[name], _read(folder / f"{name}.safetensors")
-    config, words = LMConfig(**facts["config"]), facts["vocabulary"]
-    words["chat"] = tuple(words.get("chat", ()))  # JSON has lists
-    return ServedLM(
-        params=tree["lm"],
-        config=config,
-        id_rows_XM=tree["id_rows"],
-        vocabulary=Vocabulary(load_tokenizer(folder / "tokenizer"), min_text=config.vocab_size, **words),
-        titles=_cut(tree["titles"]),
-        contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
-        prompts=PromptOptions(**facts["prompts"]),
-        texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
-    )
+    with _shaped(folder / "serving.json", "language model"):
+        config, words = LMConfig(**facts["config"]), facts["vocabulary"]
+        words["chat"] = tuple(words.get("chat", ()))  # JSON has lists
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return ServedLM(
+            params=tree["lm"],
+            config=config,
+            id_rows_XM=tree["id_rows"],
+            vocabulary=Vocabulary(tokenizer, min_text=config.vocab_size, **words),
+            titles=_cut(tree["titles"]),
+            contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
+            prompts=PromptOptions(**facts["prompts"]),
+            texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
+        )
 
 
 def _domain(arm: ServedDomain) -> tuple[dict, dict]:
@@ -209,7 +242,29 @@ def _open(workdir: str | os.PathLike) -> tuple[Path, dict[str, dict]]:
 
 
 def _read(path: Path) -> dict:
+    remedy = f"delete {path.parent} and run bdlm_jax.main again"
+    if path.suffix != ".safetensors":
+        if damaged_file(path.parent, path.name):
+            raise _refusal(path, "its checksum differs")
+        return read_json(path, remedy=remedy)
     try:
-        return load_safetensors(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # InputError too
-        raise InputError(f"{path} cannot be read ({error}): delete {path.parent}, run bdlm_jax.main again.") from error
+        return load_safetensors(path)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}: {remedy}.") from error
+
+
+@contextlib.contextmanager
+def _shaped(path: Path, what: str) -> Iterator[None]:
+    """Names the file where a block does not find in it what an `what` has."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path} holds no {what} ({error}): delete {path.parent} and run bdlm_jax.main again."
+        ) from error
+
+
+def _refusal(path: Path, why: object) -> InputError:
+    return InputError(f"{path} cannot be read ({why}): delete {path.parent} and run bdlm_jax.main again.")

@@ -22,6 +22,7 @@ class Catalogue:
     titles: list[str]
     indptr: np.ndarray  # (U+1,) where each user's items begin
     item: np.ndarray
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)  # users that the data had: why they are none here
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -51,6 +52,10 @@ class Catalogue:
 def find_user(catalogue: Catalogue, user: str, *, exact: bool = False) -> int:
     """Finds a raw user id; InputError names ids that look alike (not where `exact`: it takes time)."""
     user = str(user).strip()
+    if user in catalogue.dropped:
+        raise InputError(
+            f"user {user!r} is left out of this run, for {catalogue.dropped[user]}: give --history instead."
+        )
     if user not in catalogue.user_index:
         near = ([] if exact else _near(user, catalogue.user_ids)) or catalogue.user_ids[:_SUGGESTIONS]
         raise InputError(

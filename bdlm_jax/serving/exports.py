@@ -80,6 +80,9 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
 @contextlib.contextmanager
 def _new_folder(out: str | os.PathLike) -> Iterator[Path]:
     out = Path(out)
+    for above in out.parents:
+        if above.is_file():
+            raise InputError(f"{out} cannot be written, for {above} is a file; give --out another folder.")
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"{out} exists and is not empty: give --out a new folder, or remove it first.")

@@ -20,7 +20,7 @@ def recommend(user, k=10):
     row = ids["user_ids"].index(user)
     scores = table["item"] @ table["user"][row]
     scores[seen["item"][seen["indptr"][row] : seen["indptr"][row + 1]]] = -np.inf
-    best = np.argsort(-scores, kind="stable")[: min(k, int(np.isfinite(scores).sum()))]
+    best = np.argsort(-scores, kind="stable")[: max(0, min(k, int(np.isfinite(scores).sum())))]
     return [(ids["item_ids"][i], float(scores[i]), ids["titles"][i]) for i in best]
 
 

@@ -264,7 +264,7 @@ REFUSED = [
     ("table", T, ROW, "no column 'thing' for 'item'", {"columns": {"user": "user", "item": "thing"}}),
     ("table", T, ROW, "no column 7 for 'item'", {"columns": {"user": "user", "item": 7}}),
     ("table", T, ROW, "the role 'mood'", {"columns": {"user": "user", "item": "item", "mood": "time"}}),
-    ("table", T, ROW, "columns= must give the positions", {"header": False}),
+    ("table", T, ROW, "give the positions of user and item in config.data.options.columns", {"header": False}),
     ("table", T, ROW, "none.csv is not there", {"items": "none.csv"}),
     ("table", T, ROW, "no id column", {"items": T, "item_columns": {"title": "item"}}),
     ("table", T, ROW, "no column 'name'", {"items": T, "item_columns": {"id": "item", "title": "name"}}),

@@ -111,6 +111,14 @@ def test_a_config_without_a_setting_is_refused():
         ({"lm__weight_decay": float("nan")}, "a number of at least 0"),
         ({"lm__dropout": 1.0}, "below 1"),
         ({"prompts__user_dropout": 1.5}, "at most 1"),
+        ({"lm__trains": "lora", "lm__lora_targets": "nothing"}, "'nothing' matches no leaf of the decoder"),
+        ({"data__min_user": 3}, "config.data.min_user is 3, but data of the kind twins come as they are"),
+        ({"seed": 2**40}, "below 2**32"),
+        ({"domain__epochs": 2**40}, "it must be below 2**31"),
+        ({"lm__clip_norm": float("inf")}, "a number of at least 0"),
+        ({"data__options__n_users": 2**40}, "a whole number of at most 1,000,000"),
+        ({"data__options__follow": "much"}, "a number of at most"),
+        ({"lm__remat": None}, "config.lm.remat is None"),
     ],
 )
 def test_impossible_settings_are_refused(changes, told):

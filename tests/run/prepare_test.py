@@ -33,7 +33,8 @@ def table(tmp_path, config):
     path = tmp_path / "table.csv"
     path.write_text("\n".join(lines) + "\n")
     config.data.kind, config.data.path, config.data.options = "table", str(path), {}
-    config.data.candidates = {"cand3": 2}
+    config.data.candidates, config.data.titles = {"cand3": 2}, "none"
+    config.models, config.evaluate.protocols, config.evaluate.text_protocols = ("item_pop", "ids_lm"), ("cand3",), ()
     return config
 
 

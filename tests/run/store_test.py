@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import jax
@@ -14,7 +13,8 @@ import pytest
 from bdlm_jax.data.splits import TEST, TRAIN
 from bdlm_jax.report import finished_run
 from bdlm_jax.run import build, stages, store
-from bdlm_jax.runtime.fit import Fitted, Stopped, best_phases
+from bdlm_jax.runtime.fit import Fitted, best_phases
+from bdlm_jax.runtime.log import Stopped, StopSignal
 from experiments import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,7 +227,8 @@ with store.stage_folder(sys.argv[1], pathlib.Path(sys.argv[2]), lambda: {"stage"
     words = [sys.executable, "-c", holder, str(tmp_path / "stages"), str(tmp_path / "first" / "mf")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         held = Path(process.stdout.readline().strip())
-        stopping = types.SimpleNamespace(requested=True)
+        stopping = StopSignal()
+        stopping.requested = True
         with pytest.raises(Stopped), wanted(tmp_path, stop=stopping):
             pytest.fail("two processes hold one stage")
         threading.Timer(0.5, process.kill).start()

@@ -120,3 +120,20 @@ def test_kill_9_in_the_middle_of_saving(tmp_path):
         assert (restored["a"] == restored["step"]).all()
         assert restored["step"] > newest
         newest = restored["step"]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_with_what_to_delete(tmp_path, how):
+    tree = {"a": np.arange(300.0)}
+    at = checkpoint.save(tmp_path / "checkpoints", 3, tree)
+    for path in sorted(path for path in at.rglob("*") if path.is_file() and path.stat().st_size):
+        whole = path.read_bytes()
+        if path.name == "SHA256SUMS":
+            continue
+        path.unlink() if how == "gone" else path.write_bytes(
+            whole[:-1] + (bytes([whole[-1] ^ 1]) if how == "flip" else b"")
+        )
+        with pytest.raises(InputError, match=f"{path} is damaged.* Delete {tmp_path}, and the same command trains"):
+            checkpoint.restore(at, like=tree)
+        path.write_bytes(whole)
+    np.testing.assert_array_equal(checkpoint.restore(at, like=tree)["a"], tree["a"])

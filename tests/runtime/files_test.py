@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +56,39 @@ def test_what_is_written_takes_the_place_of_what_was_there_by_a_rename(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").stat().st_ino == written
     assert (tmp_path / "a" / "b" if kind == "folder" else tmp_path / "a").read_text() == "after"
+
+
+def test_every_byte_of_a_table_counts(tmp_path):
+    path, tree = tmp_path / "a.safetensors", {"a": np.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
+    files.save_safetensors(path, tree)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            found = files.load_safetensors(path)
+        except InputError:
+            continue
+        for name, wanted in tree.items():  # a blank of the header, say
+            np.testing.assert_array_equal(found[name], wanted)
+    for at in range(0, len(whole), 9):
+        path.write_bytes(whole[:at])
+        with pytest.raises(InputError, match="cannot be read"):
+            files.load_safetensors(path)
+
+
+def test_checksums_name_what_is_damaged_or_gone(tmp_path):
+    for name in ("a", "deep/b"):
+        files.write_text(tmp_path / name, name)
+    assert files.damaged_file(tmp_path) is None  # nothing is known
+    files.write_checksums(tmp_path)
+    command = ["sha256sum", "-c", "--strict", files.CHECKSUMS]
+    if shutil.which("sha256sum"):
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert files.damaged_file(tmp_path) is None
+    (tmp_path / "deep" / "b").write_text("c")
+    assert files.damaged_file(tmp_path) == tmp_path / "deep" / "b" == files.damaged_file(tmp_path, "deep/b", "new")
+    assert files.damaged_file(tmp_path, "a") is None
+    (tmp_path / "a").unlink()
+    assert files.damaged_file(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / files.CHECKSUMS).write_bytes(b"\xff\n")
+    assert files.damaged_file(tmp_path) == tmp_path / files.CHECKSUMS

@@ -6,7 +6,8 @@ import pytest
 
 from bdlm_jax.runtime import checkpoint, parallel
 from bdlm_jax.runtime.fit import LOOK_EVERY, Arm, Phase, Stopped, fit
-from bdlm_jax.runtime.log import read_metrics
+from bdlm_jax.runtime.log import StopSignal, read_metrics
+from bdlm_jax.types import InputError
 
 PHASES = [Phase("a", 3, "first"), Phase("b", 2, "second"), Phase("a", 2, "third")]
 
@@ -102,19 +103,48 @@ def test_a_kill_in_any_unit_changes_nothing(tmp_path, whole, at, seconds):
     assert steps == sorted(set(steps)) and steps[-1] == 7  # the log holds each look once
 
 
-def test_a_stop_saves_at_once_and_exits_with_zero(tmp_path):
-    stop, calls = types.SimpleNamespace(requested=False), []
+def test_a_stop_saves_at_once_and_exits_as_its_signal_would(tmp_path):
+    stop, calls = StopSignal(), []
 
     def ask(n):
         stop.requested = n == 2
 
     with pytest.raises(Stopped) as stopped:
         start(tmp_path, calls, stop=stop, at_unit=ask)
-    assert stopped.value.code == 0 and isinstance(stopped.value, SystemExit)
+    assert stopped.value.code == 143 and isinstance(stopped.value, SystemExit)
     assert len(calls) == 2 and checkpoint.steps(tmp_path / "checkpoints") == [2]
     rest = []
     start(tmp_path, rest)
     assert [call[:2] for call in rest] == [("a", 2), ("b", 0), ("b", 1), ("a", 3), ("a", 4)]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"best": 3}', None])
+def test_a_damaged_done_json_is_made_again(tmp_path, whole, text):
+    assert start(tmp_path, []) == whole[0]
+    path = tmp_path / "done.json"
+    written = path.read_text()
+    path.write_text(written.replace('"phase": 2', '"phase": 1') if text is None else text)
+    assert path.read_text() != written
+    calls = []
+    assert start(tmp_path, calls) == whole[0] and calls == []
+    assert path.read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("best_a", "damaged"), ("best_b", "cannot"), ("view", "damaged"), ("view", "gone")]
+)
+def test_a_damaged_table_is_named_with_what_to_delete(tmp_path, name, lost):
+    path = tmp_path / f"{name}.safetensors"
+    if name == "view":  # read back within a phase
+        with pytest.raises(Killed):
+            start(tmp_path, [], checkpoint_seconds=0.0, at_unit=kill_at(5))
+    else:
+        start(tmp_path, [])
+    whole = path.read_bytes()
+    path.unlink() if lost == "gone" else path.write_bytes(whole[:-1] + b"!" if lost == "damaged" else whole[:-1])
+    told = f"{path} .*{lost}.* Delete {tmp_path}, and the same command trains this stage again"
+    with pytest.raises(InputError, match=told.replace("cannot", "cannot be read")):
+        start(tmp_path, [])
 
 
 class Loss:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.run import build, rows, stages
-from bdlm_jax.runtime.files import load_safetensors
+from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors, save_safetensors
 from bdlm_jax.serving import artefact, scores
+from bdlm_jax.serving.answers import recommend
 from bdlm_jax.types import InputError
 
 LOADERS = (artefact.load_catalogue, artefact.load_domain_arm, artefact.load_lm_arm)
@@ -150,7 +152,12 @@ def test_the_domain_arm_loads_without_jax_and_without_the_lm(tiny_run, tmp_path)
         ("serving.json", '{"format"', "serving.json cannot be read .* delete .*/serving"),
         ("serving.json", "[]", "serving.json holds no manifest: delete .*/serving"),
         ("serving.json", '{"format": 4, "arms": [3]}', "serving.json holds no manifest: delete .*/serving"),
-        ("catalogue.json", "{}", "catalogue.json holds no catalogue: delete .*/serving"),
+        ("catalogue.json", "{}", "catalogue.json holds no catalogue .*: delete .*/serving"),
+        (
+            "catalogue.json",
+            '{"user_ids": [], "item_ids": [], "titles": []}',
+            "are not of one length.: delete .*/serving",
+        ),
         ("catalogue.safetensors", "{}", "catalogue.safetensors cannot be read .* delete .*/serving"),
         ("domain.safetensors", "{}", "domain.safetensors cannot be read .* delete .*/serving"),
         ("lm.safetensors", "{}", "lm.safetensors cannot be read .* delete .*/serving"),
@@ -159,9 +166,39 @@ def test_the_domain_arm_loads_without_jax_and_without_the_lm(tiny_run, tmp_path)
 def test_what_cannot_be_served_is_named(tiny_run, tmp_path, damaged, text, message):
     shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
     path = tmp_path / "serving" / damaged
+    (path.parent / CHECKSUMS).unlink()  # an older version wrote none, and a person may delete it
     path.unlink() if text is None else path.write_text(text, encoding="utf-8")
     touched = [load for load in LOADERS if path.stem == "serving" or path.stem in load.__name__]
     assert touched
     for load in touched:
         with pytest.raises(InputError, match=message):
             load(tmp_path)
+
+
+def test_a_manifest_of_another_shape_is_named(tiny_run, tmp_path):
+    shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
+    (tmp_path / "serving" / CHECKSUMS).unlink()
+    (tmp_path / "serving" / "serving.json").write_text('{"format": 3, "domain": [], "lm": {}}')
+    for load, arm in zip(LOADERS[1:], ("domain", "LM")):
+        with pytest.raises(InputError, match=f"serving.json holds no {arm} arm .*: delete .*/serving"):
+            load(tmp_path)
+    with pytest.raises(InputError, match="of two runs: its tables have other rows than its catalogue"):
+        names = json.loads((tmp_path / "serving" / "catalogue.json").read_text())
+        shorter = {name: values[:-1] if name in ("item_ids", "titles") else values for name, values in names.items()}
+        (tmp_path / "serving" / "catalogue.json").write_text(json.dumps(shorter))
+        tree = load_safetensors(tmp_path / "serving" / "catalogue.safetensors")
+        tree["item"] = np.minimum(tree["item"], len(shorter["item_ids"]) - 1)
+        save_safetensors(tmp_path / "serving" / "catalogue.safetensors", tree)
+        shutil.copy(tiny_run[1] / "serving" / "serving.json", tmp_path / "serving" / "serving.json")
+        recommend(workdir=tmp_path, user="u004")
+
+
+def test_what_is_served_is_damaged_where_one_byte_is(tiny_run, tmp_path):
+    shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
+    assert artefact.is_served(tmp_path)
+    path = tmp_path / "serving" / "catalogue.json"
+    path.write_bytes(path.read_bytes().replace(b"u004", b"u904"))
+    assert not artefact.is_served(tmp_path), "the run would not write it again"
+    with pytest.raises(InputError, match=r"catalogue.json cannot be read .its checksum differs.: delete .*/serving"):
+        artefact.load_catalogue(tmp_path)
+    artefact.load_domain_arm(tmp_path)  # it reads no other file
