@@ -58,7 +58,7 @@ def test_duplicates_follow_their_rule(rows):
     assert raw_rows(build(rows, duplicates="last")) == last
     assert raw_rows(build(rows, duplicates="keep")) == ordered
     if len(first) < len(rows):
-        with pytest.raises(InputError, match="stood before"):
+        with pytest.raises(InputError, match="stands in the table before"):
             build(rows, duplicates="error")
 
 
