@@ -81,7 +81,7 @@ def test_own_data_reads_the_folder_that_the_readme_describes(tmp_path):
     config = load("own_data").get_config()
     config.data.path = str(folder)
     check_config(config)
-    words = r"asks for 19 others .* have 9 items: set config\.evaluate\.protocols=\('full',\) and .* out of config"
+    words = r"asks for 99 others .* have 9 items: set config\.evaluate\.protocols=\('full',\) and .*text_protocols="
     with pytest.raises(InputError, match=words):
         prepare_data(config, tmp_path / "data")
     config.evaluate.protocols, config.evaluate.text_protocols, config.models = ("full",), (), ("lightgcn", "bdlm")
