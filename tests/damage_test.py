@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bdlm_jax import recommend, train
+from bdlm_jax import recommend, story
 from bdlm_jax.report.finished_run import read_run
 from bdlm_jax.run import build, stages, workdir
 from bdlm_jax.run.checks import _flatten, check_config
@@ -74,7 +74,7 @@ def go_on(folder):
     run = build.start_run(config, folder)
     fitted = stages.train_domain(run, STAGE)
     sliced = [name for name in run.data.candidates["test"] if name not in config.data.candidates]
-    counts = train._counted(folder / "per_user" / f"{STAGE}.npz", (*config.evaluate.protocols, *sliced))
+    counts = story._counted(folder / "per_user" / f"{STAGE}.npz", (*config.evaluate.protocols, *sliced))
     again = counts is None  # they would be counted anew
     return run.data.fingerprint, run.data.candidates, run.texts.titles, fitted, again or counts
 

@@ -5,13 +5,13 @@ import gzip
 import logging
 import os
 import signal
+import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from bdlm_jax import compare, export, recommend, sweep, train
+from bdlm_jax import compare, export, recommend, story, sweep
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.run import build, workdir
 from bdlm_jax.runtime import files
@@ -125,20 +125,20 @@ def test_a_workdir_that_cannot_be_one_is_named(tmp_path, where):
 
 
 def test_a_second_run_is_refused_and_a_killed_one_holds_nothing(tmp_path):
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        with workdir.hold(tmp_path / "run"):
-            os.write(write, b"held")
-            time.sleep(60)
-        os._exit(0)
-    assert os.read(read, 4) == b"held"
+    with workdir.hold(tmp_path / "run") as folder:
+        lock = folder / "lock"
+    program = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); "
+        "time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"1\n"
     with pytest.raises(InputError, match="another run is at work in"), workdir.hold(tmp_path / "run"):
         pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with workdir.hold(tmp_path / "run") as folder:
-        assert (folder / "lock").exists()
+    other.kill()
+    other.communicate()
+    with workdir.hold(tmp_path / "run"):
+        assert lock.exists()
 
 
 def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
@@ -207,7 +207,7 @@ def test_a_stop_is_heard_during_an_evaluation_and_ends_with_its_code(tiny_run, m
 
     monkeypatch.setattr("bdlm_jax.evaluation.evaluate.count_better", count)
     with pytest.raises(Stopped) as stopped:
-        train.train_and_evaluate(config, str(tmp_path / "run"))
+        story.train_and_evaluate(config, str(tmp_path / "run"))
     assert stopped.value.code == 143 and len(counted) == 3
 
 

@@ -81,18 +81,15 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
 def _new_folder(out: str | os.PathLike) -> Iterator[Path]:
     out = Path(out)
     for above in out.parents:
-        if above.is_file():
+        if above.exists() and not above.is_dir():
             raise InputError(f"{out} cannot be written, for {above} is a file; give --out another folder.")
-    try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise InputError(f"{out} exists and is not empty: give --out a new folder, or remove it first.")
-        with replacing(out) as folder:
-            folder.mkdir()
-            yield folder
-            for path in folder.iterdir():
-                path.chmod(0o644)  # safetensors writes for the owner alone
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}): give --out another place.") from error
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty: give --out a new folder, or remove it first.")
+    with replacing(out) as folder:
+        folder.mkdir()
+        yield folder
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _checksum(path: Path) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdlm_jax.serving import answers, artefact
-from bdlm_jax.serving.artefact import Arm
+from bdlm_jax.serving.artefact import Arm, ServedDomain
 from bdlm_jax.serving.catalogue import Catalogue
 from bdlm_jax.types import InputError
 
@@ -44,7 +44,12 @@ class ServedRun:
         """The record of an arm, read once."""
         name = artefact.find_arm(self.folder, name)
         if name not in self._loaded:
-            self._loaded[name] = artefact.load_arm(self.folder, name)
+            arm, names = artefact.load_arm(self.folder, name), self.catalogue
+            sizes = len(names.user_ids), len(names.item_ids)
+            if isinstance(arm, ServedDomain) and (len(arm.user_UD), len(arm.item_ID)) != sizes:
+                folder = self.folder / "serving"
+                raise InputError(f"{folder} is of two runs: its tables have other rows than its catalogue; delete it.")
+            self._loaded[name] = arm
         return self._loaded[name]
 
     @property

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import bdlm_jax
 from bdlm_jax.data.splits import TRAIN, Split
 from bdlm_jax.domain import ncf
 from bdlm_jax.domain.arm import Inputs
@@ -16,7 +17,6 @@ from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.run import build, rows, stages
 from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors, save_safetensors
 from bdlm_jax.serving import artefact, scores
-from bdlm_jax.serving.answers import recommend
 from bdlm_jax.types import InputError
 
 LOADERS = (artefact.load_catalogue, artefact.load_domain_arm, artefact.load_lm_arm)
@@ -122,6 +122,7 @@ def test_an_arm_is_found_by_name_and_bdlms_is_the_first(tiny_run, tmp_path, ask,
     assert artefact.find_arm(tmp_path) == "mf"
     manifest = tmp_path / "serving" / "serving.json"
     manifest.write_text('{"format": 3, "domain": {}}')  # another version's, which the next start writes anew
+    (manifest.parent / CHECKSUMS).unlink()
     assert artefact.served_arms(tmp_path) == {}
     artefact.write_arm(tmp_path, "mf", artefact.load_domain_arm(folder), artefact.load_catalogue(folder))
     assert [*artefact.served_arms(tmp_path)] == ["mf"]
@@ -150,7 +151,7 @@ def test_the_domain_arm_loads_without_jax_and_without_the_lm(tiny_run, tmp_path)
         ("serving.json", None, "no finished run that recommends"),
         ("serving.json", '{"format": 0}', "another version"),
         ("serving.json", '{"format"', "serving.json cannot be read .* delete .*/serving"),
-        ("serving.json", "[]", "serving.json holds no manifest: delete .*/serving"),
+        ("serving.json", "[]", "serving.json cannot be read .* delete .*/serving"),
         ("serving.json", '{"format": 4, "arms": [3]}', "serving.json holds no manifest: delete .*/serving"),
         ("catalogue.json", "{}", "catalogue.json holds no catalogue .*: delete .*/serving"),
         (
@@ -178,9 +179,10 @@ def test_what_cannot_be_served_is_named(tiny_run, tmp_path, damaged, text, messa
 def test_a_manifest_of_another_shape_is_named(tiny_run, tmp_path):
     shutil.copytree(tiny_run[1] / "serving", tmp_path / "serving")
     (tmp_path / "serving" / CHECKSUMS).unlink()
-    (tmp_path / "serving" / "serving.json").write_text('{"format": 3, "domain": [], "lm": {}}')
-    for load, arm in zip(LOADERS[1:], ("domain", "LM")):
-        with pytest.raises(InputError, match=f"serving.json holds no {arm} arm .*: delete .*/serving"):
+    arms = [{"arm": kind, "kind": kind} for kind in ("domain", "lm")]
+    (tmp_path / "serving" / "serving.json").write_text(json.dumps({"format": artefact.FORMAT, "arms": arms}))
+    for load, what in zip(LOADERS[1:], ("domain", "language")):
+        with pytest.raises(InputError, match=f"serving.json holds no {what} model .*: delete .*/serving"):
             load(tmp_path)
     with pytest.raises(InputError, match="of two runs: its tables have other rows than its catalogue"):
         names = json.loads((tmp_path / "serving" / "catalogue.json").read_text())
@@ -190,7 +192,7 @@ def test_a_manifest_of_another_shape_is_named(tiny_run, tmp_path):
         tree["item"] = np.minimum(tree["item"], len(shorter["item_ids"]) - 1)
         save_safetensors(tmp_path / "serving" / "catalogue.safetensors", tree)
         shutil.copy(tiny_run[1] / "serving" / "serving.json", tmp_path / "serving" / "serving.json")
-        recommend(workdir=tmp_path, user="u004")
+        bdlm_jax.load(tmp_path).recommend(users=["u004"])
 
 
 def test_what_is_served_is_damaged_where_one_byte_is(tiny_run, tmp_path):
