@@ -199,6 +199,9 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.temperature = 1.0
     mutual.text_head = "none"  # none | words: whether likeness of texts weighs in the LM's scores (lm/text_head.py)
     mutual.text_width = 128  # dimensions of a text
+    mutual.teacher = (
+        "lm"  # lm | pool (with the domain model's scores as it was alone): who teaches the domain arm at length
+    )
     mutual.rounds = 3
     mutual.lm_epochs = 11.0  # the first LM phase
     mutual.lm_epochs_a_round = 4.0

@@ -3,7 +3,7 @@
     score(item) = h·row_item + last·cos(last item's text, its text) + mean·(mean over the history of such cosines)
 
 Nothing here is trained: what is learnt with the rest is learnt on items that the LM knows by heart, for which it needs
-no text. The two weights are chosen on validation, as those of a pool are (`run.stages.weigh_texts`). Ours.
+no text. The two weights are chosen on validation, as those of a pool are (`run.teachers.weigh_texts`). Ours.
 """
 
 from collections.abc import Sequence

@@ -108,7 +108,7 @@ RULES = {
     "prompts.chat": _word(("auto", "always", "never")),
     "prompts.user_dropout": _from(0, most=1),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
-    "mutual.text_head": _word(("none", "words")),
+    "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "pool")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),

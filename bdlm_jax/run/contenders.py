@@ -13,7 +13,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm.text_head import TextHead
-from bdlm_jax.run import build, served, stages
+from bdlm_jax.run import build, served, stages, teachers
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
 from bdlm_jax.run.prepare import KNOWN
@@ -85,15 +85,18 @@ def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> 
     """Trains BDLM or one of its controls: mutual rounds, then the domain arm against the LM states of test time."""
     own = run if word == "bdlm" else run.variant(word, CONTROLS[word].settings(run.config))
 
-    def rounds(run: Run, own: Run) -> Fitted:
-        alone = stages.train_domain(run, own.config.domain.model)
-        return stages.train_bdlm(own, decoder(), alone.params["domain"])
+    def alone(own: Run) -> Params:
+        return stages.train_domain(run.final if own.first else run, own.config.domain.model).params["domain"]
 
-    chosen = rounds(run, own)
-    texts = stages.weigh_texts(own, chosen.params["lm"])
-    reader = functools.partial(stages.bdlm_reader, texts=texts)
+    def rounds(own: Run) -> Fitted:
+        return stages.train_bdlm(own, decoder(), alone(own))
+
+    chosen = rounds(own)
+    texts = teachers.weigh_texts(own, chosen.params["lm"])
+    weight = teachers.weigh_domain(own, chosen.params["lm"], alone(own), texts)
+    reader = functools.partial(teachers.read_teacher, texts=texts, alone=alone, weight=weight)
     distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
-    best = chosen if own.final is own else rounds(run.final, own.final)
+    best = chosen if own.final is own else rounds(own.final)
     refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled, reader=reader)
     return Bdlm(own.final, chosen, best, distilled, refreshed, texts)
 

@@ -63,6 +63,7 @@ CONTROLS = {
         lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | _start(config),
     ),
     "bdlm_headless": Control("what texts add to the LM's scores: nothing", _fixed({"mutual.text_head": "none"})),
+    "bdlm_lm_teaches": Control("what a teacher beside the LM adds: nothing", _fixed({"mutual.teacher": "lm"})),
     "bdlm_to_lm": Control("one-way teaching: domain → LM alone", _fixed(DEAF_DOMAIN)),
     # Without the LM's own alignment nothing fits the projection of its states: the score-level term is what teaches.
     "bdlm_to_domain": Control("one-way teaching: LM → domain alone", _fixed(DEAF_LM | UNALIGNED)),

@@ -19,7 +19,7 @@ from bdlm_jax.data.splits import TRAIN
 from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.run import build, checks, stages
+from bdlm_jax.run import build, checks, stages, teachers
 from bdlm_jax.run.build import Decoder, Run, start_run
 from bdlm_jax.run.workdir import hold
 from bdlm_jax.runtime.files import write_json
@@ -162,7 +162,9 @@ def _train(run: Run, own: Run, word: str, decoder: Callable[[], Decoder]) -> flo
         return train(own, start).value["lm"]
     alone = stages.train_domain(run, run.config.domain.model).params["domain"]
     chosen = stages.train_bdlm(own, start, alone)
-    reader = functools.partial(stages.bdlm_reader, texts=stages.weigh_texts(own, chosen.params["lm"]))
+    texts = teachers.weigh_texts(own, chosen.params["lm"])
+    weight = teachers.weigh_domain(own, chosen.params["lm"], alone, texts)
+    reader = functools.partial(teachers.read_teacher, texts=texts, alone=lambda _: alone, weight=weight)
     distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
     return (chosen.value["lm"] + distilled.value["domain"]) / 2
 

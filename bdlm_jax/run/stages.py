@@ -23,12 +23,10 @@ from bdlm_jax.run import build, general, rates, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.general import General
 from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
-from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.runtime.log import heed
 from bdlm_jax.types import Params
 
-TEXT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # tried, of the text head's terms
 _TEXT_ONLY, _ITEMS_ONLY = LMWeights(item=0.0, text=1.0), LMWeights(item=1.0, text=0.0)
 
 
@@ -41,6 +39,7 @@ class Reader(NamedTuple):
     cards: Packed | None = None
     texts: TextHead | None = None
     histories: Sequence[np.ndarray] = ()  # of everyone, where texts are read
+    beside: Any = None  # `teachers.Beside`: the domain model that teaches beside the LM
 
     def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
         sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
@@ -49,16 +48,17 @@ class Reader(NamedTuple):
     def scorer(self, run: Run, params: Params) -> CatalogueScorer:
         """The LM arm as a scorer: one forward pass a user."""
         states = self.read(run, params, self.users)
-        return scorers.state_scorer(*self._widen(states))
+        return scorers.state_scorer(*self.widen(states))
 
     def view(self, run: Run, params: Params) -> Params:
         """What the domain arm learns from."""
         cards = self.read(run, params, self.cards) if self.cards else None
         states = self.read(run, params, self.users)
-        view = scorers.lm_view(params, states, cards)
-        return view | dict(zip(("state_user", "rows_item"), self._widen(states)))
+        view, pair = scorers.lm_view(params, states, cards), self.widen(states)
+        return view | dict(zip(("state_user", "rows_item"), self.beside.widen(*pair) if self.beside else pair))
 
-    def _widen(self, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def widen(self, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The LM's states and rows, with what texts add to their products."""
         pair = states["user"], states["rows_item"]
         return self.texts.widen(*pair, self.histories) if self.texts else pair
 
@@ -199,34 +199,6 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     )
 
 
-def weigh_texts(run: Run, lm: Params) -> TextHead | None:
-    """Chooses on validation how much the items' texts weigh beside the LM, where `mutual.text_head` reads them.
-
-    One weight after the other, twice; what each pair reached is kept in text_head.json.
-    """
-    c = run.config.mutual
-    if c.text_head == "none":
-        return None
-    content_IC = run.content_IC
-    reader = bdlm_reader(run, "validation", texts=TextHead(content_IC))
-    states, reached = reader.read(run, lm, reader.users), {}
-
-    def value(last: float, mean: float) -> float:
-        if (last, mean) not in reached:
-            head = TextHead(content_IC, last, mean)
-            pair = head.widen(states["user"], states["rows_item"], reader.histories)
-            reached[last, mean] = validate(run, scorers.state_scorer(*pair))[run.config.select]
-        return reached[last, mean]
-
-    last = mean = 0.0
-    for _ in range(2):
-        last = max(TEXT_WEIGHTS, key=lambda weight: value(weight, mean))
-        mean = max(TEXT_WEIGHTS, key=lambda weight: value(last, weight))
-    tried = [{"last": a, "mean": b, run.config.select: reached[a, b]} for a, b in sorted(reached)]
-    write_json(run.folder / "text_head.json", {"last": last, "mean": mean, "validation": tried})
-    return TextHead(content_IC, last, mean)
-
-
 def distill_domain(
     run: Run, lm: Params, start: Params, *, reader: Callable[[Run, str], Reader] = bdlm_reader
 ) -> Fitted:
@@ -340,7 +312,7 @@ def _distill(
 ) -> Fitted:
     taught = _taught_arm(run, arm, reader.meeting, rate=run.config.mutual.distill_learning_rate, part=part)
     taught = taught._replace(view=lambda _: reader.view(run, lm))
-    parents = lm, start, reader.texts
+    parents = lm, start, reader.texts, *([reader.beside] if reader.beside else [])
     return _fit_domain(run, stage, arm, taught, phases=phases, parents=parents, params=lambda: start, **choice)
 
 

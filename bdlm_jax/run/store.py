@@ -29,9 +29,9 @@ from bdlm_jax.types import leaf_name
 
 _LOG = logging.getLogger(__name__)
 
-# Settings that no training reads, as patterns of whole keys. Data, candidates and words are hashed by their content.
+# Settings that no training reads, as patterns of keys. Data, candidates, words and teachers are hashed by content.
 _NEVER = r"""name models tuned_on runtime\..* dry_run\..* distributed\..* tokenizer\..* data\.(?!candidates_seed).*
-    evaluate\.(protocols|text_protocols|cases)"""
+    evaluate\.(protocols|text_protocols|cases) mutual\.teacher"""
 _ALONE = r"""domain\..* shared\.trained_by pretrain\.(corpus|epochs|learning_rate)
     prompts\.(kind|titled_share|card_copies|max_title_tokens) """
 _TAUGHT = r"lm_alone\..* pretrain\.(corpus|epochs|learning_rate) domain\.epochs evaluate\.text_history "
