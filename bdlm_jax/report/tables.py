@@ -104,7 +104,7 @@ def _header(runs: Sequence[Finished]) -> list[str]:
         f"interactions ({parts}); split {config['data']['split']}." + _judged(data),
         f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation."
         + _seen(runs),
-        f"* Hashes (data; candidates of test): {'; '.join(_hashes(run.data) for run in runs)}.",
+        f"* Hashes (data; candidates of test): {'; '.join(dict.fromkeys(_hashes(run.data) for run in runs))}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
         *(_language(run) for run in runs if run.facts["language"]),
     ]
