@@ -102,7 +102,7 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
     if names is None:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     names = sorted({*names} - {CHECKSUMS})
-    write_text(folder / CHECKSUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+    write_text(folder / CHECKSUMS, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names))
 
 
 def damaged_file(folder: str | os.PathLike, *names: str) -> Path | None:
@@ -123,7 +123,7 @@ def damaged_file(folder: str | os.PathLike, *names: str) -> Path | None:
         told[name] = digest
     for name in names or told:
         file = folder / name
-        if name in told and (not file.is_file() or _sha256(file) != told[name]):
+        if name in told and (not file.is_file() or file_sha256(file) != told[name]):
             return file
     return None
 
@@ -147,7 +147,8 @@ def explain_os(error: OSError) -> str:
     return f"{what} ({error.strerror or error}); check the path, its rights and the room on the disk."
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, as sha256sum prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

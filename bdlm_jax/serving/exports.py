@@ -1,7 +1,6 @@
 """What a finished run takes to other programs: two tables for NumPy, or a Hugging Face directory with its card."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdlm_jax.runtime.files import replacing, save_safetensors
+from bdlm_jax.runtime.files import file_sha256, replacing, save_safetensors
 from bdlm_jax.serving import artefact
 from bdlm_jax.types import InputError
 
@@ -43,7 +42,10 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: st
             "n_users": len(served.user_UD),
             "n_items": len(served.item_ID),
             "width": int(served.item_ID.shape[1]),
-            "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
+            "files": {
+                path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+                for path in sorted(folder.iterdir())
+            },
         }
         (folder / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return Path(out)
@@ -90,8 +92,3 @@ def _new_folder(out: str | os.PathLike) -> Iterator[Path]:
         yield folder
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes for the owner alone
-
-
-def _checksum(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
