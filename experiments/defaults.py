@@ -199,9 +199,8 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.temperature = 1.0
     mutual.text_head = "none"  # none | words: whether likeness of texts weighs in the LM's scores (lm/text_head.py)
     mutual.text_width = 128  # dimensions of a text
-    mutual.teacher = (
-        "lm"  # lm | pool (with the domain model's scores as it was alone): who teaches the domain arm at length
-    )
+    # lm | domain | pool: who teaches after the rounds, the LM as it is, the domain model as it was alone, or their sum
+    mutual.teacher = "lm"
     mutual.rounds = 3
     mutual.lm_epochs = 11.0  # the first LM phase
     mutual.lm_epochs_a_round = 4.0
@@ -213,6 +212,8 @@ def get_config() -> ml_collections.ConfigDict:
     # the domain model is much the weaker of the two (experiments/ml1m.py).
     mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 2.0, "kl": 0.1})
     mutual.domain = ml_collections.ConfigDict({"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0})
+    # Lessons, after the rounds: the LM and the domain arm learn in turn from the teacher; kl weighs in the LM's loss.
+    mutual.taught = ml_collections.ConfigDict({"rounds": 0, "lm_epochs": 5.0, "domain_epochs": 5, "kl": 1.0})
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
 

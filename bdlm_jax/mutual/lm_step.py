@@ -76,13 +76,16 @@ def lm_losses(
         state_NM = states_at(hidden_BLM, batch["user_index"])
         user_N = batch["user"].reshape(-1)
         known_N, user_N = (user_N >= 0).astype(state_NM.dtype), jnp.maximum(user_N, 0)
-        e_ND = view["user"][user_N]
         if weights.align_user:
             z_ND = sharing.bridge_out(lm["bridge"], state_NM)
-            terms["align_user"] = align(z_ND, e_ND, known_N, table=view["user"])
+            terms["align_user"] = align(z_ND, view["user"][user_N], known_N, table=view["user"])
         if weights.kl:
+            if "state_user" in view:  # of a teacher: what the domain arm hears too
+                teacher_NI = inner_products(view["state_user"][user_N], view["rows_item"])
+            else:
+                teacher_NI = arm.score(view.get("domain", {}), view["user"][user_N], view["item"])
             allowed_NI = constants["warm_I"] & ~negatives.mark_seen(constants["known"], user_N)
-            teacher_NI = jnp.where(allowed_NI, arm.score(view.get("domain", {}), e_ND, view["item"]), NEVER)
+            teacher_NI = jnp.where(allowed_NI, teacher_NI, NEVER)
             student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
     return terms
@@ -93,10 +96,11 @@ def make_lm_step(
 ):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
-    `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params. `constants` never
-    change: warm_I, known (a `Seen`) where the score-level term is on, and warm_item_W where `softmax_items` of them are
-    drawn anew for each step's softmax (0: it runs over all). With the optimiser's `rules` the gradient is taken of what
-    trains alone. A batch goes through the decoder in `accumulate` parts, one after the other, for the memory of one:
+    `view` is the domain arm as of the start of the phase: user (U, D), item (I, D), domain params; or a teacher's, for
+    the score-level term alone: state_user (U, N), rows_item (I, N). `constants` never change: warm_I, known (a `Seen`)
+    where that term is on, and warm_item_W where `softmax_items` of them are drawn anew for each step's softmax (0: it
+    runs over all). With the optimiser's `rules` the gradient is taken of what trains alone. A batch goes through the
+    decoder in `accumulate` parts, one after the other, for the memory of one:
     the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
     """
 

@@ -41,6 +41,11 @@ _ASIDE = (
     "dry_run.",
     "data.titles",
 )
+STAGE_WORDS = {
+    "bdlm": "Mutual rounds",
+    "taught": "Then lessons of both arms from their teacher",
+    "distill": "Then the domain arm from its teacher, by epochs",
+}
 BDLM = ("bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
 _AGAIN = "the same command of bdlm_jax.main makes it anew"
 _STAGES = ("*", "*/*", "*/*/*")  # "**" would not follow links into a store of stages
@@ -184,9 +189,13 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     return seconds
 
 
-def phase_names(config: dict) -> list[str]:
-    """Names the phases of the mutual rounds, in the order in which `stages.train_bdlm` runs them."""
+def phase_names(config: dict, stage: str = "bdlm") -> list[str]:
+    """Names the phases of a stage of both arms, in the order in which `stages` runs them."""
     m = config["mutual"]
+    if stage == "taught":
+        c, numbers = m["taught"], range(1, m["taught"]["rounds"] + 1)
+        epochs = {"LM": c["lm_epochs"], "domain": c["domain_epochs"]}
+        return [f"lesson {number}\n{arm}" for number in numbers for arm in epochs if epochs[arm]]
     names = ["LM first"] if m["lm_epochs"] else []
     for number in range(1, m["rounds"] + 1):
         names += [f"round {number}\ndomain"] if m["domain_epochs_a_round"] else []

@@ -17,6 +17,7 @@ from bdlm_jax.report import drawings, markup
 from bdlm_jax.report.claims import ARMS, CONTROL_METRIC, LEVEL, Claim, n_judged
 from bdlm_jax.report.drawings import Bar, Curve
 from bdlm_jax.report.finished_run import (
+    STAGE_WORDS,
     Finished,
     chance_of,
     default_settings,
@@ -163,7 +164,7 @@ def _curves(runs: Sequence[Finished]) -> str:
             for run in runs
             for arm, values in run.facts["curves"].get(stage, {}).items()
         ]
-        for stage in ("bdlm", "distill")
+        for stage in STAGE_WORDS
     }
     curves = {stage: made for stage, made in curves.items() if made}
     if not curves:
@@ -176,9 +177,10 @@ def _curves(runs: Sequence[Finished]) -> str:
     config, panels = runs[0].config, []
     for stage, made in curves.items():
         n = max(len(curve.values) for curve in made)
-        names = phase_names(config) if stage == "bdlm" else [str(distill_epochs(config, phase)) for phase in range(n)]
+        last = stage == "distill"
+        names = [str(distill_epochs(config, phase)) for phase in range(n)] if last else phase_names(config, stage)
         names += [""] * (n - len(names))
-        words = "Mutual rounds" if stage == "bdlm" else "Then the domain arm from the chosen LM, by epochs"
+        words = STAGE_WORDS[stage]
         picture = drawings.draw_curves(f"{words}: {config['select']} on validation", made, names, levels, ticks)
         panels.append(f"<figure><figcaption>{escape(words)}</figcaption>{picture}</figure>")
     entries = [("line domain", "domain arm"), ("line lm", "LM arm")]

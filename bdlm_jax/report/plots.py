@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from bdlm_jax.report.finished_run import (
     FEWEST_TARGETS,
+    STAGE_WORDS,
     Finished,
     chance_of,
     distill_epochs,
@@ -100,13 +101,13 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
 
 def _draw_learning(run: Finished, *, title: str) -> Figure | None:
     """Both arms' validation over the mutual rounds, and the domain arm's over its distillation."""
-    stages = {stage: (run.best(stage), run.facts["curves"].get(stage)) for stage in ("bdlm", "distill")}
+    stages = {stage: (run.best(stage), run.facts["curves"].get(stage)) for stage in STAGE_WORDS}
     if not all(stages["bdlm"]):
         return None
     shown = {stage: made for stage, made in stages.items() if all(made)}
     alone = {"domain": run.domain_model, "lm": "ids_lm"}
     reached = {arm: best for arm, stage in alone.items() if (best := run.best(stage))}
-    size, widths = ((9.2, 3.5), [3, 2]) if len(shown) == 2 else ((5.6, 3.5), None)
+    size, widths = ((2.0 + 3.6 * len(shown), 3.5), [3 - (stage != "bdlm") for stage in shown])
     figure, all_axes = _panels(title, len(shown), size=size, width_ratios=widths)
     for axes, (stage, (best, curves)) in zip(all_axes, shown.items()):
         for arm, values in curves.items():
@@ -118,12 +119,12 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         for arm, found in reached.items():
             line = {"color": ARM[arm][1], "linestyle": ":", "linewidth": 1.3, "alpha": 0.8}
             axes.axhline(found[arm]["value"], label=f"{alone[arm]} alone", **line)
-        rounds, epochs = phase_names(run.config), range(len(curves.get("domain", ())))
-        phases = rounds if stage == "bdlm" else [str(distill_epochs(run.config, phase)) for phase in epochs]
-        step = -(-len(phases) // (8 if stage == "bdlm" else 10))  # more of them would touch
+        last, epochs = stage == "distill", range(len(curves.get("domain", ())))
+        phases = [str(distill_epochs(run.config, n)) for n in epochs] if last else phase_names(run.config, stage)
+        step = -(-len(phases) // (10 if last else 8 if stage == "bdlm" else 5))  # more of them would touch
         shown_phases = range((len(phases) - 1) % step, len(phases), step)
         axes.set_xticks(shown_phases, [phases[n] for n in shown_phases])
-        axes.set_xlabel("mutual rounds" if stage == "bdlm" else "then from the chosen LM: epochs", fontsize=9)
+        axes.set_xlabel(STAGE_WORDS[stage].lower(), fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)
     # Below the axes, where it covers no curve.

@@ -226,12 +226,14 @@ def _margin_cells(claim: Claim) -> list[str]:
 
 
 def _chosen(run: Finished) -> list[str]:
-    names, said = phase_names(run.config), []
-    if best := run.best("bdlm"):
-        for arm, label in (("domain", "domain arm"), ("lm", "LM arm")):
-            phase, value = best[arm]["phase"], number(best[arm]["value"])
-            name = names[phase].replace("\n", ", ") if phase < len(names) else f"phase {phase}"
-            said.append(f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {value}")
+    said = []
+    for stage in ("bdlm", "taught"):
+        if best := run.best(stage):
+            names = phase_names(run.config, stage)
+            for arm, label in (("domain", "domain arm"), ("lm", "LM arm")):
+                phase, value = best[arm]["phase"], number(best[arm]["value"])
+                name = names[phase].replace("\n", ", ") if phase < len(names) else f"phase {phase}"
+                said.append(f"the {label} after “{name}” ({phase + 1} of {len(names)}), {run.config['select']} {value}")
     if best := run.best("distill"):
         epochs, most = distill_epochs(run.config, best["domain"]["phase"]), run.config["mutual"]["distill_epochs"]
         value = number(best["domain"]["value"])

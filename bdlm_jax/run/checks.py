@@ -108,7 +108,7 @@ RULES = {
     "prompts.chat": _word(("auto", "always", "never")),
     "prompts.user_dropout": _from(0, most=1),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
-    "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "pool")),
+    "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "domain", "pool")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
@@ -132,7 +132,8 @@ _MANY = {
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
         domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
-        mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.kl_items mutual.lm.item mutual.lm.text
+        mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.taught.rounds mutual.taught.lm_epochs
+        mutual.taught.domain_epochs mutual.taught.kl mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
         sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items itemgcn.n_layers itemgcn.text_neighbours

@@ -82,23 +82,19 @@ def make_entries(run: Run, word: str, decoder: Callable[[], Decoder]) -> Iterato
 
 
 def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> Bdlm:
-    """Trains BDLM or one of its controls: mutual rounds, then the domain arm against the LM states of test time."""
+    """Trains BDLM or one of its controls: rounds, lessons, then the domain arm against its teacher at test time."""
     own = run if word == "bdlm" else run.variant(word, CONTROLS[word].settings(run.config))
 
     def alone(own: Run) -> Params:
         return stages.train_domain(run.final if own.first else run, own.config.domain.model).params["domain"]
 
-    def rounds(own: Run) -> Fitted:
-        return stages.train_bdlm(own, decoder(), alone(own))
-
-    chosen = rounds(own)
-    texts = teachers.weigh_texts(own, chosen.params["lm"])
-    weight = teachers.weigh_domain(own, chosen.params["lm"], alone(own), texts)
-    reader = functools.partial(teachers.read_teacher, texts=texts, alone=alone, weight=weight)
-    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
-    best = chosen if own.final is own else rounds(own.final)
-    refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled, reader=reader)
-    return Bdlm(own.final, chosen, best, distilled, refreshed, texts)
+    taught_by = {}
+    chosen = teachers.learn_together(own, decoder(), alone, taught_by)
+    last = taught_by["after"]
+    distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=last.read)
+    best = chosen if own.final is own else teachers.learn_together(own.final, decoder(), alone, taught_by)
+    refreshed = stages.refresh_domain(own.final, best.params["lm"], best.params["domain"], distilled, reader=last.read)
+    return Bdlm(own.final, chosen, best, distilled, refreshed, last.texts)
 
 
 def _bdlm(run: Run, decoder, word: str) -> Iterator[Entry]:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-DEAF_LM = {f"mutual.lm.{term}": 0.0 for term in ("align_user", "align_item", "kl")}
+DEAF_LM = {f"mutual.lm.{term}": 0.0 for term in ("align_user", "align_item", "kl")} | {"mutual.taught.kl": 0.0}
 DEAF_DOMAIN = {f"mutual.domain.{term}": 0.0 for term in ("align_user", "align_item", "kl")}
 UNALIGNED = {f"mutual.{arm}.{term}": 0.0 for arm in ("lm", "domain") for term in ("align_user", "align_item")}
 NO_ROUNDS = {"mutual.domain_epochs_a_round": 0}  # the LM's phases, and with them the choice among them, stay
+NO_LESSONS = {"mutual.taught.domain_epochs": 0, "mutual.teacher": "lm"}  # the LM's epochs in them stay
 NO_TEXT = {
     "mutual.lm.text": 0.0, "prompts.kind": "ids", "prompts.titled_share": 0.0, "prompts.card_copies": 0.0,
     "pretrain.replay_share": 0.0, "mutual.text_head": "none",
@@ -40,7 +41,7 @@ def _rounds(number: int, config: ConfigDict) -> dict[str, Any]:
     return {
         "mutual.rounds": number,
         "mutual.lm_epochs_a_round": m.lm_epochs_a_round * times,
-        "mutual.domain_epochs_a_round": max(1, round(m.domain_epochs_a_round * times)),
+        "mutual.domain_epochs_a_round": m.domain_epochs_a_round and max(1, round(m.domain_epochs_a_round * times)),
     }
 
 
@@ -56,14 +57,19 @@ def _fixed(settings: dict[str, Any]) -> Callable[[ConfigDict], dict[str, Any]]:
 CONTROLS = {
     "bdlm_warm": Control(
         "is it only the warm start? ids_lm, its items started from the domain model; a domain arm distilled from it",
-        lambda config: NO_TEXT | DEAF_LM | UNALIGNED | NO_ROUNDS | _start(config),
+        lambda config: NO_TEXT | DEAF_LM | UNALIGNED | NO_ROUNDS | NO_LESSONS | _start(config),
     ),
     "bdlm_text": Control(
         "is it only the text? the warm start and the items' text, no mutual term for the LM",
-        lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | _start(config),
+        lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | NO_LESSONS | _start(config),
     ),
     "bdlm_headless": Control("what texts add to the LM's scores: nothing", _fixed({"mutual.text_head": "none"})),
-    "bdlm_lm_teaches": Control("what a teacher beside the LM adds: nothing", _fixed({"mutual.teacher": "lm"})),
+    "bdlm_lm_teaches": Control(
+        "does either know what the other does not? the LM alone teaches both arms", _fixed({"mutual.teacher": "lm"})
+    ),
+    "bdlm_domain_teaches": Control(
+        "… the domain model, as it was alone, teaches both arms", _fixed({"mutual.teacher": "domain"})
+    ),
     "bdlm_to_lm": Control("one-way teaching: domain → LM alone", _fixed(DEAF_DOMAIN)),
     # Without the LM's own alignment nothing fits the projection of its states: the score-level term is what teaches.
     "bdlm_to_domain": Control("one-way teaching: LM → domain alone", _fixed(DEAF_LM | UNALIGNED)),

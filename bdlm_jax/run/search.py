@@ -161,10 +161,9 @@ def _train(run: Run, own: Run, word: str, decoder: Callable[[], Decoder]) -> flo
         train = {"text_lm": stages.train_text_lm, "ids_lm": stages.train_ids_lm}[word]
         return train(own, start).value["lm"]
     alone = stages.train_domain(run, run.config.domain.model).params["domain"]
-    chosen = stages.train_bdlm(own, start, alone)
-    texts = teachers.weigh_texts(own, chosen.params["lm"])
-    weight = teachers.weigh_domain(own, chosen.params["lm"], alone, texts)
-    reader = functools.partial(teachers.read_teacher, texts=texts, alone=lambda _: alone, weight=weight)
+    taught_by = {}
+    chosen = teachers.learn_together(own, start, lambda _: alone, taught_by)
+    reader = taught_by["after"].read
     distilled = stages.distill_domain(own, chosen.params["lm"], chosen.params["domain"], reader=reader)
     return (chosen.value["lm"] + distilled.value["domain"]) / 2
 

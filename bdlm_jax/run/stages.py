@@ -154,7 +154,7 @@ def train_domain(run: Run, model: str) -> Fitted:
 
 def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
     """Runs the mutual rounds: the LM's first phase, then domain and LM phases in turn."""
-    config, m, trained_by = run.config, run.config.mutual, run.config.shared.trained_by
+    config, m = run.config, run.config.mutual
     text = general.general_text(run, decoder)
     reader, packed = bdlm_reader(run, "validation"), _bdlm_rows(run, text)
     arm, meeting = reader.arm, reader.meeting
@@ -164,28 +164,8 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         phases.append(Phase("domain", m.domain_epochs_a_round, f"round {number}, domain"))
         phases.append(phase._replace(name=f"round {number}, LM"))
     tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
-
-    def validate_arm(name, params):
-        spoken = general.spoken(run, text, params["lm"]) if name == "lm" else {}
-        scorer = scorers.domain_scorer(arm, params) if name == "domain" else reader.scorer(run, params)
-        return spoken | validate(run, scorer)
-
-    def write_back(params):
-        states = reader.read(run, params, reader.cards)["item"]
-        z_item_ID = sharing.bridge_out(params["lm"]["bridge"], states)
-        return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
-
-    shared = rates.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
-    bridge = rates.bridge_rate(run, decoder, read_std=tables.read_std, given=m.learning_rate_bridge)
-    moves = rates.lm_rates(
-        rates.schedule(run, lm_phases), bridge=bridge,
-        shared=shared if trained_by in ("both", "lm") else None,
-    )  # fmt: skip
-    lm_weights = LMWeights(**m.lm.to_dict())
-    lm_arm = build.make_lm_arm(run, packed, meeting, lm_weights, moves, arm=arm)
+    lm_arm = _bdlm_lm_arm(run, reader, packed, LMWeights(**m.lm.to_dict()), lm_phases, decoder, tables)
     lm_arm = lm_arm._replace(view=lambda params: scorers.domain_view(arm, params))
-    if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
-        lm_arm = lm_arm._replace(finish=write_back)
     domain_arm = _taught_arm(run, arm, meeting, rate=m.domain_learning_rate)
     return run.fit(
         "bdlm",
@@ -193,8 +173,43 @@ def train_bdlm(run: Run, decoder: Decoder, domain_params: Params) -> Fitted:
         phases=[phase for phase in phases if phase.units],
         arms={"lm": lm_arm, "domain": domain_arm._replace(view=lambda params: reader.view(run, params))},
         params=lambda: build.init_params(run, "bdlm", tables, decoder),
-        validate=validate_arm,
+        validate=_judge_both(run, reader, text),
         select=config.select,
+        judged=("domain", "lm"),
+    )
+
+
+def teach_both(run: Run, decoder: Decoder, start: Params, domain_params: Params, reader: Reader) -> Fitted:
+    """Lets both arms learn in turn from the teacher that `reader` makes of the LM as it starts here (ours).
+
+    Both hear it of users alone, at the end of a history; the table that they share stays one, and each phase begins
+    with what the other arm has made of it. A teacher made anew of an LM whose table the domain arm has just moved is
+    a worse one (docs/experiments.md). Source: knowledge distillation from an ensemble that learns with its
+    members (ONE, Lan et al. 2018; KDCL, Guo et al. 2020).
+    """
+    c, m = run.config.mutual.taught, run.config.mutual
+    text = general.general_text(run, decoder)
+    arm, packed = reader.arm, _bdlm_rows(run, text)
+    lm_phases = _lm_phases(run, packed, [c.lm_epochs] * c.rounds, "LM")
+    phases = []
+    for number, phase in enumerate(lm_phases, 1):
+        phases.append(phase._replace(name=f"lesson {number}, LM"))
+        phases.append(Phase("domain", c.domain_epochs, f"lesson {number}, domain"))
+    tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
+    weights = LMWeights(item=m.lm.item, text=m.lm.text, kl=c.kl)
+    teach = functools.cache(lambda: reader.view(run, start))
+    arms = {
+        "lm": _bdlm_lm_arm(run, reader, packed, weights, lm_phases, decoder, tables),
+        "domain": _taught_arm(run, arm, reader.meeting, rate=m.distill_learning_rate),
+    }
+    return run.fit(
+        "taught",
+        parents=(start, domain_params, reader.texts, *([reader.beside] if reader.beside else [])),
+        phases=[phase for phase in phases if phase.units],
+        arms={name: made._replace(view=lambda _: teach()) for name, made in arms.items()},
+        params=lambda: start,
+        validate=_judge_both(run, reader, text),
+        select=run.config.select,
         judged=("domain", "lm"),
     )
 
@@ -287,6 +302,35 @@ def _train_lm(
         judged=("lm",),
         **choice,
     )
+
+
+def _bdlm_lm_arm(run: Run, reader: Reader, packed: Packed, weights: LMWeights, phases, decoder: Decoder, tables):
+    """BDLM's LM arm, without a view yet; `tables` are those with which its first stage began."""
+    m, trained_by = run.config.mutual, run.config.shared.trained_by
+    shared = rates.shared_rate(run, decoder, read_std=tables.read_std, reads=m.reads)
+    bridge = rates.bridge_rate(run, decoder, read_std=tables.read_std, given=m.learning_rate_bridge)
+    moves = rates.lm_rates(
+        rates.schedule(run, phases), bridge=bridge, shared=shared if trained_by in ("both", "lm") else None
+    )
+
+    def write_back(params):
+        states = reader.read(run, params, reader.cards)["item"]
+        z_item_ID = sharing.bridge_out(params["lm"]["bridge"], states)
+        return {**params, "shared": sharing.write_back(params["shared"], z_item_ID, ~run.warm_I)}
+
+    made = build.make_lm_arm(run, packed, reader.meeting, weights, moves, arm=reader.arm)
+    if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
+        made = made._replace(finish=write_back)
+    return made
+
+
+def _judge_both(run: Run, reader: Reader, text: General) -> Callable[[str, Params], dict[str, float]]:
+    def validate_arm(name, params):
+        spoken = general.spoken(run, text, params["lm"]) if name == "lm" else {}
+        scorer = scorers.domain_scorer(reader.arm, params) if name == "domain" else reader.scorer(run, params)
+        return spoken | validate(run, scorer)
+
+    return validate_arm
 
 
 def _taught_arm(run: Run, arm: DomainArm, meeting: Meeting, *, rate: float, part: str = "validation"):

@@ -42,9 +42,10 @@ UNREAD = {
         prompts\.(?!(length|user_dropout)$).* pretrain\.(replay_share|samples)""",
     "text_lm": _ALONE + r"mutual\..* lm_alone\.(?!text_epochs$).* prompts\.read_named",
     "ids_lm": _ALONE + r"mutual\.(?!(lm_epochs.*|rounds)$).* lm_alone\.text_epochs evaluate\.text_history",
-    "bdlm": _TAUGHT + r"mutual\.(distill_|text_).* domain\.test_graph",
-    "distill": _TAUGHT + r"mutual\.text_.* domain\.test_graph",
-    "refresh": _TAUGHT + r"mutual\.text_.* evaluate\..*",
+    "bdlm": _TAUGHT + r"mutual\.(distill_|text_|taught\.).* domain\.test_graph",
+    "taught": _TAUGHT + r"mutual\.(distill_epochs|text_.*) domain\.test_graph",
+    "distill": _TAUGHT + r"mutual\.(text_|taught\.).* domain\.test_graph",
+    "refresh": _TAUGHT + r"mutual\.(text_|taught\.).* evaluate\..*",
     **dict.fromkeys(MODELS, r"""lm\..* pretrain\..* lm_alone\..* mutual\..* prompts\.(?!max_items$).*
         shared\.trained_by domain\.test_graph evaluate\.text_history"""),
 }  # fmt: skip

@@ -63,6 +63,24 @@ def test_every_term_of_the_lm_equals_the_prompts_taken_one_by_one(params):
     assert list(jax.eval_shape(functools.partial(terms_of, weights=LMWeights(text=0.0)), *inputs)) == ["item"]
 
 
+def test_a_teacher_is_heard_of_users_by_its_own_states_and_rows(params):
+    rng = np.random.default_rng(0)
+    state_UN, rows_IN = rng.normal(size=(len(HISTORIES), 5)), rng.normal(size=(N_ITEMS, 5))
+    rows_IM = np.asarray(sharing.id_rows(params, meeting=MEETING, arm=ARM)[1], np.float64)
+    wanted = 0.0
+    for user, history in enumerate(HISTORIES):
+        hidden = small_bdlm.hidden_alone(params, small_bdlm.history_prompt(user), ARM, MEETING)
+        open_I = WARM_I & ~np.isin(np.arange(N_ITEMS), history)
+        teacher, student = state_UN[user] @ rows_IN.T, hidden[-1] @ rows_IM.T
+        wanted += small_bdlm.softened_kl(teacher[open_I], student[open_I], MEETING.temperature)
+    terms_of = functools.partial(lm_step.lm_losses, arm=ARM, meeting=MEETING)
+    view = {"state_user": state_UN.astype(np.float32), "rows_item": rows_IN.astype(np.float32)}
+    inputs = params, small_bdlm.whole_batch(), view, small_bdlm.lm_constants()
+    total, count = jax.jit(functools.partial(terms_of, weights=LMWeights(item=0.0, text=0.0, kl=1.0)))(*inputs)["kl"]
+    np.testing.assert_allclose(total, wanted, rtol=2e-4)
+    assert count == len(HISTORIES)
+
+
 def test_the_step_reports_the_weighted_sum_and_draws_new_dropout(params):
     meeting = small_bdlm.make_meeting(reads="layer0", dropout=0.5)
     weights, optimizer = LMWeights(item=2.0, text=0.5), small_bdlm.make_optimizer(rate=0.0)

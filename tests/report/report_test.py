@@ -81,6 +81,8 @@ def test_phases_are_named_as_the_stage_runs_them():
     assert phase_names(config) == ["LM first", "round 1\nLM", "round 2\nLM"]
     config["mutual"] |= {"lm_epochs": 0.0, "domain_epochs_a_round": 1}
     assert phase_names(config)[:2] == ["round 1\ndomain", "round 1\nLM"]
+    config["mutual"]["taught"] = {"rounds": 2, "lm_epochs": 5.0, "domain_epochs": 0}
+    assert phase_names(config, "taught") == ["lesson 1\nLM", "lesson 2\nLM"]
 
 
 def test_seeds_become_one_section_with_deviations_and_other_settings_another(tmp_path):

@@ -8,7 +8,7 @@ from bdlm_jax.run.checks import check_config
 from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import ANSWERS, CONTROLS
 
-EXPERIMENTS = ("beauty", "ml100k", "ml1m", "quickstart", "tiny")
+EXPERIMENTS = ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "quickstart", "tiny")
 
 
 def flat(config):
@@ -20,7 +20,7 @@ def flat(config):
 
 
 def lm_epochs(m):
-    return m.lm_epochs + m.rounds * m.lm_epochs_a_round
+    return m.lm_epochs + m.rounds * m.lm_epochs_a_round + m.taught.rounds * m.taught.lm_epochs
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -25,14 +25,18 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     for section in (config.sasrec, config.itemgcn):
         section.update({"epochs": 2, "batch_size": 32})
     config.mutual.update({"domain_epochs_a_round": 1, "distill_epochs": 2})
-    config.mutual.teacher = "pool" if model == "itemgcn" else "lm"
+    if model == "itemgcn":
+        config.mutual.teacher = "pool"
+        config.mutual.taught.update({"rounds": 1, "lm_epochs": 1.0, "domain_epochs": 1})
     config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
     results = train_and_evaluate(config, str(tmp_path))
     assert {row["model"] for row in results["rows"]} == {model, "bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed"}
     assert all(math.isfinite(row["value"]) for row in results["rows"])
 
     # Who taught the domain arm at the end was weighed on validation.
-    assert (tmp_path / "teacher.json").is_file() == (model == "itemgcn")
+    told = {path.name for path in tmp_path.glob("*teacher.json")}
+    assert told == ({"bdlm_teacher.json", "teacher.json"} if model == "itemgcn" else set())
+    assert (tmp_path / "taught" / "done.json").is_file() == (model == "itemgcn")
 
     # What is served ranks as what was evaluated.
     served, catalogue = artefact.load_domain_arm(tmp_path), artefact.load_catalogue(tmp_path)

@@ -49,6 +49,24 @@ def test_the_switch_says_which_arm_trains_the_shared_tables(run, trained_by, wan
     assert [phase.arm for phase in made["phases"]] == ["lm", "domain", "lm"]
 
 
+def test_in_lessons_both_arms_learn_in_turn_from_the_teacher_in_the_tree_that_the_rounds_left(run):
+    config = run.config
+    config.mutual.taught.update({"rounds": 2, "lm_epochs": 1.0, "domain_epochs": 3})
+    domain_params, rounds = train_bdlm(run)
+    start, reader = rounds["params"](), stages.bdlm_reader(run, "validation")
+    made = stages.teach_both(run, build.make_decoder(run, None), start, domain_params, reader)
+    assert [(phase.arm, phase.units) for phase in made["phases"] if phase.arm == "domain"] == [("domain", 3)] * 2
+    assert [phase.arm for phase in made["phases"]] == ["lm", "domain", "lm", "domain"]
+    assert made["params"]() is start and made["judged"] == ("domain", "lm")
+    views = [arm.view(start) for arm in made["arms"].values()]
+    for view in views:
+        assert set(view) >= {"state_user", "rows_item"}
+        np.testing.assert_array_equal(view["state_user"], views[0]["state_user"])
+    config.mutual.taught.domain_epochs = 0
+    made = stages.teach_both(run, build.make_decoder(run, None), start, domain_params, reader)
+    assert [phase.arm for phase in made["phases"]] == ["lm", "lm"]
+
+
 @pytest.mark.parametrize("initial", ["domain", "random"])
 def test_the_shared_tables_begin_with_the_domain_model_or_at_random(run, initial):
     run.config.shared.initial = initial

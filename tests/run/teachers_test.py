@@ -1,4 +1,4 @@
-"""Who teaches the domain arm at length."""
+"""Who teaches both arms at length."""
 
 import dataclasses
 import json
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.run import build, teachers
+from bdlm_jax.run import build, stages, teachers
 from bdlm_jax.runtime.files import load_safetensors
+from bdlm_jax.runtime.fit import Fitted
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,18 @@ def test_where_the_lm_teaches_alone_nothing_is_weighed(trained):
     run, lm, alone = trained
     assert run.config.mutual.teacher == "lm"
     assert teachers.weigh_domain(run, lm, alone, None) is None
-    assert teachers.read_teacher(run, "test", texts=None, alone=None, weight=None).beside is None
+    assert teachers.Teacher(None, None, alone=None).read(run, "test").beside is None
+
+
+def test_where_the_domain_model_teaches_its_scores_alone_are_heard(trained):
+    run, lm, alone = trained
+    config = run.config.copy_and_resolve_references()
+    config.mutual.teacher = "domain"
+    run = dataclasses.replace(run, config=config)
+    weight = teachers.weigh_domain(run, lm, alone, None)
+    view = teachers.Teacher(None, weight, lambda _: alone).read(run, "validation").view(run, lm)
+    user_UD, item_ID = build.make_arm(run, "lightgcn").encode(*(alone[name] for name in ("shared", "domain")))
+    np.testing.assert_allclose(view["state_user"] @ view["rows_item"].T, user_UD @ item_ID.T, rtol=1e-3, atol=1e-5)
 
 
 def test_a_pool_is_the_sum_of_both_scores_and_its_weight_the_best_on_validation(trained):
@@ -38,7 +50,7 @@ def test_a_pool_is_the_sum_of_both_scores_and_its_weight_the_best_on_validation(
     weight = teachers.weigh_domain(run, lm, alone, None)
     told = json.loads((run.folder / "teacher.json").read_text())
     assert told["weight"] == weight and told["validation"][str(weight)] == max(told["validation"].values())
-    reader = teachers.read_teacher(run, "validation", texts=None, alone=lambda _: alone, weight=0.75)
+    reader = teachers.Teacher(None, 0.75, lambda _: alone).read(run, "validation")
     view = reader.view(run, lm)
     states = reader.read(run, lm, reader.users)
     user_UD, item_ID = build.make_arm(run, "lightgcn").encode(*(alone[name] for name in ("shared", "domain")))
@@ -51,9 +63,35 @@ def test_a_pool_is_the_sum_of_both_scores_and_its_weight_the_best_on_validation(
 
 def test_at_test_the_domain_model_knows_the_validation_item(trained):
     run, _, alone = trained
-    how = {"texts": None, "alone": lambda _: alone, "weight": 1.0}
-    at = {part: teachers.read_teacher(run, part, **how).beside for part in ("validation", "test")}
+    teacher = teachers.Teacher(None, 1.0, lambda _: alone)
+    at = {part: teacher.read(run, part).beside for part in ("validation", "test")}
     arm = build.make_arm(run, "lightgcn", parts=build.parts_at_test(run.config))
     wanted, _ = arm.encode(*(alone[name] for name in ("shared", "domain")))
     np.testing.assert_allclose(at["test"].user_UD, wanted, rtol=1e-4, atol=1e-6)
     assert not np.allclose(at["validation"].user_UD, at["test"].user_UD)
+
+
+@pytest.mark.parametrize("lessons", [0, 2])
+def test_a_refit_hears_the_teachers_that_were_chosen_before_it(trained, monkeypatch, lessons):
+    run, lm, alone = trained
+    config = run.config.copy_and_resolve_references()
+    config.mutual.teacher, config.mutual.taught.rounds = "pool", lessons
+    run, told = dataclasses.replace(run, config=config), []
+    monkeypatch.setattr(stages, "train_bdlm", lambda *_: Fitted({"lm": lm}, {}, {}))
+
+    def teach_both(own, decoder, start, domain_params, reader):
+        told.append((own is run, reader.beside.weight, reader.beside.user_UD))
+        return Fitted({"lm": lm}, {}, {})
+
+    monkeypatch.setattr(stages, "teach_both", teach_both)
+    taught_by = {}
+    teachers.learn_together(run, None, lambda _: alone, taught_by)
+    files = {path.name for path in run.folder.glob("*teacher.json")}
+    assert files >= {"teacher.json"} | ({"bdlm_teacher.json"} if lessons else set())
+    monkeypatch.setattr(stages, "validate", None)  # a refit has no validation
+    teachers.learn_together(dataclasses.replace(run, first=run), None, lambda _: alone, taught_by)
+    assert [first for first, *_ in told] == ([True, False] if lessons else [])
+    if lessons:
+        assert told[0][1] == told[1][1] == taught_by["bdlm"].weight
+        assert np.array_equal(told[0][2], told[1][2])
+    assert set(taught_by) == {"after", "bdlm"} | ({"taught"} if lessons else set())
