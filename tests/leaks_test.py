@@ -13,7 +13,7 @@ import small_bdlm
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain import negatives
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.run import build, guards, prepare, stages
+from bdlm_jax.run import build, guards, prepare, reading, stages
 from bdlm_jax.run.rows import prompts
 from bdlm_jax.types import LeakError
 from experiments import tiny
@@ -101,7 +101,7 @@ def graph_at_test(run):
 
 
 def read(part):
-    return lambda run: stages.ids_reader(run, part)
+    return lambda run: reading.ids_reader(run, part)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer
 from bdlm_jax.lm.text_head import TextHead
-from bdlm_jax.run import build, served, stages, teachers
+from bdlm_jax.run import build, reading, served, stages, teachers
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
 from bdlm_jax.run.prepare import KNOWN
@@ -58,10 +58,10 @@ class Bdlm(NamedTuple):
     refreshed: Fitted
     texts: TextHead | None
 
-    def reader(self, *, chosen: bool = False, behind: int = 0) -> stages.Reader:
+    def reader(self, *, chosen: bool = False, behind: int = 0) -> reading.Reader:
         """Reads the LM arm for its test, or for the validation that chose it."""
         run, part = (self.run.first or self.run, "validation") if chosen else (self.run, "test")
-        return stages.bdlm_reader(run, part, behind=behind, texts=self.texts)
+        return reading.bdlm_reader(run, part, behind=behind, texts=self.texts)
 
     @property
     def lm(self) -> Params:
@@ -140,8 +140,8 @@ def _text_lm(run: Run, decoder) -> Iterator[Entry]:
 
 def _ids_lm(run: Run, decoder) -> Iterator[Entry]:
     lm = _train(run, lambda run: stages.train_ids_lm(run, decoder())).params["lm"]
-    own = Served("ids_lm", "lm", lambda: served.lm_fields(run, stages.ids_reader(run, "test"), lm, kind="ids"))
-    yield Entry("ids_lm", lambda: stages.ids_reader(run, "test").scorer(run, lm), served=own)
+    own = Served("ids_lm", "lm", lambda: served.lm_fields(run, reading.ids_reader(run, "test"), lm, kind="ids"))
+    yield Entry("ids_lm", lambda: reading.ids_reader(run, "test").scorer(run, lm), served=own)
 
 
 def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:
@@ -151,9 +151,9 @@ def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:
     def teacher_and_start(run: Run) -> tuple[Params, Params]:
         return stages.train_ids_lm(run, decoder()).params["lm"], stages.train_domain(run, model).params["domain"]
 
-    distilled = stages.distill_domain(own, *teacher_and_start(run), reader=stages.ids_reader)
+    distilled = stages.distill_domain(own, *teacher_and_start(run), reader=reading.ids_reader)
     pair = teacher_and_start(run.final)
-    refreshed = stages.refresh_domain(own.final, *pair, distilled, reader=stages.ids_reader).params["domain"]
+    refreshed = stages.refresh_domain(own.final, *pair, distilled, reader=reading.ids_reader).params["domain"]
     yield Entry("ids_lm_distilled", lambda: _domain_scorer(own.final, model, refreshed))
 
 
@@ -189,11 +189,11 @@ def _pool_alone(run: Run, decoder) -> Iterator[Entry]:
     chosen, tested = trained(run), trained(run.final)
 
     def at_validation():
-        yield stages.ids_reader(run, "validation").scorer(run, chosen[0])
+        yield reading.ids_reader(run, "validation").scorer(run, chosen[0])
         yield scorers.domain_scorer(build.make_arm(run, model), chosen[1])
 
     def at_test():
-        yield stages.ids_reader(run.final, "test").scorer(run.final, tested[0])
+        yield reading.ids_reader(run.final, "test").scorer(run.final, tested[0])
         yield _domain_scorer(run.final, model, tested[1])
 
     yield _weighted(run, "pool_alone", at_validation, at_test)

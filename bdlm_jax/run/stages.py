@@ -4,18 +4,14 @@ A stage names its arms, its phases and its validation, and hands them to the one
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
 from bdlm_jax.data.candidates import check_unchanged, draw_cases
 from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
-from bdlm_jax.evaluation.evaluate import CandidateScorer, CatalogueScorer, Counts
+from bdlm_jax.evaluation.evaluate import CandidateScorer, Counts
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
@@ -23,59 +19,11 @@ from bdlm_jax.run import build, general, rates, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.general import General
 from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
+from bdlm_jax.run.reading import Reader, bdlm_reader, heeding, ids_reader
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
-from bdlm_jax.runtime.log import heed
 from bdlm_jax.types import Params
 
 _TEXT_ONLY, _ITEMS_ONLY = LMWeights(item=0.0, text=1.0), LMWeights(item=1.0, text=0.0)
-
-
-class Reader(NamedTuple):
-    """How the LM's states are read: how the arms meet, everyone's prompt, and every item's card (or None)."""
-
-    arm: DomainArm
-    meeting: Meeting
-    users: Packed
-    cards: Packed | None = None
-    texts: TextHead | None = None
-    histories: Sequence[np.ndarray] = ()  # of everyone, where texts are read
-    beside: Any = None  # `teachers.Beside`: the domain model that teaches beside the LM
-
-    def read(self, run: Run, params: Params, packed: Packed) -> dict[str, np.ndarray]:
-        sizes = {"n_users": run.data.n_users, "n_items": run.data.n_items, "batch_rows": run.config.lm.batch_rows}
-        return scorers.read_states(params, packed, arm=self.arm, meeting=self.meeting, heed=_heed(run), **sizes)
-
-    def scorer(self, run: Run, params: Params) -> CatalogueScorer:
-        """The LM arm as a scorer: one forward pass a user."""
-        states = self.read(run, params, self.users)
-        return scorers.state_scorer(*self.widen(states))
-
-    def view(self, run: Run, params: Params) -> Params:
-        """What the domain arm learns from."""
-        cards = self.read(run, params, self.cards) if self.cards else None
-        states = self.read(run, params, self.users)
-        view, pair = scorers.lm_view(params, states, cards), self.widen(states)
-        return view | dict(zip(("state_user", "rows_item"), self.beside.widen(*pair) if self.beside else pair))
-
-    def widen(self, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The LM's states and rows, with what texts add to their products."""
-        pair = states["user"], states["rows_item"]
-        return self.texts.widen(*pair, self.histories) if self.texts else pair
-
-
-def ids_reader(run: Run, part: str) -> Reader:
-    """Reads the ids-only LM."""
-    users = rows.reading_rows(run, kind="ids", part=part)
-    return Reader(DOT_ARM, Meeting(run.lm), users)
-
-
-def bdlm_reader(run: Run, part: str, *, behind: int = 0, texts: TextHead | None = None) -> Reader:
-    """Reads BDLM's LM, whose id rows are always those of the training interactions; `behind` as in `reading_rows`."""
-    c = run.config
-    users = rows.reading_rows(run, kind=c.prompts.kind, part=part, behind=behind)
-    meeting = build.make_meeting(run, reads=c.mutual.reads)
-    read = rows.known_histories(run, part, behind=behind) if texts else ()
-    return Reader(build.make_arm(run, c.domain.model), meeting, users, rows.card_rows(run), texts, read)
 
 
 def pretrain_lm(run: Run) -> Decoder:
@@ -240,7 +188,7 @@ def refresh_domain(
 def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
     """The text-only LM as a scorer for a part."""
     prefixes = rows.text_prefixes(run, part=part)
-    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run), heed=_heed(run))
+    return scorers.text_scorer(lm_params, run.lm, prefixes, rows.title_continuations(run), heed=heeding(run))
 
 
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
@@ -250,7 +198,7 @@ def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callabl
     `evaluate.validation_users` at most: the same ones for every model and seed.
     """
     chunk = evaluate.chunk_users(run.config.evaluate.chunk, run.data.n_items)
-    options = {"chunk": chunk, "progress": lambda chunks: _heed(run)(progress(chunks))}
+    options = {"chunk": chunk, "progress": lambda chunks: heeding(run)(progress(chunks))}
     if protocol != "full":
         candidates = run.data.candidates[part][protocol]
         check_unchanged(candidates, run.data.fingerprint["candidates"][f"{part}/{protocol}"])
@@ -272,14 +220,6 @@ def validate(run: Run, scorer, *, protocol: str | None = None) -> dict[str, floa
     protocol = protocol or selected
     counts = count_cases(run, scorer, "validation", protocol)
     return {f"{name}/{protocol}": evaluate.mean_metric(counts, name) for name in {"hr@1", "ndcg@10", metric}}
-
-
-def _heed(run: Run) -> Callable:
-    """Goes through work that nobody saves, and leaves it where a stop is requested.
-
-    Several processes leave together, between phases: the signal may have come to one of them alone.
-    """
-    return functools.partial(heed, run.stop) if jax.process_count() == 1 else iter
 
 
 def _train_lm(

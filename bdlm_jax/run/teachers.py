@@ -7,7 +7,7 @@ import numpy as np
 
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm.text_head import TextHead
-from bdlm_jax.run import build, stages
+from bdlm_jax.run import build, reading, stages
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.prepare import KNOWN
 from bdlm_jax.runtime.files import write_json
@@ -43,9 +43,9 @@ class Teacher(NamedTuple):
     weight: float | None
     alone: Callable[[Run], Params]
 
-    def read(self, run: Run, part: str) -> stages.Reader:
+    def read(self, run: Run, part: str) -> reading.Reader:
         """Reads it as it stands before a part."""
-        reader = stages.bdlm_reader(run, part, texts=self.texts)
+        reader = reading.bdlm_reader(run, part, texts=self.texts)
         if self.weight is None:
             return reader
         return reader._replace(beside=_beside(run, self.alone(run), self.weight, part))
@@ -87,7 +87,7 @@ def weigh_texts(run: Run, lm: Params) -> TextHead | None:
     if c.text_head == "none":
         return None
     content_IC = run.content_IC
-    reader = stages.bdlm_reader(run, "validation", texts=TextHead(content_IC))
+    reader = reading.bdlm_reader(run, "validation", texts=TextHead(content_IC))
     states, reached = reader.read(run, lm, reader.users), {}
 
     def value(last: float, mean: float) -> float:
@@ -116,7 +116,7 @@ def weigh_domain(
     """
     if (teacher := run.config.mutual.teacher) != "pool":
         return np.inf if teacher == "domain" else None
-    reader, reached = stages.bdlm_reader(run, "validation", texts=texts), {}
+    reader, reached = reading.bdlm_reader(run, "validation", texts=texts), {}
     pair, beside = reader.widen(reader.read(run, lm, reader.users)), _beside(run, alone, 0.0, "validation")
     for weight in TEACHER_WEIGHTS:
         scorer = scorers.state_scorer(*beside._replace(weight=weight).widen(*pair))

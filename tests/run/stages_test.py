@@ -9,7 +9,7 @@ from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.mutual import sharing
-from bdlm_jax.run import build, stages
+from bdlm_jax.run import build, reading, stages
 from bdlm_jax.types import LeakError
 from experiments import tiny
 
@@ -53,7 +53,7 @@ def test_in_lessons_both_arms_learn_in_turn_from_the_teacher_in_the_tree_that_th
     config = run.config
     config.mutual.taught.update({"rounds": 2, "lm_epochs": 1.0, "domain_epochs": 3})
     domain_params, rounds = train_bdlm(run)
-    start, reader = rounds["params"](), stages.bdlm_reader(run, "validation")
+    start, reader = rounds["params"](), reading.bdlm_reader(run, "validation")
     made = stages.teach_both(run, build.make_decoder(run, None), start, domain_params, reader)
     assert [(phase.arm, phase.units) for phase in made["phases"] if phase.arm == "domain"] == [("domain", 3)] * 2
     assert [phase.arm for phase in made["phases"]] == ["lm", "domain", "lm", "domain"]

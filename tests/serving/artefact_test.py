@@ -14,7 +14,7 @@ from bdlm_jax.domain import ncf
 from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import load_counts
-from bdlm_jax.run import build, rows, stages, teachers
+from bdlm_jax.run import build, reading, rows, teachers
 from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors, save_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.types import InputError
@@ -48,7 +48,7 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     users = rows.reading_rows(past, kind=config.prompts.kind, part="test")
     texts = teachers.weigh_texts(run, params)
     assert texts.last or texts.mean
-    reader = stages.bdlm_reader(run, "test", texts=texts)
+    reader = reading.bdlm_reader(run, "test", texts=texts)
     reader = reader._replace(users=users, histories=rows.known_histories(past, "test"))
     expected_UI = np.asarray(reader.scorer(run, params).score(np.arange(run.data.n_users)))
     served, catalogue = artefact.load_lm_arm(run.folder), artefact.load_catalogue(run.folder)
