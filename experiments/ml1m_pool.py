@@ -1,0 +1,25 @@
+"""MovieLens-1M, the domain arm taught by the sum of the LM's scores and those of LightGCN as it was alone.
+
+python -m bdlm_jax.main --config experiments/ml1m_pool.py --workdir runs/ml1m_pool --config.data.path=FOLDER
+
+All else is as in experiments/ml1m.py: LightGCN by itself is far below the LM here, and yet knows what the LM does not.
+The weight of its scores is chosen on validation, .25 with seed 7: .183 of the sum, .176 of the LM (docs/experiments.md).
+
+The LM's loss reaches the item table alone, as it does there.
+"""
+
+from experiments import defaults, ml1m
+
+
+def get_config(arg="short"):
+    """Returns the config: "short" has the main models, "table" what the teacher beside the LM is worth too."""
+    c = ml1m.get_config()
+    c.mutual.teacher = "pool"
+    main = ("lightgcn", "sasrec", "ids_lm", "bdlm")
+    c.models = defaults.choose({"short": main, "table": (*main, "bdlm_lm_teaches", "cached", "pool", "pool_alone")}, arg)
+    return c
+
+
+def get_hyper():
+    """Returns the seeds of docs/results.md."""
+    return defaults.sweep("seed", range(2, 5))
