@@ -16,20 +16,24 @@ from bdlm_jax.report import page, plots
 from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
 from bdlm_jax.report.keep import keep
-from bdlm_jax.report.tables import group_lines
+from bdlm_jax.report.tables import group_lines, plain_table
 from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
 
 
-def write_report(folder: str | os.PathLike, results: dict | None = None) -> None:
-    """Writes results.md, report.html and plots/*.png of a finished run; `results`: of results.json (None: read it)."""
+def write_report(folder: str | os.PathLike, results: dict | None = None) -> str:
+    """Writes results.md, report.html and plots/*.png of a finished run, and returns its main table for a terminal.
+
+    `results` is what results.json holds (None: read it).
+    """
     run = read_run(folder, results)
     pictures, claims = plots.draw([run], run.folder / "plots"), page_claims({"": [run]})
     lines = [f"# Results: {run.name}, seed {run.seed}", ""]
     lines += group_lines([run], pictures, claims[""], family=n_judged(claims))
     _write(run.folder / "results.md", lines)
     page.write_page(run.folder / "report.html", lines[0].lstrip("# "), {"": [run]}, claims)
+    return plain_table([run])
 
 
 def collect(

@@ -22,6 +22,7 @@ from bdlm_jax.report.finished_run import (
     tuned_on,
 )
 from bdlm_jax.run.controls import ANSWERS
+from bdlm_jax.runtime.log import duration
 
 MAIN_METRICS = (
     "hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "mrr/cand100", "hr@10/full", "ndcg@10/full",
@@ -180,6 +181,16 @@ def model_table(
     return _grid(["model", *metrics], rows)
 
 
+def plain_table(runs: Sequence[Finished]) -> str:
+    """All targets by the main metrics, for a terminal."""
+    head, _, *rows = model_table(runs, "all", MAIN_METRICS)
+    cells = [[cell.strip(" *") for cell in line.replace("**", "").strip("|").split("|")] for line in (head, *rows)]
+    first, *widths = (max(map(len, column)) for column in zip(*cells))
+    return "\n".join(
+        "  ".join([name.ljust(first), *map(str.rjust, others, widths)]).rstrip() for name, *others in cells
+    )
+
+
 def _cell(mean: float, spread: float | None, best: float) -> str:
     if mean == -np.inf:
         return ""
@@ -245,8 +256,8 @@ def _times(runs: Sequence[Finished]) -> list[str]:
         for stage, seconds in run.facts["seconds"].items():
             summed[stage.split("/")[0]] += seconds
     stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
-    rows = [[stage, *(_duration(seconds[stage]) for seconds in by_run)] for stage in stages]
-    rows.append(["*all stages*", *(_duration(sum(seconds.values())) for seconds in by_run)])
+    rows = [[stage, *(duration(seconds[stage]) for seconds in by_run)] for stage in stages]
+    rows.append(["*all stages*", *(duration(sum(seconds.values())) for seconds in by_run)])
     note = "Between the rows of the logs, validation and compilation included, silences over ten minutes left out."
     return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
 
@@ -258,7 +269,3 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def number(value: float) -> str:
     return f"{value:.4f}" if 0 < value < 0.01 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -14,6 +14,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from bdlm_jax import __version__
+
+_LOG = logging.getLogger(__name__)
+
 
 def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
     """Parses the flags, of which `needs` must be given and "config" is one, and runs act(config).
@@ -24,12 +28,14 @@ def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
 
 
 def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
-    from bdlm_jax.run import checks
-    from bdlm_jax.runtime.door import REFUSED, refuse
-
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
+    # At once: the imports below take seconds, and large data minutes.
+    _LOG.info("bdlm_jax %s: %s, seed %s", __version__, argv[0], flags.FLAGS.config.get("seed"))
+    from bdlm_jax.run import checks
+    from bdlm_jax.runtime.door import REFUSED, refuse
+
     try:
         act(checks.name_config(flags.FLAGS.config, argv[0]))
     except FloatingPointError as error:

@@ -121,6 +121,13 @@ def _find_writer(wanted: bool | None) -> Any:
     return SummaryWriter
 
 
+def duration(seconds: float) -> str:
+    """Says a time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def progress(
     iterable: Iterable | None = None, *, description: str, total: int | None = None, start: int = 0, every_s: float = 30
 ) -> tqdm:
