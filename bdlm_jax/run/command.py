@@ -15,6 +15,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from bdlm_jax import __version__
+from bdlm_jax.run import shipped
+from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,15 +48,24 @@ def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
     """Parses the flags; whatever is wrong with them is told in one sentence, with exit code 2."""
-    words = [(*word.lstrip("-").partition("="), after) for word, after in zip(argv[1:], [*argv[2:], ""])]
-    given = {name: value if equals else after for name, equals, value, after in words}
+    given = _given(argv)
+    if name := given.get("dataset"):
+        try:
+            argv = [argv[0], *shipped.dataset_words(name, list(given)), *argv[1:]]
+        except InputError as error:
+            _leave(error)
+        given = _given(argv)
     if {"help", "helpfull", "helpshort"}.isdisjoint(given):
         if missing := [name for name in needs if not given.get(name)]:
             wanted = {"config": "experiments/X.py", "workdir": "DIR"}
             told = " ".join(f"--{name} {wanted.get(name, name.upper())}" for name in needs)
             _leave(f"--{missing[0]} is missing; give {told}.")
-        if not (file := Path(given["config"].split(":")[0])).is_file():
-            _leave(f"--config: {file} is no file; give an experiment file such as experiments/quickstart.py.")
+        found = shipped.find_experiment(given["config"])
+        if not (file := Path(found.split(":")[0])).is_file():
+            _leave(shipped.no_experiment(file))
+        argv = [f"--config={found}" if word.lstrip("-") == f"config={given['config']}" else word for word in argv]
+        argv = [found if before.lstrip("-") == "config" else word for before, word in zip(["", *argv], argv)]
+        sys.argv = argv  # where config_flags looks for overrides
         sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
     try:
         rest = flags.FLAGS(argv)
@@ -64,6 +75,12 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
     if rest[1:]:
         _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
     return [given["config"]]
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """The flags of a command line with their values, before anything parses them."""
+    words = [(*word.lstrip("-").partition("="), after) for word, after in zip(argv[1:], [*argv[2:], ""])]
+    return {name: value if equals else after for name, equals, value, after in words}
 
 
 def refuse_no_config(config: object, file: str) -> None:
