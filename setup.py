@@ -59,6 +59,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.20"],
         "parity": ["torch>=2.6"],
         "tune": ["optuna>=4.0"],
         "http": ["fastapi>=0.115", "uvicorn>=0.30"],

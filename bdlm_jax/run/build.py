@@ -116,7 +116,7 @@ class Run:
                 watch=self.watch and functools.partial(self.watch, stage),
                 stop=self.stop,
                 checkpoint_seconds=runtime.checkpoint_seconds,
-                tensorboard=None if runtime.tensorboard else False,
+                tracker=runtime.log,
                 **arguments,
             )
 

@@ -87,7 +87,7 @@ def fit(
     watch: Callable[[int, dict[str, float]], None] | None = None,
     stop: StopSignal | None = None,
     checkpoint_seconds: float = 30.0,
-    tensorboard: bool | None = None,
+    tracker: str = "none",
 ) -> Fitted:
     """Runs the phases in order, keeps each judged arm's best params, and can be killed at any moment.
 
@@ -102,14 +102,15 @@ def fit(
       watch: told after every phase its number and each judged arm's best value so far; what it raises ends the stage.
       stop: a `runtime.log.StopSignal`; where it is requested the loop saves and raises `Stopped`.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
-      tensorboard: see `MetricLog`.
+      tracker: see `MetricLog`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_done(folder):
+        since = time.time()
         tree = _restore_or_begin(folder, arms, params, key, judged)
         cursor, best = tree["cursor"], tree["best"]
-        with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
+        with MetricLog(folder, resume=(stage, cursor["units"]), tracker=tracker, since=since) as log:
             loop = _Loop(folder, stage, phases, arms, tree, log, stop, checkpoint_seconds)
             for number in range(cursor["phase"], len(phases)):
                 loop.train(number)

@@ -48,7 +48,7 @@ def start(folder, calls, *, phases=PHASES, arms=None, at_unit=None, judged=("a",
     options = {"validate": by_params, "select": "hr", "checkpoint_seconds": 1e9} | options
     return fit(
         folder, stage="toy", phases=phases, arms=arms, params=lambda: {"a": np.float32(0), "b": np.float32(0)},
-        key=jax.random.key(0), judged=judged, tensorboard=False, **options,
+        key=jax.random.key(0), judged=judged, **options,
     )  # fmt: skip
 
 
