@@ -19,6 +19,7 @@ from bdlm_jax.run import shipped
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
+_CONFIG = ("--config", "-config")  # whose value is the next word
 
 
 def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
@@ -63,9 +64,8 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
         found = shipped.find_experiment(given["config"])
         if not (file := Path(found.split(":")[0])).is_file():
             _leave(shipped.no_experiment(file))
-        argv = [f"--config={found}" if word.lstrip("-") == f"config={given['config']}" else word for word in argv]
-        argv = [found if before.lstrip("-") == "config" else word for before, word in zip(["", *argv], argv)]
-        sys.argv = argv  # where config_flags looks for overrides
+        argv = [argv[0], f"--config={found}", *_without_config(argv[1:])]  # config_flags wants it before its settings
+        sys.argv = argv  # where config_flags looks for them
         sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
     try:
         rest = flags.FLAGS(argv)
@@ -75,6 +75,11 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
     if rest[1:]:
         _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
     return [given["config"]]
+
+
+def _without_config(words: list[str]) -> list[str]:
+    pairs = zip(["", *words], words)
+    return [word for before, word in pairs if not re.fullmatch("--?config(=.*)?", word) and before not in _CONFIG]
 
 
 def _given(argv: list[str]) -> dict[str, str]:

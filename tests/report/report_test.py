@@ -64,8 +64,11 @@ def test_the_page_is_called_by_the_data_and_begins_with_five_lines(tmp_path):
     assert [line.split(":**")[0] for line in lines[:5]] == [
         f"* **{word}" for word in ("Compared", "Won", "By how much", "On what", "How sure")
     ]
-    assert lines[1].startswith("* **Won:** bdlm_domain (0.742), before bdlm_lm (0.742)") and lines[5:7] == ["", "## All targets"]
-    assert "* Experiment: some_experiment. Seeds: 0." in lines
+    assert lines[1].startswith("* **Won:** bdlm_domain (0.742), before bdlm_lm (0.742)") and lines[5:7] == [
+        "",
+        "## All targets",
+    ]
+    assert any(line.startswith("* Experiment: some_experiment. Seeds: 0.") for line in lines)
     run = read_run(folder)
     again = run._replace(config=run.config | {"name": "other", "seed": 1})
     assert list(group_runs([run, again])) == ["twins (some_experiment)", "twins (other)"]

@@ -67,7 +67,7 @@ def test_the_stages_told_are_those_that_the_contenders_ask_for(walked, refit):
 
 
 def test_a_resumed_run_tells_what_it_goes_on_with(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, agenda.__name__)
     (tmp_path / "mf").mkdir()
     (tmp_path / "mf" / "done.json").write_text("{}")
     (tmp_path / "text_lm" / "checkpoints" / "40").mkdir(parents=True)
