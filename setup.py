@@ -80,6 +80,7 @@ setup(
             "ruff~=0.17.0",
             "tensorboardX>=2.6",
             "uvicorn>=0.30",
+            "wandb>=0.20",
         ],
     },
     classifiers=[

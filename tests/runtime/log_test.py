@@ -93,6 +93,23 @@ def test_tensorboard_holds_the_rows_that_stay(tmp_path):
     assert found == [("loss", 1, 0.5), ("loss", 2, 0.125)]
 
 
+def test_weights_and_biases_gets_each_row_and_a_resumed_stage_goes_on_in_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    folder = tmp_path / "run" / "mf"
+    folder.mkdir(parents=True)
+    with MetricLog(folder, tracker="wandb") as log:
+        log.write("mf", 1, {"loss": 0.5})
+    with MetricLog(folder, resume=("mf", 1), tracker="wandb") as log:
+        log.write("mf", 2, {"loss": 0.125})
+    assert kept(folder) == [("mf", 1), ("mf", 2)]
+    paths = [*folder.glob("wandb/offline-run-*/*.wandb")]
+    assert {path.name for path in paths} == {f"run-{(folder / 'wandb.id').read_text()}.wandb"}
+    sent = b"".join(path.read_bytes() for path in paths)
+    assert b"run/mf" in sent and b"0.5" in sent and b"0.125" in sent
+
+
 def test_a_file_gets_lines_and_a_short_loop_none(capsys):
     assert list(progress(range(3), description="epoch")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
