@@ -1,14 +1,27 @@
 """Packaging: `pip install -e ".[test]"`."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # Read, not imported: importing the package would need its dependencies.
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "bdlm_jax" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
 README = HERE / "README.md"
+
+
+class BuildWithExperiments(build_py):
+    """Puts experiments/, which stands beside the package here, into what is installed (bdlm_jax/run/shipped.py)."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            to = Path(self.build_lib) / "bdlm_jax" / "shipped" / "experiments"
+            shutil.copytree(HERE / "experiments", to, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
 
 setup(
     name="bdlm_jax",
@@ -18,6 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithExperiments},
     packages=find_packages(include=["bdlm_jax", "bdlm_jax.*"]),
     package_data={"bdlm_jax.report": ["page.css", "page.js"]},
     install_requires=[
@@ -45,6 +59,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.20"],
         "parity": ["torch>=2.6"],
         "tune": ["optuna>=4.0"],
         "http": ["fastapi>=0.115", "uvicorn>=0.30"],
@@ -65,6 +80,7 @@ setup(
             "ruff~=0.17.0",
             "tensorboardX>=2.6",
             "uvicorn>=0.30",
+            "wandb>=0.20",
         ],
     },
     classifiers=[

@@ -15,7 +15,7 @@ import ml_collections
 from bdlm_jax.data.splits import TEST
 from bdlm_jax.evaluation import evaluate
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.run import checks, contenders, general, served, stages
+from bdlm_jax.run import agenda, checks, contenders, general, served, stages
 from bdlm_jax.run.build import Run, start_run
 from bdlm_jax.run.contenders import Entry
 from bdlm_jax.run.workdir import begin, finish, hold, record
@@ -46,6 +46,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
         data = run.data
         record(folder, config)  # not before: data that is refused leaves no config behind
         _tell(run)
+        run = agenda.follow(run)
 
         # Pretrain: the "general LLM" of a small world, once and only if somebody needs it.
         decoder = functools.cache(lambda: stages.pretrain_lm(run))
@@ -68,7 +69,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
             results["ceilings"] = evaluate.ceilings(data.world, TEST, data.candidates["test"].values())
         write_json(folder / "results.json", results)
         finish(folder)
-        report.write_report(folder, results)
+        table = report.write_report(folder, results)
+    _LOG.info("tested on all targets:\n  %s", table.replace("\n", "\n  "))
     _LOG.info("finished in %.0f s; see %s", time.monotonic() - began, folder / "results.md")
     return results
 

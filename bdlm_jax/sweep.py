@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bdlm_jax.run import command
+from bdlm_jax.run import command, shipped
 from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.log import StopSignal
 from bdlm_jax.types import InputError
@@ -45,7 +45,7 @@ def plan_runs(
 
     file = config.split(":")[0]
     if not Path(file).is_file():
-        raise InputError(f"--config: {file} is no file; give an experiment file such as experiments/quickstart.py.")
+        raise InputError(shipped.no_experiment(file))
     sys.path.insert(0, str(Path(file).resolve().parents[1]))
     axes = [_axis(words) for words in grid] + ([[{"seed": str(seed)} for seed in range(seeds)]] if seeds else [])
     if hyper:
@@ -118,14 +118,14 @@ def is_finished(folder: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdlm_jax.sweep", description="Trains a grid of runs.")
-    parser.add_argument("--config", required=True, help="an experiment file")
+    parser.add_argument("--config", required=True, help="an experiment file, or its name")
     parser.add_argument("--workdir", required=True, help="the folder of the runs and of the stages that they share")
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="each with the seeds 0 to N-1")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=A,B", help="each with each of the values")
     parser.add_argument("--hyper", action="store_true", help="each of the experiment's get_hyper()")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once")
     given = parser.parse_args(arguments)
-    workdir = Path(given.workdir)
+    given.config, workdir = shipped.find_experiment(given.config), Path(given.workdir)
     try:
         for option, number, least in (("--jobs", given.jobs, 1), ("--seeds", given.seeds, 0)):
             if number < least:

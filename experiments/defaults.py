@@ -241,7 +241,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.runtime = runtime = ml_collections.ConfigDict()
     runtime.checkpoint_seconds = 30.0
-    runtime.tensorboard = True
+    runtime.log = "tensorboard"  # tensorboard (where that extra is installed) | wandb | none: beside metrics.jsonl
     runtime.kept_data = (
         ""  # a folder where what was read is kept, found again by the files' hash; empty: read each time
     )

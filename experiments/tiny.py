@@ -43,5 +43,5 @@ def get_config():
     c.mutual.domain_epochs_a_round = 2
     c.mutual.kl_users = 32
     c.mutual.distill_epochs = 4
-    c.runtime.tensorboard = False
+    c.runtime.log = "none"
     return c

@@ -11,7 +11,7 @@ from bdlm_jax.lm import causal_lm, hf_config, hf_weights, lora, vocabulary
 from bdlm_jax.lm.causal_lm import LMConfig
 from bdlm_jax.mutual import domain_epoch, lm_step, optimizer
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import build
+from bdlm_jax.run import build, trained
 from bdlm_jax.runtime.parallel import compile_step
 from experiments import tiny
 
@@ -82,7 +82,7 @@ def train_round(arm, meeting, params, trains, *, parallel="jit", accumulate=1, d
 
     Returns (params, metrics of every unit).
     """
-    rules = build.lm_rules(trains, train_shared=True)
+    rules = trained.lm_rules(trains, train_shared=True)
     groups = {name: {"learning_rate": 0.01} for name in ("lm", "bridge", "shared")}
     mover = optimizer.make_optimizer(rules=rules, groups=groups, clip_norm=1.0)
     step = lm_step.make_lm_step(

@@ -1,6 +1,7 @@
 """What README.md tells people to type exists and parses; .ci/run runs its tests, nobody runs the long ones here."""
 
 import importlib
+import itertools
 import re
 import shlex
 import xml.etree.ElementTree
@@ -11,6 +12,7 @@ import pytest
 from bdlm_jax import compare, export, pretrain, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
+from bdlm_jax.run import shipped
 from bdlm_jax.serving import __main__ as serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +44,9 @@ def test_a_command_names_what_exists(words, capsys):
         for word in words[3:]:
             assert not word.startswith("-") or re.search(rf"(^|[\s\[,]){re.escape(word)}\b", known), word
         return
-    file, _, arg = words[words.index("--config") + 1].partition(":")
+    given = dict(itertools.pairwise(words))
+    word = given.get("--config") or shipped.DATASETS[given["--dataset"]].experiment
+    file, _, arg = shipped.find_experiment(word).partition(":")
     assert (ROOT / file).is_file()
     config = importlib.import_module(f"experiments.{Path(file).stem}").get_config(*([arg] if arg else [])).lock()
     for word in (word for word in words if word.startswith("--config.")):

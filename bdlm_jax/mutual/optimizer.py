@@ -86,7 +86,7 @@ def make_optimizer(*, rules: Rules, groups: dict[str, dict], clip_norm: float | 
         optimizer = optax.chain(optax.masked(optax.clip_by_global_norm(clip_norm), trained), optimizer)
 
     def init(params: Params):
-        _LOG.info("what trains, and what is frozen:\n%s", describe_groups(params, label_params(params, rules)))
+        _LOG.info("  %s", describe_groups(params, label_params(params, rules)))
         return optimizer.init(params)
 
     return optimizer._replace(init=init)
@@ -126,13 +126,13 @@ def in_float32(inner: optax.GradientTransformation, *, keep_master: bool) -> opt
 
 
 def describe_groups(params: Params, labels: Params) -> str:
-    """Prints parameters, group and count of what trains and what does not, a line a subtree and group, then the sum."""
+    """Says in a line how many parameters of how many train, and in which groups."""
     counts = Counter()
-    for (path, leaf), group in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels)):
-        counts["/".join(leaf_name(path).split("/")[:2]), group] += leaf.size
-    lines = [f"  {where:<28} {group:<10} {count:>14,d}" for (where, group), count in counts.items()]
-    total, trained = counts.total(), sum(count for (_, group), count in counts.items() if group != FROZEN)
-    return "\n".join([*lines, f"  {trained:,d} of {total:,d} parameters train ({trained / max(total, 1):.2%})"])
+    for leaf, group in zip(jax.tree.leaves(params), jax.tree.leaves(labels)):
+        counts[group] += leaf.size
+    trained = {group: count for group, count in counts.items() if group != FROZEN}
+    groups = ", ".join(f"{group} {count:,d}" for group, count in trained.items())
+    return f"{sum(trained.values()):,d} of {counts.total():,d} parameters train" + (f": {groups}" if groups else "")
 
 
 def update_state(state: TrainState, losses, batch, weights, optimizer, axis_name, *, rules=None, parts: int = 1):

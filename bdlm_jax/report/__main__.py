@@ -16,20 +16,24 @@ from bdlm_jax.report import page, plots
 from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
 from bdlm_jax.report.keep import keep
-from bdlm_jax.report.tables import group_lines
+from bdlm_jax.report.summary import summary_lines
+from bdlm_jax.report.tables import group_lines, plain_table, provenance_lines
 from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
 
 
-def write_report(folder: str | os.PathLike, results: dict | None = None) -> None:
-    """Writes results.md, report.html and plots/*.png of a finished run; `results`: of results.json (None: read it)."""
+def write_report(folder: str | os.PathLike, results: dict | None = None) -> str:
+    """Writes results.md, report.html and plots/*.png of a finished run, and returns its main table for a terminal.
+
+    `results` is what results.json holds (None: read it).
+    """
     run = read_run(folder, results)
     pictures, claims = plots.draw([run], run.folder / "plots"), page_claims({"": [run]})
-    lines = [f"# Results: {run.name}, seed {run.seed}", ""]
-    lines += group_lines([run], pictures, claims[""], family=n_judged(claims))
+    lines = [f"# Results: {run.title}, seed {run.seed}", "", *_section([run], pictures, claims[""], n_judged(claims))]
     _write(run.folder / "results.md", lines)
     page.write_page(run.folder / "report.html", lines[0].lstrip("# "), {"": [run]}, claims)
+    return plain_table([run])
 
 
 def collect(
@@ -58,12 +62,18 @@ def collect(
     lines += [f"* [{heading}](#{_anchor(heading)})" for heading in groups] + [""]
     for heading, runs in groups.items():
         pictures = plots.draw(runs, out.parent / "plots", prefix=_anchor(heading) + "_")
-        section = group_lines(runs, pictures, claims[heading], family=n_judged(claims), level="###")
+        section = _section(runs, pictures, claims[heading], n_judged(claims), level="###")
         lines += [f"## {heading}", "", *section]
     lines += _verbatim(include)
     _write(out, lines)
     if html:
         page.write_page(html, title, groups, claims, head=_verbatim(head))
+
+
+def _section(runs, pictures, claims, family: int, level: str = "##") -> list[str]:
+    """Five lines, what the numbers say at length, and where they come from."""
+    whole = group_lines(runs, pictures, claims, family=family, level=level)
+    return [*summary_lines(runs, claims, family=family), *whole, f"{level} Provenance", "", *provenance_lines(runs), ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

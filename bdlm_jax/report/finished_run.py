@@ -4,11 +4,11 @@ A run is read from its own directory or from the copy of it that `kept_run.keep`
 """
 
 import functools
-import importlib
 import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,13 @@ from bdlm_jax.evaluation.evaluate import Counts, load_counts
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import chance_level, mean_half_width
 from bdlm_jax.report.compact import load_compact
+from bdlm_jax.run import shipped
 from bdlm_jax.runtime.files import damaged_file, read_json
 from bdlm_jax.runtime.fit import best_phases
 from bdlm_jax.runtime.log import read_metrics
 from bdlm_jax.types import InputError
 
-PAUSE_SECONDS = 600.0  # a longer silence between two rows of the logs is a pause, not work
+PAUSE_SECONDS = 600.0  # where rows do not say when their process began, a longer silence is a pause, not work
 FEWEST_TARGETS = 20  # with fewer the 95 % interval of a share around one half is wider than .43
 Key = tuple[str, str, str]  # (model, slice, metric)
 # What does not change the experiment: which seeds and models a run has, where things lie, how fast they go.
@@ -71,6 +72,11 @@ class Finished(NamedTuple):
     @property
     def name(self) -> str:
         return self.config.get("name") or self.data.get("name") or self.folder.name
+
+    @property
+    def title(self) -> str:
+        """What a reader calls the run: the data's name."""
+        return self.data.get("name") or self.name
 
     @property
     def seed(self) -> int:
@@ -136,7 +142,7 @@ def portable(config: dict) -> dict:
 
 
 def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """Groups runs that differ in seed and models alone; headings tell apart groups of one name.
+    """Groups runs that differ in seed and models alone; headings are the data's names, and tell groups of one apart.
 
     A setting that an older run does not have is taken at its default, and the section of a model counts for the runs
     that have that model. A group leaves out seeds of `config.tuned_on`, if it has others: their test tables were seen
@@ -153,8 +159,10 @@ def group_runs(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
         else:
             groups.append((settings, [run]))
     headed, first = {}, {}
+    shared = Counter(title for title, _ in {(members[0].title, members[0].name) for _, members in groups})
     for settings, members in groups:
-        name = members[0].name
+        title, name = members[0].title, members[0].name
+        name = f"{title} ({name})" if shared[title] > 1 else title
         before = first.setdefault(name, settings)
         other = [f"{n} = {settings[n]}" for n in sorted(settings) if settings[n] != before.get(n, settings[n])]
         by_seed: dict[int, Finished] = {}
@@ -171,21 +179,27 @@ def tuned_on(runs: Sequence[Finished]) -> list[int]:
 
 
 def stage_seconds(folder: Path) -> dict[str, float]:
-    """Sums, by stage, the time from one row of its log to the next, and to the first from the stage before.
+    """Sums, by stage, the time that its processes worked on it, from its beginning in each to the last row it wrote.
 
-    Silences over ten minutes count as pauses.
+    Older rows do not say when their process began: there the time counts from the stage before on, and a silence
+    over ten minutes as a pause.
     """
     logs = {
-        path.parent.relative_to(folder).as_posix(): sorted(row["time"] for row in rows)
+        path.parent.relative_to(folder).as_posix(): sorted(rows, key=lambda row: row["time"])
         for stage in _STAGES
         for path in folder.glob(f"{stage}/metrics.jsonl")
         if (rows := read_metrics(path))
     }
-    seconds, ends = {}, [times[-1] for times in logs.values()]
-    for stage, times in sorted(logs.items(), key=lambda log: log[1]):
-        start = max((end for end in ends if end <= times[0]), default=times[0])
-        gaps = [after - before for before, after in zip([start, *times], times)]
-        seconds[stage] = sum(gap for gap in gaps if gap < PAUSE_SECONDS)
+    seconds, ends = {}, [rows[-1]["time"] for rows in logs.values()]
+    for stage, rows in sorted(logs.items(), key=lambda log: log[1][0]["time"]):
+        start = max((end for end in ends if end <= rows[0]["time"]), default=rows[0]["time"])
+        last = {"time": start}
+        seconds[stage] = 0.0
+        for row in rows:
+            before = last["time"] if row.get("since") == last.get("since") else row.get("since", last["time"])
+            gap = row["time"] - before
+            seconds[stage] += gap if "since" in row or gap < PAUSE_SECONDS else 0.0
+            last = row
     return seconds
 
 
@@ -201,6 +215,20 @@ def phase_names(config: dict, stage: str = "bdlm") -> list[str]:
         names += [f"round {number}\ndomain"] if m["domain_epochs_a_round"] else []
         names += [f"round {number}\nLM"] if m["lm_epochs_a_round"] else []
     return names
+
+
+def curve_notes(run: Finished) -> dict[str, str]:
+    """Explains, by stage, what a reader of the domain arm's curve wonders at; empty where there is nothing to see."""
+    rounds, distilled = (run.facts["curves"].get(stage, {}).get("domain") for stage in ("bdlm", "distill"))
+    alone, m, notes = run.best(run.domain_model).get("domain"), run.config["mutual"], {}
+    moved = run.config["shared"]["trained_by"] in ("both", "lm") and m["lm_epochs"]
+    if rounds and alone and moved and rounds[0] < alone["value"]:
+        notes["bdlm"] = f"below {run.domain_model} alone: the LM's steps move the table that both arms read"
+    best = run.best("bdlm").get("domain")
+    if distilled and best and max(distilled) > 1.1 * best["value"]:
+        epochs = f"{m['distill_epochs']} epochs (a round has {m['domain_epochs_a_round']})"
+        notes["distill"] = f"the jump: the chosen LM stands still and teaches for {epochs}"
+    return notes
 
 
 def distill_epochs(config: dict, phase: int) -> int:
@@ -228,6 +256,16 @@ def chance_of(run: Finished, metric: str) -> float | None:
     name, protocol = metric.split("/")
     others = [counts[protocol].others for counts in run.counts.values() if protocol in counts]
     return chance_level(name, others[0]) if others else None
+
+
+def above_chance(runs: Sequence[Finished], key: Key) -> bool:
+    """Whether a model is told from a ranking at random: by its spread, and by how many targets there are.
+
+    No metric within 0 … 1 varies more between targets than one that is 0 or 1: half its interval is 1.96 √(m (1-m)/n).
+    """
+    (mean, spread), chance = mean_and_spread(runs, key), chance_of(runs[0], key[2]) or 0.0
+    wide = 1.96 * math.sqrt(max(mean * (1 - mean), 0.0) / max(n_targets(runs, *key[1:]), 1)) if mean > 0 else 0.0
+    return mean - max(spread or 0.0, wide) > chance
 
 
 def sorted_models(runs: Sequence[Finished]) -> list[str]:
@@ -270,11 +308,8 @@ def _join(run: Finished, other: Finished) -> Finished:
 @functools.cache
 def default_settings() -> dict:
     """The settings of experiments/defaults.py, flat, as JSON has them; none where that file is not at hand."""
-    try:
-        config = importlib.import_module("experiments.defaults").get_config()
-    except ModuleNotFoundError:
-        return {}
-    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    config = shipped.default_config()
+    return flatten_dict(json.loads(config.to_json_best_effort()), sep=".") if config else {}
 
 
 def _settings(run: Finished) -> dict:

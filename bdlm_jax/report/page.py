@@ -14,22 +14,19 @@ from importlib.resources import files
 from flax.traverse_util import flatten_dict
 
 from bdlm_jax.report import drawings, markup
-from bdlm_jax.report.claims import ARMS, CONTROL_METRIC, LEVEL, Claim, n_judged
+from bdlm_jax.report.claims import Claim, n_judged
 from bdlm_jax.report.drawings import Bar, Curve
 from bdlm_jax.report.finished_run import (
     STAGE_WORDS,
     Finished,
-    chance_of,
+    curve_notes,
     default_settings,
     distill_epochs,
-    is_control,
-    mean_and_spread,
-    n_targets,
     phase_names,
-    sorted_models,
 )
 from bdlm_jax.report.item_map import item_map
-from bdlm_jax.report.tables import group_lines, number
+from bdlm_jax.report.summary import five_lines, main_metric
+from bdlm_jax.report.tables import group_lines, number, provenance_lines
 from bdlm_jax.runtime.files import write_text
 
 
@@ -60,11 +57,11 @@ def write_page(
         if many:
             main.append(f'<h2 id="{prefix[:-1]}">{escape(heading)}</h2>')
             foot.append(f"<h3>{escape(heading)}</h3>")
-        said = five_lines(runs, claims[heading], metric, family=n_judged(claims))
+        said = five_lines(runs, claims[heading], family=n_judged(claims))
         rows = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in said.items())
         main.append(f'<dl class="five">{rows}</dl>')
         main.append(markup.sections([*lines[begin:], "## Item vectors", "![map]"], level, prefix, pictures))
-        foot += [markup.blocks(lines[:begin], heading), _provenance(runs)]
+        foot += [markup.blocks([*lines[:begin], *provenance_lines(runs)], heading), _provenance(runs)]
     found = re.findall(r'<h2 id="(.*?)">(.*?)</h2>', "".join(main + foot))
     links = "".join(f'<li><a href="#{name}">{words}</a></li>' for name, words in found)
     style, script = (files("bdlm_jax.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -76,70 +73,6 @@ def write_page(
         f'<header><h1>{escape(title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f"<main>{''.join(main)}</main>\n<footer>{''.join(foot)}</footer>\n<script>\n{script}</script>\n</body></html>\n",
     )
-
-
-def main_metric(runs: Sequence[Finished], claims: Sequence[Claim]) -> str:
-    """The metric of the head and of the picture of margins: the selected one, where claims are made in it."""
-    claimed = [claim.metric for claim in claims] or [key[2] for key in runs[0].cells if key[1] == "all"]
-    wanted = (runs[0].config["select"], CONTROL_METRIC, *claimed)
-    return next((metric for metric in wanted if metric in claimed), wanted[0])
-
-
-def five_lines(runs: Sequence[Finished], claims: Sequence[Claim], metric: str, *, family: int) -> dict[str, str]:
-    """What was compared, who won, by how much, on what and how sure, in plain words."""
-    first, data = runs[0], runs[0].data
-    means = {m: mean for m in sorted_models(runs) if (mean := mean_and_spread(runs, (m, "all", metric))[0]) >= 0}
-    ranked = sorted(means, key=lambda model: -means[model])
-    others, protocol = first.config["data"]["candidates"], metric.split("/")[-1]
-    among = f"{others[protocol]} others" if protocol in others else "all items that are new to the user"
-    judged = [claim for claim in claims if claim.judged]
-    hold = sum(claim.verdict.startswith(("higher", "lower")) for claim in judged)
-    n_controls = sum(map(is_control, means))
-    controls = f", and {n_controls} of BDLM's controls" if n_controls else ""
-    seeds = ", ".join(str(run.seed) for run in runs)
-    sure = f"{len(runs)} seeds ({seeds})" if len(runs) > 1 else f"One seed ({seeds}): another training may differ"
-    return {
-        "Compared": f"{len(means)} models by {metric}: {', '.join(m for m in means if not is_control(m))}{controls}.",
-        "Won": _won(ranked, means, chance_of(first, metric)),
-        "By how much": _by_how_much(ranked, [claim for claim in claims if claim.metric == metric], first.domain_model),
-        "On what": f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
-        f"interactions, split {first.config['data']['split']}; {n_targets(runs, 'all', metric):,} held-out items, each "
-        f"among {among}.",
-        "How sure": f"{sure}."
-        if not judged
-        else f"{sure}; {hold} of {len(judged)} margins hold with p < {LEVEL} after Holm's correction over the "
-        f"{family} of this page, paired by user.",
-    }
-
-
-def _won(ranked: Sequence[str], means: Mapping[str, float], chance: float | None) -> str:
-    if not ranked:
-        return "No model has this metric."
-    best, *behind = (f"{model} ({number(means[model])})" for model in ranked[:4])
-    if chance is None:
-        return f"{best}, before {', '.join(behind)}."
-    if means[ranked[0]] <= chance:
-        return f"No model: the best is {best}, and a ranking at random has {number(chance)}."
-    return (
-        f"{best}" + (f", before {', '.join(behind)}" if behind else "") + f"; a ranking at random has {number(chance)}."
-    )
-
-
-def _by_how_much(ranked: Sequence[str], claims: Sequence[Claim], domain_model: str) -> str:
-    """The better arm of BDLM (or the best model) against the strongest it is held against, and its domain model."""
-    judged = [claim for claim in claims if claim.judged]
-    arm = min((c.model for c in judged), key=lambda model: (model not in ARMS, ranked.index(model)), default=None)
-    held = sorted((c for c in judged if c.model == arm), key=lambda claim: -claim.theirs)
-    if not held:
-        return "No arm was held against a model that is better than chance." if claims else "No margin was tested."
-    said = []
-    for claim in dict.fromkeys([held[0], *(claim for claim in held if claim.against == domain_model)]):
-        what = "the strongest of the rest" if claim is held[0] else "its domain model alone"
-        size = f"{abs(claim.margin.value):.1%} {'above' if claim.margin.value > 0 else 'below'}"
-        sure = claim.verdict.startswith(("higher", "lower"))
-        words = f"{size} {claim.against}" if sure else f"not told apart from {claim.against}"
-        said.append(f"{words}, {what} ({claim.margin.low:+.1%} to {claim.margin.high:+.1%})")
-    return f"{arm} is {'; '.join(said)}."
 
 
 def _forest(claims: Sequence[Claim], metric: str) -> str:
@@ -186,7 +119,8 @@ def _curves(runs: Sequence[Finished]) -> str:
     entries = [("line domain", "domain arm"), ("line lm", "LM arm")]
     entries += [(f"level {arm}", f"{alone[arm]} alone, {number(value)}") for arm, value in levels.items()]
     many = ", a line for each seed" if len(runs) > 1 else ""
-    told = f"<p>{escape(config['select'])} on validation after every phase{many}.</p>"
+    noted = " ".join(f"{note[0].upper()}{note[1:]}." for note in curve_notes(runs[0]).values())
+    told = f"<p>{escape(config['select'])} on validation after every phase{many}. {escape(noted)}</p>"
     return f'{told}{drawings.legend([*entries, ("circle", "chosen")])}<div class="panels">{"".join(panels)}</div>'
 
 

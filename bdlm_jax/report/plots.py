@@ -13,6 +13,7 @@ from bdlm_jax.report.finished_run import (
     STAGE_WORDS,
     Finished,
     chance_of,
+    curve_notes,
     distill_epochs,
     is_control,
     mean_and_spread,
@@ -20,6 +21,7 @@ from bdlm_jax.report.finished_run import (
     phase_names,
     sorted_models,
 )
+from bdlm_jax.report.tables import number
 from bdlm_jax.runtime.files import replacing
 
 COLOURS = {
@@ -28,6 +30,7 @@ COLOURS = {
 }  # fmt: skip
 ALONE = "#6baed6"  # the domain model alone, whichever it is
 ARM = {"domain": ("domain arm", "#08519c", "o-"), "lm": ("LM arm", "#d94801", "s-")}
+_MARK = {"bdlm": "a", "distill": "b"}  # of what `curve_notes` explains
 _GREY = "#555555"
 BAR_METRICS = ("hr@1/cand20", "hr@1/cand100", "ndcg@10/full")
 # Of twins the AUC: a model without any means to tell them apart ties, which HR@1 counts as lost.
@@ -36,8 +39,8 @@ SLICE_METRIC = {"twins": "auc/pair", "cold": "hr@1/cold20", "knowledge": "hr@1/k
 
 def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[str, str]:
     """Draws what the runs have numbers for; returns the line of Markdown that shows each on a page beside `folder`."""
-    first = f"{runs[0].name}, seed {runs[0].seed}"
-    title = f"{runs[0].name}, {len(runs)} seeds" if len(runs) > 1 else first
+    first = f"{runs[0].title}, seed {runs[0].seed}"
+    title = f"{runs[0].title}, {len(runs)} seeds" if len(runs) > 1 else first
     bars = {metric: ("all", metric) for metric in BAR_METRICS if n_targets(runs, "all", metric)}
     sliced = {
         f"{part}: {metric}": (part, metric)
@@ -75,19 +78,20 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
         value, spread = zip(*((mean, spread or 0.0) for mean, spread in cells.values()))
         chance = chance_of(runs[0], panels[name][1])
         axes.barh(place, value, color=[COLOURS.get(model, ALONE) for model in cells], height=0.72)
+        axes.set_xlabel(_error_bars(runs, spread), fontsize=8, color=_GREY)
         if any(spread):
-            said = "± deviation over seeds" if len(runs) > 1 else "± half the 95 % interval over targets"
-            axes.set_xlabel(said, fontsize=8, color=_GREY)
             axes.errorbar(value, place, xerr=spread, fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
         right = max([v + s for v, s in zip(value, spread)] + [chance or 0, 1e-3])
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
         for y, v, s in zip(place, value, spread):
             x = v + s + right * 0.02
-            axes.text(x, y, f"{v:.3f}", va="center", fontsize=8, color="#222222", zorder=4, bbox=box)
+            axes.text(x, y, number(v), va="center", fontsize=8, color="#222222", zorder=4, bbox=box)
+        for y in set(range(len(models))).difference(place):
+            axes.text(right * 0.02, y, "not measured", va="center", fontsize=8, color=_GREY, style="italic")
         if chance is not None:
             axes.axvline(chance, color=_GREY, linestyle="--", linewidth=1)
             axes.annotate(
-                f"chance {chance:.3g}", (chance, 1), (0, 1), xycoords=("data", "axes fraction"),
+                f"chance {number(chance)}", (chance, 1), (0, 1), xycoords=("data", "axes fraction"),
                 textcoords="offset points", fontsize=7.5, color=_GREY, ha="center", va="bottom",
             )  # fmt: skip
         axes.set_xlim(0, right * 1.2)
@@ -99,6 +103,12 @@ def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], 
     return figure
 
 
+def _error_bars(runs: Sequence[Finished], spread: Sequence[float]) -> str:
+    if not any(spread):
+        return "one seed: no error bars" if len(runs) == 1 else ""
+    return "error bars: deviation over seeds" if len(runs) > 1 else "error bars: 95 % interval over targets"
+
+
 def _draw_learning(run: Finished, *, title: str) -> Figure | None:
     """Both arms' validation over the mutual rounds, and the domain arm's over its distillation."""
     stages = {stage: (run.best(stage), run.facts["curves"].get(stage)) for stage in STAGE_WORDS}
@@ -106,8 +116,8 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         return None
     shown = {stage: made for stage, made in stages.items() if all(made)}
     alone = {"domain": run.domain_model, "lm": "ids_lm"}
-    reached = {arm: best for arm, stage in alone.items() if (best := run.best(stage))}
-    size, widths = ((2.0 + 3.6 * len(shown), 3.5), [3 - (stage != "bdlm") for stage in shown])
+    reached, notes = {arm: best for arm, stage in alone.items() if (best := run.best(stage))}, curve_notes(run)
+    size, widths = (2.0 + 3.6 * len(shown), 3.5 + 0.16 * len(notes)), [3 - (stage != "bdlm") for stage in shown]
     figure, all_axes = _panels(title, len(shown), size=size, width_ratios=widths)
     for axes, (stage, (best, curves)) in zip(all_axes, shown.items()):
         for arm, values in curves.items():
@@ -124,13 +134,18 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         step = -(-len(phases) // (10 if last else 8 if stage == "bdlm" else 5))  # more of them would touch
         shown_phases = range((len(phases) - 1) % step, len(phases), step)
         axes.set_xticks(shown_phases, [phases[n] for n in shown_phases])
+        if stage in notes:
+            at, place = (0, curves["domain"][0]), {"ha": "left", "va": "bottom", "textcoords": "offset points"}
+            axes.annotate(_MARK[stage], at, (5, 4), fontsize=9, color=_GREY, **place)
         axes.set_xlabel(STAGE_WORDS[stage].lower(), fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)
-    # Below the axes, where it covers no curve.
+    # Below the axes, where they cover no curve.
+    said = "\n".join(f"{_MARK[stage]}: {note}" for stage, note in notes.items() if stage in shown)
     figure.legend(
-        *all_axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=4
-    )
+        *all_axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=4,
+        title=said, title_fontsize=8, alignment="left",
+    )  # fmt: skip
     return figure
 
 

@@ -12,6 +12,7 @@ from bdlm_jax.report.finished_run import (
     BDLM,
     FEWEST_TARGETS,
     Finished,
+    above_chance,
     chance_of,
     distill_epochs,
     is_control,
@@ -19,9 +20,9 @@ from bdlm_jax.report.finished_run import (
     n_targets,
     phase_names,
     sorted_models,
-    tuned_on,
 )
 from bdlm_jax.run.controls import ANSWERS
+from bdlm_jax.runtime.log import duration
 
 MAIN_METRICS = (
     "hr@1/cand20", "hr@1/cand100", "hr@10/cand100", "ndcg@10/cand100", "mrr/cand100", "hr@10/full", "ndcg@10/full",
@@ -58,7 +59,8 @@ def group_lines(
 
     `pictures` are lines by what they show (`plots.draw`), `family` is how many claims the whole page makes.
     """
-    lines = [*_header(runs), "", f"{level} All targets", "", *model_table(runs, "all", MAIN_METRICS), ""]
+    lines = [_language(run) for run in runs if run.facts["language"]]
+    lines += ["", f"{level} All targets", "", *model_table(runs, "all", MAIN_METRICS), ""]
     lines += [pictures.get("models", ""), ""]
     margins = [claim for claim in claims if not is_control(claim.against)]
     controls = [claim for claim in claims if is_control(claim.against)]
@@ -93,7 +95,8 @@ def judged_by(family: int) -> str:
     )
 
 
-def _header(runs: Sequence[Finished]) -> list[str]:
+def provenance_lines(runs: Sequence[Finished]) -> list[str]:
+    """Which data, seeds, hashes, machines and versions stand behind the numbers."""
     data, config, environment = runs[0].data, runs[0].config, runs[0].environment
     parts = ", ".join(f"{name} {count:,}" for name, count in data["parts"].items())
     versions = [f"{n} {environment[n]}" for n in ("bdlm_jax", "jax", "flax", "python") if n in environment]
@@ -102,11 +105,10 @@ def _header(runs: Sequence[Finished]) -> list[str]:
     return [
         f"* Data: {data['name']}, {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
         f"interactions ({parts}); split {config['data']['split']}." + _judged(data),
-        f"* Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: `{config['select']}` on validation."
-        + _seen(runs),
+        f"* Experiment: {runs[0].name}. Seeds: {', '.join(str(run.seed) for run in runs)}. Selection: "
+        f"`{config['select']}` on validation.",
         f"* Hashes (data; candidates of test): {'; '.join(dict.fromkeys(_hashes(run.data) for run in runs))}.",
         f"* Made on {'; '.join(machines)}; {', '.join(versions)}; revision {', '.join(revisions)}.",
-        *(_language(run) for run in runs if run.facts["language"]),
     ]
 
 
@@ -124,15 +126,6 @@ def _language(run: Finished) -> str:
         f"* Seed {run.seed}: the language model's perplexity on {text['text']} held out ({text['tokens']:,} tokens) is "
         f"{after:.2f}, and was {before:.2f} before BDLM ({after / before - 1:+.1%})."
     )
-
-
-def _seen(runs: Sequence[Finished]) -> str:
-    seeds = tuned_on(runs)
-    if not seeds:
-        return ""
-    said = f" The settings were tuned with the test table of seed {', '.join(map(str, seeds))} in view: "
-    inside = any(run.seed in seeds for run in runs)
-    return said + ("what follows is no clean evidence." if inside else "it is left out here.")
 
 
 def _machine(environment: Mapping) -> str:
@@ -166,9 +159,9 @@ def model_table(
     cells = {(model, m): mean_and_spread(runs, (model, part, m)) for model in models for m in metrics}
     chances = [chance_of(runs[0], metric) for metric in metrics]
     best = {}
-    for metric, chance in zip(metrics, chances):
-        mean, spread = max((cells[model, metric] for model in models), key=lambda cell: cell[0])
-        best[metric] = mean if mean - (spread or 0.0) > (chance or 0.0) else math.inf  # chance marks nobody
+    for metric in metrics:
+        model = max(models, key=lambda model: cells[model, metric][0])
+        best[metric] = cells[model, metric][0] if above_chance(runs, (model, part, metric)) else math.inf
     fewer = {model: f" (n = {n})" if n < len(runs) else "" for model, n in seeds.items()}
     rows = [[model + fewer[model], *(_cell(*cells[model, m], best[m]) for m in metrics)] for model in models]
     for sees in dict.fromkeys(row["oracle"] for run in runs for row in run.ceilings):
@@ -178,6 +171,16 @@ def model_table(
     rows.append(["*chance*", *("" if chance is None else number(chance) for chance in chances)])
     rows.append(["*targets*", *(str(n_targets(runs[:1], part, metric)) for metric in metrics)])
     return _grid(["model", *metrics], rows)
+
+
+def plain_table(runs: Sequence[Finished]) -> str:
+    """All targets by the main metrics, for a terminal."""
+    head, _, *rows = model_table(runs, "all", MAIN_METRICS)
+    cells = [[cell.strip(" *") for cell in line.replace("**", "").strip("|").split("|")] for line in (head, *rows)]
+    first, *widths = (max(map(len, column)) for column in zip(*cells))
+    return "\n".join(
+        "  ".join([name.ljust(first), *map(str.rjust, others, widths)]).rstrip() for name, *others in cells
+    )
 
 
 def _cell(mean: float, spread: float | None, best: float) -> str:
@@ -247,9 +250,9 @@ def _times(runs: Sequence[Finished]) -> list[str]:
         for stage, seconds in run.facts["seconds"].items():
             summed[stage.split("/")[0]] += seconds
     stages = dict.fromkeys(stage for seconds in by_run for stage in seconds)
-    rows = [[stage, *(_duration(seconds[stage]) for seconds in by_run)] for stage in stages]
-    rows.append(["*all stages*", *(_duration(sum(seconds.values())) for seconds in by_run)])
-    note = "Between the rows of the logs, validation and compilation included, silences over ten minutes left out."
+    rows = [[stage, *(duration(seconds[stage]) for seconds in by_run)] for stage in stages]
+    rows.append(["*all stages*", *(duration(sum(seconds.values())) for seconds in by_run)])
+    note = "Training, with its validations and compilation; pauses are left out."
     return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
 
 
@@ -260,7 +263,3 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def number(value: float) -> str:
     return f"{value:.4f}" if 0 < value < 0.01 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

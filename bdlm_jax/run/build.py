@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +22,14 @@ from bdlm_jax.lm import causal_lm, hf_weights, lora
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
-from bdlm_jax.mutual.optimizer import FROZEN, Rules, make_optimizer, make_schedule
+from bdlm_jax.mutual.optimizer import make_optimizer, make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import guards, prepare, store
+from bdlm_jax.run import guards, prepare, store, trained
 from bdlm_jax.run.prepare import KNOWN, PARTS, Data, Texts
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
 from bdlm_jax.types import LeakError, Params, leaf_name
 
-TEXT_ROWS = r"lm/(embedding|head|position_embedding)"
 FRESH_STD = 0.02  # of the text rows of `causal_lm.init_lm`
 DOT_ARM = models.make_arm("mf", Inputs(width=1), {})  # stands in where no domain model takes part
 
@@ -48,6 +47,7 @@ class Run:
     root: Path  # the run directory, of which `folder` may be a part
     first: "Run | None" = None  # of a refit: the run that chose on validation
     watch: Callable[[str, int, dict[str, float]], None] | None = None  # told the stage, and what `fit` tells
+    begin: Callable[[str, Path, Sequence[Phase]], None] | None = None  # told a stage's name, where it lies, its phases
 
     @functools.cached_property
     def lm(self) -> LMConfig:
@@ -106,6 +106,8 @@ class Run:
         facts[choice] = arguments[choice]
         inputs = functools.partial(store.stage_inputs, self.config, self.data, self.texts, stage, **facts)
         with store.stage_folder(runtime.store, self.folder / stage, inputs, stop=self.stop) as folder:
+            if self.begin:
+                self.begin((self.folder / stage).relative_to(self.root).as_posix(), folder, phases)
             return fit(
                 folder,
                 phases=phases,
@@ -114,7 +116,7 @@ class Run:
                 watch=self.watch and functools.partial(self.watch, stage),
                 stop=self.stop,
                 checkpoint_seconds=runtime.checkpoint_seconds,
-                tensorboard=None if runtime.tensorboard else False,
+                tracker=runtime.log,
                 **arguments,
             )
 
@@ -251,26 +253,6 @@ def init_params(run: Run, stage: str, tables: Tables, decoder: Decoder, *, train
     return {**tables.params, "lm": {**lm, "bridge": bridge}}
 
 
-def lm_rules(trains: str, *, train_shared: bool, train_user: bool = True, rows_apart: bool = False) -> Rules:
-    """The optimiser's groups in the LM's phases.
-
-    `trains` is "full" (the decoder), "lora" (its adapters) or "bridge" (neither); the bridge trains in all three.
-    Without `train_user` the table of users rests though that of items trains; with `rows_apart` the decoder's rows of
-    text tokens are a group of their own, "text_rows".
-    """
-    apart = [(TEXT_ROWS, "text_rows")] if rows_apart and trains == "full" else []
-    return [
-        *apart,
-        (r"shared/user", "shared" if train_shared and train_user else FROZEN),
-        (r"shared/.*", "shared" if train_shared else FROZEN),
-        (r"domain/.*", FROZEN),
-        (r"lm/bridge/.*", "bridge"),
-        (r"lm/lora/alpha", FROZEN),
-        (r"lm/lora/.*", "lm" if trains == "lora" else FROZEN),
-        (r"lm/.*", "lm" if trains == "full" else FROZEN),
-    ]
-
-
 def make_lm_arm(
     run: Run,
     rows: Packed | None,
@@ -290,10 +272,8 @@ def make_lm_arm(
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
     trains = trains or c.trains
-    # Where no user is ever shown, only the propagation leads to their table.
-    train_user = (meeting.reads == "propagated" and not arm.windows) or config.prompts.user_dropout < 1
-    apart = trains == "full" and c.text_row_rate != 1
-    rules = lm_rules(trains, train_shared="shared" in rates, train_user=train_user, rows_apart=apart)
+    train_user, apart = trained.reaches_users(config, arm, reads=meeting.reads), trained.rows_apart(config, trains)
+    rules = trained.lm_rules(trains, train_shared="shared" in rates, train_user=train_user, rows_apart=apart)
     groups = {name: {"learning_rate": rate} for name, rate in rates.items()}
     for name in ("lm", "bridge"):
         groups[name]["weight_decay"] = c.weight_decay
@@ -361,9 +341,7 @@ def make_domain_arm(
     if epochs and c("schedule"):
         steps = epochs * -(-n_rows // batch_size)
         rate = make_schedule(c("schedule"), rate, warmup=min(c("warmup_steps"), steps // 2), steps=steps)
-    rules = [(r"shared/.*", "domain" if train_shared else FROZEN), (r"domain/.*", "domain"), (r"lm/.*", FROZEN)]
-    if arm.windows:  # no loss of theirs reads the table of users, which AdamW would decay
-        rules.insert(0, (r"shared/user", FROZEN))
+    rules = trained.domain_rules(arm, train_shared=train_shared)
     groups = {"domain": {"learning_rate": rate, "weight_decay": c("weight_decay") or 0.0}}
     optimizer = make_optimizer(rules=rules, groups=groups)
     step = domain_epoch.make_domain_step(arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, rules=rules)

@@ -33,6 +33,7 @@ from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.run.prepare import UNTRAINED, domain_settings, lm_shape, own_folder, title_room, tokenizer_folder
 from bdlm_jax.runtime import parallel, sharding
+from bdlm_jax.runtime.log import TRACKERS, check_tracker
 from bdlm_jax.types import InputError
 
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
@@ -114,7 +115,7 @@ RULES = {
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
     "mutual.align": _word(ALIGN), "evaluate.protocols": _words(1),
     "evaluate.text_protocols": _words(0),
-    "evaluate.cases": _from(-1),
+    "evaluate.cases": _from(-1), "runtime.log": _word(TRACKERS),
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
 _MANY = {
@@ -161,6 +162,7 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
     _check_models(config)
     _check_lm(config, lm_shape(config))
     _check_evaluation(config)
+    check_tracker(config.runtime.log)
     if paths:
         _check_paths(config)
     _check_devices(config, n_devices=parallel.device_count())

@@ -14,6 +14,13 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from bdlm_jax import __version__
+from bdlm_jax.run import shipped
+from bdlm_jax.types import InputError
+
+_LOG = logging.getLogger(__name__)
+_CONFIG = ("--config", "-config")  # whose value is the next word
+
 
 def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
     """Parses the flags, of which `needs` must be given and "config" is one, and runs act(config).
@@ -24,12 +31,14 @@ def start(act: Callable[[ConfigDict], None], *, needs: Sequence[str]) -> None:
 
 
 def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
-    from bdlm_jax.run import checks
-    from bdlm_jax.runtime.door import REFUSED, refuse
-
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every step of every save
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
+    # At once: the imports below take seconds, and large data minutes.
+    _LOG.info("bdlm_jax %s: %s, seed %s", __version__, argv[0], flags.FLAGS.config.get("seed"))
+    from bdlm_jax.run import checks
+    from bdlm_jax.runtime.door import REFUSED, refuse
+
     try:
         act(checks.name_config(flags.FLAGS.config, argv[0]))
     except FloatingPointError as error:
@@ -40,15 +49,23 @@ def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
     """Parses the flags; whatever is wrong with them is told in one sentence, with exit code 2."""
-    words = [(*word.lstrip("-").partition("="), after) for word, after in zip(argv[1:], [*argv[2:], ""])]
-    given = {name: value if equals else after for name, equals, value, after in words}
+    given = _given(argv)
+    if name := given.get("dataset"):
+        try:
+            argv = [argv[0], *shipped.dataset_words(name, list(given)), *argv[1:]]
+        except InputError as error:
+            _leave(error)
+        given = _given(argv)
     if {"help", "helpfull", "helpshort"}.isdisjoint(given):
         if missing := [name for name in needs if not given.get(name)]:
             wanted = {"config": "experiments/X.py", "workdir": "DIR"}
             told = " ".join(f"--{name} {wanted.get(name, name.upper())}" for name in needs)
             _leave(f"--{missing[0]} is missing; give {told}.")
-        if not (file := Path(given["config"].split(":")[0])).is_file():
-            _leave(f"--config: {file} is no file; give an experiment file such as experiments/quickstart.py.")
+        found = shipped.find_experiment(given["config"])
+        if not (file := Path(found.split(":")[0])).is_file():
+            _leave(shipped.no_experiment(file))
+        argv = [argv[0], f"--config={found}", *_without_config(argv[1:])]  # config_flags wants it before its settings
+        sys.argv = argv  # where config_flags looks for them
         sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
     try:
         rest = flags.FLAGS(argv)
@@ -58,6 +75,17 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
     if rest[1:]:
         _leave(f"{rest[1]} is not understood; settings are written --config.key=value.")
     return [given["config"]]
+
+
+def _without_config(words: list[str]) -> list[str]:
+    pairs = zip(["", *words], words)
+    return [word for before, word in pairs if not re.fullmatch("--?config(=.*)?", word) and before not in _CONFIG]
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """The flags of a command line with their values, before anything parses them."""
+    words = [(*word.lstrip("-").partition("="), after) for word, after in zip(argv[1:], [*argv[2:], ""])]
+    return {name: value if equals else after for name, equals, value, after in words}
 
 
 def refuse_no_config(config: object, file: str) -> None:

@@ -198,6 +198,7 @@ def _train(folder: Path, shape: LMConfig, packed: Packed, judged: Packed, settin
         return fit(
             folder,
             stage="pretrain",
+            tracker="tensorboard",
             phases=phases,
             arms={"lm": arm},
             params=params,

@@ -26,13 +26,14 @@ from bdlm_jax.runtime.files import (
     write_checksums,
     write_json,
 )
-from bdlm_jax.runtime.log import MetricLog, Stopped, StopSignal, progress
+from bdlm_jax.runtime.log import MetricLog, Stopped, StopSignal, duration, progress
 from bdlm_jax.runtime.parallel import Compiled
 from bdlm_jax.runtime.sharding import spread
 from bdlm_jax.types import InputError, Params, TrainState
 
 _LOG = logging.getLogger(__name__)
 
+_WORTH_TELLING = 5.0  # seconds
 LOOK_EVERY = 25  # units between two looks at the losses, each of which waits for the device
 
 
@@ -86,7 +87,7 @@ def fit(
     watch: Callable[[int, dict[str, float]], None] | None = None,
     stop: StopSignal | None = None,
     checkpoint_seconds: float = 30.0,
-    tensorboard: bool | None = None,
+    tracker: str = "none",
 ) -> Fitted:
     """Runs the phases in order, keeps each judged arm's best params, and can be killed at any moment.
 
@@ -101,22 +102,26 @@ def fit(
       watch: told after every phase its number and each judged arm's best value so far; what it raises ends the stage.
       stop: a `runtime.log.StopSignal`; where it is requested the loop saves and raises `Stopped`.
       checkpoint_seconds: the most work that a kill can lose, give or take one unit.
-      tensorboard: see `MetricLog`.
+      tracker: see `MetricLog`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_done(folder):
+        since = time.time()
         tree = _restore_or_begin(folder, arms, params, key, judged)
         cursor, best = tree["cursor"], tree["best"]
-        with MetricLog(folder, resume=(stage, cursor["units"]), tensorboard=tensorboard) as log:
+        with MetricLog(folder, resume=(stage, cursor["units"]), tracker=tracker, since=since) as log:
             loop = _Loop(folder, stage, phases, arms, tree, log, stop, checkpoint_seconds)
             for number in range(cursor["phase"], len(phases)):
                 loop.train(number)
+                began, said = time.monotonic(), []
                 for arm in judged:
                     if keep is None:
-                        _judge(arm, number, loop, validate, select)
+                        said.append(_judge(arm, number, loop, validate, select))
                     elif keep[arm] == number:
                         loop.keep(arm, 0.0, number)
+                if said:
+                    loop.tell(number, f"validation {select}: {'; '.join(said)}", time.monotonic() - began)
                 cursor["phase"], cursor["unit"] = number + 1, 0
                 loop.save()
                 if watch:
@@ -141,6 +146,7 @@ class _Loop:
     stop: StopSignal | None
     checkpoint_seconds: float
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    pace: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of a unit, by arm, as last measured
 
     def train(self, number: int) -> None:
         """Runs what is left of a phase, saves where it is time, and leaves the new params in the tree."""
@@ -153,11 +159,13 @@ class _Loop:
         # The data cursor: units that this arm has done in earlier phases.
         before = sum(earlier.units for earlier in self.phases[:number] if earlier.arm == phase.arm)
         batch = compiled.place_batch(arm.batch(before + cursor["unit"]))
-        seen = []
+        seen, first = [], cursor["unit"]
         with progress(total=phase.units, start=cursor["unit"], description=f"{self.stage}: {phase.name}") as bar:
             while cursor["unit"] < phase.units:
                 state, metrics = compiled.run(state, batch, view, constants)
                 seen.append(metrics)
+                if cursor["unit"] == first:
+                    began = time.monotonic()  # behind the first unit, which compiles
                 cursor["unit"] += 1
                 cursor["units"] += 1
                 last = cursor["unit"] == phase.units
@@ -175,6 +183,8 @@ class _Loop:
                     self.save()
                 if stopping and not last:
                     raise Stopped(self.stop.code)
+        if phase.units > first + 1:
+            self.pace[phase.arm] = (time.monotonic() - began) / (phase.units - first - 1)
         self._put_back(phase.arm, state)
         del state
         self.tree["params"] = arm.finish(self.tree["params"])
@@ -189,6 +199,15 @@ class _Loop:
         """Notes and writes the params of an arm as its best, those after a phase."""
         self.tree["best"][arm] = {"value": value, "phase": number}
         save_safetensors(self.folder / f"best_{arm}.safetensors", self.tree["params"])
+
+    def tell(self, number: int, said: str, judging: float) -> None:
+        """Says what a phase reached and, where every arm has been timed, how long the stage will take from here on."""
+        rest, left = self.phases[number + 1 :], ""
+        if rest and all(phase.arm in self.pace for phase in rest):
+            seconds = sum(self.pace[phase.arm] * phase.units + judging for phase in rest)
+            left = f"; about {duration(seconds)} left of this stage" if seconds >= _WORTH_TELLING else ""
+        words = number + 1, len(self.phases), self.stage, self.phases[number].name, said, left
+        _LOG.info("  phase %d of %d of %s (%s): %s%s", *words)
 
     def stopping(self) -> bool:
         return self.stop is not None and self.stop.requested
@@ -238,14 +257,15 @@ class _Loop:
         return mean["loss"]
 
 
-def _judge(arm: str, number: int, loop: _Loop, validate: Callable, select: str) -> None:
-    """Validates an arm after a phase, and writes its params where they are its best."""
+def _judge(arm: str, number: int, loop: _Loop, validate: Callable, select: str) -> str:
+    """Validates an arm after a phase, writes its params where they are its best, and says what was found."""
     tree = loop.tree
     values = validate(arm, tree["params"])
     row = {f"validation/{arm}/{name}": value for name, value in values.items()} | {"phase": number}
     loop.log.write(loop.stage, tree["cursor"]["units"], row)
     if values[select] > tree["best"][arm]["value"]:
         loop.keep(arm, float(values[select]), number)
+    return f"{arm} {values[select]:.4f}, best so far {tree['best'][arm]['value']:.4f}"
 
 
 def _restore_or_begin(folder: Path, arms: dict[str, Arm], params, key, judged) -> dict[str, Any]:

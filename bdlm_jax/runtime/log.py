@@ -1,9 +1,11 @@
-"""What a run tells: its numbers as JSON lines and in TensorBoard, progress to a person, and a polite stop.
+"""What a run tells: its numbers as JSON lines and to a tracker, progress to a person, and a polite stop.
 
 The file of numbers holds each step once, however often the run was killed: a resumed run first drops what it is going
-to write again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "loss": 2.3}`.
+to write again. A row is `{"stage": "lm", "step": 10, "time": 1.7e9, "since": 1.7e9, "loss": 2.3}`, where "since" is
+when the process that wrote it began with the stage: what lies between two processes is a pause.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -11,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from tqdm import tqdm
 from bdlm_jax.runtime.files import write_text
 from bdlm_jax.types import InputError
 
-_RESERVED = ("stage", "step", "time")
+_RESERVED = ("stage", "step", "time", "since")
+TRACKERS = ("tensorboard", "wandb", "none")  # beside metrics.jsonl
 
 
 class MetricLog:
@@ -30,47 +34,93 @@ class MetricLog:
         resume: `(stage, step)`: the last step whose rows stay. Later steps of that stage and all rows of the stages
             that came after it are dropped; -1 restarts the stage. None: the file starts empty. Steps of a stage rise:
             what alternates is one stage. Write a step's row before its checkpoint.
-        tensorboard: also write event files below `folder/tensorboard`, one folder per stage; None: where the extra is
-            installed.
+        tracker: a word of `TRACKERS`: "tensorboard" also writes event files below `folder/tensorboard`, one folder per
+            stage, where that extra is installed; "wandb" a run of Weights & Biases.
+        since: when this process began (`time.time()`); default now.
     """
 
-    def __init__(self, folder: Path, *, resume: tuple[str, int] | None = None, tensorboard: bool | None = None):
-        path, self._events = folder / "metrics.jsonl", folder / "tensorboard"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume: tuple[str, int] | None = None,
+        tracker: str = "none",
+        since: float | None = None,
+    ):
+        path = folder / "metrics.jsonl"
+        self._since = round(time.time() if since is None else since, 3)
         rows = _rows_to_keep(read_metrics(path), *resume) if resume else []
         write_text(path, "".join(map(_line, rows)))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed on exit)
-        self._make_writer, self._writers = _find_writer(tensorboard), {}
-        if self._make_writer:
-            # Event files cannot be truncated: they are written again from the rows that stay.
-            shutil.rmtree(self._events, ignore_errors=True)
-            for row in rows:
-                self._write_tensorboard(row)
+        self._tracker = _make_tracker(tracker, folder, rows)
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one row; `metrics` is name -> anything that `float` takes."""
         taken = [name for name in _RESERVED if name in metrics]
         if taken:
             raise InputError(f"A metric of stage {stage!r} is called {taken[0]!r}, which every row has; rename it.")
-        row = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
+        row = {"stage": stage, "step": int(step), "time": round(time.time(), 3), "since": self._since}
         row |= {name: float(value) for name, value in metrics.items()}
         self._file.write(_line(row))
         self._file.flush()
-        if self._make_writer:
-            self._write_tensorboard(row)
+        if self._tracker:
+            self._tracker.write(row)
 
     def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._file, *self._writers.values()):
-            file.close()
+        self._file.close()
+        if self._tracker:
+            self._tracker.close()
 
-    def _write_tensorboard(self, row: dict[str, Any]) -> None:
+
+class _TensorBoard:
+    """Event files of the rows of metrics.jsonl; they cannot be truncated, and are written again of those that stay."""
+
+    def __init__(self, folder: Path, rows: list[dict[str, Any]], make_writer: Any):
+        self._events, self._make_writer, self._writers = folder / "tensorboard", make_writer, {}
+        shutil.rmtree(self._events, ignore_errors=True)
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
         stage = row["stage"]
         if stage not in self._writers:
             self._writers[stage] = self._make_writer(str(self._events / stage))
         for name in row.keys() - set(_RESERVED):
             self._writers[stage].add_scalar(name, row[name], row["step"], walltime=row["time"])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases for each stage of a folder, in the group of the run directory.
+
+    It has an id of its own, kept in the folder: a resumed stage goes on in it. Rows that were sent and are written
+    again are the same to the bit, so that it does not matter that they are not taken twice. WANDB_MODE, WANDB_PROJECT
+    and what else that library reads from the environment counts.
+    """
+
+    def __init__(self, folder: Path, wandb: Any):
+        self._folder, self._wandb, self._run = folder, wandb, None
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._run is None:
+            path = self._folder / "wandb.id"
+            if not path.exists():
+                write_text(path, uuid.uuid4().hex[:12])
+            names = {"name": f"{self._folder.parent.name}/{row['stage']}", "group": self._folder.parent.name}
+            self._run = self._wandb.init(
+                id=path.read_text(encoding="utf-8").strip(), resume="allow", dir=str(self._folder), **names
+            )
+        self._run.log({name: row[name] for name in row.keys() - set(_RESERVED)}, step=row["step"])
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -108,17 +158,31 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(valid) + "\n"
 
 
-def _find_writer(wanted: bool | None) -> Any:
-    if wanted is False:
-        return None
-    try:
+def check_tracker(word: str) -> None:
+    """Refuses Weights & Biases where it is not installed; TensorBoard, the default, is left out there instead."""
+    found = importlib.util.find_spec("wandb") if word == "wandb" else None
+    if word == "wandb" and not (found and found.origin):  # a folder of its logs is none
+        raise InputError('config.runtime.log is wandb, which is not installed; pip install "bdlm_jax[wandb]".')
+
+
+def _make_tracker(word: str, folder: Path, rows: list[dict[str, Any]]) -> _TensorBoard | _Wandb | None:
+    check_tracker(word)
+    if word == "wandb":
+        import wandb
+
+        return _Wandb(folder, wandb)
+    if word == "tensorboard" and importlib.util.find_spec("tensorboardX"):
         from tensorboardX import SummaryWriter
-    except ModuleNotFoundError:
-        if not wanted:
-            return None
-        told = 'TensorBoard metrics were asked for, but tensorboardX is missing; pip install "bdlm_jax[tensorboard]".'
-        raise InputError(told) from None
-    return SummaryWriter
+
+        return _TensorBoard(folder, rows, SummaryWriter)
+    return None
+
+
+def duration(seconds: float) -> str:
+    """Says a time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def progress(

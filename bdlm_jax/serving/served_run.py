@@ -1,8 +1,10 @@
 """A finished run as Python holds it: `bdlm_jax.load("runs/quickstart")`. Answers are pandas tables."""
 
+import base64
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +74,20 @@ class ServedRun:
             raise InputError(f"{path} cannot be read ({error}): run bdlm_jax.main on {self.folder} again.") from error
         return _table(rows, "model", "slice", "metric", "value", "users")
 
+    @property
+    def report(self) -> "Page":
+        """results.md: a notebook shows it with its pictures, which it holds itself."""
+        path = self.folder / "results.md"
+        if not path.is_file():
+            raise InputError(f"{path} is not there: write it by python -m bdlm_jax.report --workdir {self.folder}.")
+        return Page(re.sub(r"(?<=\]\()[^()]+\.png(?=\))", self._embedded, path.read_text(encoding="utf-8")))
+
+    def _embedded(self, picture: re.Match) -> str:
+        path = self.folder / picture[0]
+        if not path.is_file():
+            return picture[0]
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
     def recommend(
         self,
         users: str | Iterable[str] | None = None,
@@ -105,6 +121,13 @@ class ServedRun:
     def history(self, user: str) -> "pd.DataFrame":
         """What a known user has had, oldest first: rank, item, title."""
         return _table(answers.history(self.catalogue, user), "rank", "item", "title")
+
+
+class Page(str):
+    """A page of Markdown, shown as one where that is possible."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
 
 
 class Items:

@@ -56,7 +56,6 @@ def train(folder, compiled, *, kill_at=None, seconds=1e9):
     fitted = fit(
         folder, stage="toy", phases=PHASES, arms={"a": arm, "b": arm}, params=lambda: make_state().params,
         key=jax.random.key(0), validate=validate, select="fit", judged=("a",), checkpoint_seconds=seconds,
-        tensorboard=False,
     )  # fmt: skip
     return fitted, seen, len(units)
 

@@ -111,7 +111,7 @@ def test_a_seed_whose_table_was_in_view_is_left_out(tmp_path):
         out = tmp_path / "page.md"
         assert report.main(["--collect", *(str(tmp_path / f) for f in folders), "--out", str(out)]) == 0
         pages.append(out.read_text())
-    assert "* Seeds: 1, 2. " in pages[0] and "seed 0 in view: it is left out here." in pages[0]
+    assert " Seeds: 1, 2. " in pages[0] and "seed 0 in view: it is left out here." in pages[0]
     assert "seed 0 in view: what follows is no clean evidence." in pages[1]
 
 

@@ -87,7 +87,7 @@ def test_the_head_says_in_five_lines_what_the_counts_say(tmp_path):
     assert "100.0% above lightgcn" in head["By how much"]  # 40 users against 20
     assert "twins: 100 users, 120 items, 1,234 interactions" in head["On what"]
     assert "100 held-out items, each among 99 others." in head["On what"]
-    assert head["How sure"].startswith("One seed (0): another training may differ; ")
+    assert head["How sure"].startswith("One seed (0), one run: no claim, for another training may differ; over 100 ")
     worse = head_of(page_of(make_run(tmp_path / "worse", wins=10, select=HR)))
     assert worse["Won"].startswith("lightgcn (0.200)") or worse["Won"].startswith("text_lm (0.200)")
     assert "50.0% below" in worse["By how much"]
@@ -165,7 +165,7 @@ def test_groups_become_sections_with_a_head_each(tmp_path):
     assert page.texts("p")[0] == "What it says, in plain words & few."
     assert page.texts("h2") == ["twins", "twins with mutual.align = cosine", "Provenance"]
     sure = page.texts("dd")[4::5]
-    assert sure[0].startswith("2 seeds (0, 1); ") and sure[1].startswith("One seed (0): ")
+    assert sure[0].startswith("2 seeds (0, 1); ") and sure[1].startswith("One seed (0), one run: no claim")
     curves = [text for tag, a, text in page.elements if tag == "path" and a["class"] == "curve lm"]
     assert len(curves) == 2 + 1  # a line for each seed
 

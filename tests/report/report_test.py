@@ -9,7 +9,7 @@ from made_run import make_run
 
 from bdlm_jax.evaluation.statistics import bootstrap_interval
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.report.finished_run import phase_names, stage_seconds
+from bdlm_jax.report.finished_run import curve_notes, group_runs, phase_names, read_run, stage_seconds
 from experiments import defaults
 
 
@@ -53,6 +53,48 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
     for name in shown:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert (folder / name).stat().st_size < 100_000
+
+
+def test_the_page_is_called_by_the_data_and_begins_with_five_lines(tmp_path):
+    folder = make_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"name": "some_experiment"}))
+    title, empty, *lines = page_of(folder).splitlines()
+    assert (title, empty) == ("# Results: twins, seed 0", "")
+    assert [line.split(":**")[0] for line in lines[:5]] == [
+        f"* **{word}" for word in ("Compared", "Won", "By how much", "On what", "How sure")
+    ]
+    assert lines[1].startswith("* **Won:** bdlm_domain (0.742), before bdlm_lm (0.742)") and lines[5:7] == [
+        "",
+        "## All targets",
+    ]
+    assert any(line.startswith("* Experiment: some_experiment. Seeds: 0.") for line in lines)
+    run = read_run(folder)
+    again = run._replace(config=run.config | {"name": "other", "seed": 1})
+    assert list(group_runs([run, again])) == ["twins (some_experiment)", "twins (other)"]
+
+
+def test_nothing_is_bold_at_chance(tmp_path):
+    """Of 100 targets 4 are hit where chance is .01: ± .038, so that .04 is not told from it."""
+    for hits, bold in ((4, False), (9, True)):
+        models = {"lightgcn": (hits, 0), "text_lm": (1, 0)}
+        text = page_of(make_run(tmp_path / str(hits), models=models, select="hr@1/cand100"))
+        cell = row_of(text.split("## All targets")[1].split("##")[0], "lightgcn")[1]
+        assert cell == (f"**{hits / 100:.3f}**" if bold else f"{hits / 100:.3f}")
+        assert ("**Won:** No model" in text) == (not bold)
+
+
+def test_what_a_reader_of_the_curves_wonders_at_is_explained(tmp_path):
+    """LightGCN alone has .25, the domain arm .2 after the LM's first phase, and .2 in its distillation."""
+    run = read_run(make_run(tmp_path / "run", **{"mutual.distill_epochs": 40}))
+    below = "below lightgcn alone: the LM's steps move the table that both arms read"
+    assert curve_notes(run) == {"bdlm": below}
+    run.facts["curves"]["distill"]["domain"] = [0.2, 0.3]
+    assert curve_notes(run)["distill"].endswith("stands still and teaches for 40 epochs (a round has 5)")
+    run.config["shared"]["trained_by"] = "domain"
+    assert list(curve_notes(run)) == ["distill"]
+    report.write_report(tmp_path / "run")
+    assert "Below lightgcn alone" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_page_says_where_drawn_cases_stand_for_all(tmp_path):
@@ -106,11 +148,21 @@ def test_seeds_become_one_section_with_deviations_and_other_settings_another(tmp
     assert [margin[5], margin[7], margin[9]] == ["+50.0%", "± 10.0% (n = 3)", "higher"]
     margin = row_of(second, "bdlm_lm", "lightgcn", "hr@1/cand100")
     assert margin[5:] == ["+0.0%", "+0.0% … +0.0%", "one seed", "1.0000", "no claim, one seed"]
-    assert "* Seeds: 0, 1, 2." in first
+    assert "* Experiment: twins. Seeds: 0, 1, 2." in first
+    assert re.findall(r"^\* \*\*(.*?):\*\*", first, re.M) == ["Compared", "Won", "By how much", "On what", "How sure"]
     assert text.rstrip().endswith("| benchmark | 3.1 |")
     for name in re.findall(r"\]\((plots.*?)\)", text):
         assert (out.parent / name).is_file()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_pause_is_none_of_a_stages_time(tmp_path):
+    """A stage of two processes, the second a minute after the first: 10 + 25 s in one, 5 + 30 in the other."""
+    rows = [(110, 100), (135, 100), (200, 195), (230, 195)]
+    (tmp_path / "mf").mkdir()
+    lines = [json.dumps({"stage": "mf", "step": i, "time": t, "since": s}) for i, (t, s) in enumerate(rows)]
+    (tmp_path / "mf" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert stage_seconds(tmp_path) == {"mf": 10 + 25 + 5 + 30}
 
 
 def test_time_leaves_pauses_out(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import small_bdlm
 
 from bdlm_jax.mutual import lm_step, optimizer, options
-from bdlm_jax.run import build
+from bdlm_jax.run import trained
 from bdlm_jax.types import leaf_name
 
 TREE = {
@@ -30,7 +30,7 @@ TABLES = {"shared/user", "shared/item"}
 )
 def test_one_word_says_what_trains(trains, own):
     for changes, tables in (({}, TABLES), ({"train_user": False}, {"shared/item"}), ({"train_shared": False}, set())):
-        labels = optimizer.label_params(TREE, build.lm_rules(trains, **{"train_shared": True} | changes))
+        labels = optimizer.label_params(TREE, trained.lm_rules(trains, **{"train_shared": True} | changes))
         named = jax.tree_util.tree_flatten_with_path(labels)[0]
         found = {leaf_name(path) for path, label in named if label != optimizer.FROZEN}
         assert found == own | ALWAYS | tables

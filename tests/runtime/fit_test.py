@@ -1,3 +1,4 @@
+import logging
 import types
 
 import jax
@@ -5,10 +6,12 @@ import numpy as np
 import pytest
 
 from bdlm_jax.runtime import checkpoint, parallel
+from bdlm_jax.runtime import fit as fit_module
 from bdlm_jax.runtime.fit import LOOK_EVERY, Arm, Phase, Stopped, fit
 from bdlm_jax.runtime.log import StopSignal, read_metrics
 from bdlm_jax.types import InputError
 
+FIT = fit_module.__name__  # whose words are meant, not a library's
 PHASES = [Phase("a", 3, "first"), Phase("b", 2, "second"), Phase("a", 2, "third")]
 
 
@@ -46,22 +49,54 @@ def start(folder, calls, *, phases=PHASES, arms=None, at_unit=None, judged=("a",
     options = {"validate": by_params, "select": "hr", "checkpoint_seconds": 1e9} | options
     return fit(
         folder, stage="toy", phases=phases, arms=arms, params=lambda: {"a": np.float32(0), "b": np.float32(0)},
-        key=jax.random.key(0), judged=judged, tensorboard=False, **options,
+        key=jax.random.key(0), judged=judged, **options,
     )  # fmt: skip
 
 
-def test_phases_views_and_cursors_by_hand_and_a_finished_stage_is_only_read(tmp_path):
+def test_phases_views_and_cursors_by_hand_and_a_finished_stage_is_only_read(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "bdlm_jax")
     calls, values = [], iter([0.5, -0.5, 0.9, -0.9, 0.7, -0.7])  # of a and b after each phase
     fitted = start(tmp_path, calls, validate=lambda *_: {"hr": next(values)})
     # The view is a + b. Against 0, a = 1 + 2; against 3, b = 0 + 1 + 2·0.1·3 = 1.6; a goes on with batches 3 and 4.
     wanted = [("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 0, 3), ("b", 1, 3), ("a", 3, 4.6), ("a", 4, 4.6)]
     assert [(n, b, pytest.approx(v)) for n, b, v in calls] == wanted
+    assert [record.getMessage().strip() for record in caplog.records if record.name == FIT] == [
+        "phase 1 of 3 of toy (first): validation hr: a 0.5000, best so far 0.5000; b -0.5000, best so far -0.5000",
+        "phase 2 of 3 of toy (second): validation hr: a 0.9000, best so far 0.9000; b -0.9000, best so far -0.5000",
+        "phase 3 of 3 of toy (third): validation hr: a 0.7000, best so far 0.9000; b -0.7000, best so far -0.5000",
+    ]
     assert fitted.phase == {"a": 1, "b": 0}
     assert fitted.value == {"a": 0.9, "b": -0.5}
     np.testing.assert_allclose([fitted.params["a"][n] for n in "ab"], [3, 1.6], rtol=1e-6)
     np.testing.assert_allclose([fitted.params["b"][n] for n in "ab"], [3, 0], rtol=1e-6)
     again = []
     assert start(tmp_path, again) == fitted and again == []
+
+
+def test_how_long_the_stage_will_take_is_told_from_units_that_were_timed(tmp_path, caplog, monkeypatch):
+    """A unit of "a" takes 10 s on this clock, one of "b" 20, the first of a process 100 more; a validation 7 an arm."""
+    caplog.set_level(logging.INFO, "bdlm_jax")
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: clock.now)
+
+    def work(seconds, value):
+        clock.now += seconds
+        return value
+
+    arms = {}
+    for name, seconds in (("a", 10), ("b", 20)):
+        arm = make_arm(name, [])
+        run = arm.compiled.run
+        slow = [100]
+        compiled = arm.compiled._replace(
+            run=lambda *given, run=run, s=seconds, slow=slow: work(s + (slow.pop() if slow else 0), run(*given))
+        )
+        arms[name] = arm._replace(compiled=compiled)
+    phases = [Phase("a", 3, "1"), Phase("b", 3, "2"), Phase("a", 5, "3"), Phase("b", 2, "4")]
+    start(tmp_path, [], phases=phases, arms=arms, validate=lambda arm, params: work(7, by_params(arm, params)))
+    told = [record.getMessage().partition("; about ")[2] for record in caplog.records if record.name == FIT]
+    # Behind the second phase: 5 units of 10 s, 2 of 20, and two phases' validations of both arms.
+    assert told == ["", f"{5 * 10 + 2 * 20 + 2 * 14} s left of this stage", f"{2 * 20 + 14} s left of this stage", ""]
 
 
 class Killed(BaseException):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +16,7 @@ ROWS = [("domain", 1), ("domain", 2), ("lm", 1), ("lm", 2), ("lm", 3), ("mutual"
 
 
 def write(folder, *steps, resume=None):
-    with MetricLog(folder, resume=resume, tensorboard=False) as log:
+    with MetricLog(folder, resume=resume) as log:
         for stage, step in steps:
             log.write(stage, step, {"loss": step / 2})
 
@@ -26,11 +27,11 @@ def kept(folder):
 
 def test_rows_hold_plain_numbers_and_are_there_at_once(tmp_path):
     assert read_metrics(tmp_path) == []
-    with MetricLog(tmp_path, tensorboard=False) as log:
+    with MetricLog(tmp_path) as log:
         log.write("lm", np.int64(3), {"loss": np.float32(0.5), "hits": 2, "norm": math.nan, "scale": math.inf})
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=pytest.fail)  # JSON knows no NaN
-    assert row.pop("time") > 1.7e9
+    assert row.pop("time") >= row.pop("since") > 1.7e9
     assert row == {"stage": "lm", "step": 3, "loss": 0.5, "hits": 2.0, "norm": None, "scale": None}
     assert math.isnan(read_metrics(tmp_path)[0]["norm"])
 
@@ -62,10 +63,10 @@ def test_a_killed_and_resumed_run_holds_each_step_once(tmp_path):
 
 
 def test_errors(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(InputError, match="tensorboardX is missing"):
-        MetricLog(tmp_path, tensorboard=True)
-    with MetricLog(tmp_path) as log, pytest.raises(InputError, match="called 'step'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"runtime\.log is wandb, which is not installed; pip install"):
+        MetricLog(tmp_path, tracker="wandb")
+    with MetricLog(tmp_path, tracker="tensorboard") as log, pytest.raises(InputError, match="called 'step'"):
         log.write("lm", 1, {"step": 2.0})
     (tmp_path / "metrics.jsonl").write_text('{"stage": "lm", "step": 1}\n[1]\n{"stage": "lm", "step": 2}\n')
     with pytest.raises(InputError, match="line 2: not a row"):
@@ -76,10 +77,10 @@ def test_tensorboard_holds_the_rows_that_stay(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
-    with MetricLog(tmp_path, tensorboard=True) as log:
+    with MetricLog(tmp_path, tracker="tensorboard") as log:
         log.write("lm", 1, {"loss": 0.5})
         log.write("lm", 2, {"loss": 0.25})
-    with MetricLog(tmp_path, resume=("lm", 1), tensorboard=True) as log:
+    with MetricLog(tmp_path, resume=("lm", 1), tracker="tensorboard") as log:
         log.write("lm", 2, {"loss": 0.125})
     (path,) = (tmp_path / "tensorboard" / "lm").iterdir()
     data, place, found = path.read_bytes(), 0, []
@@ -90,6 +91,23 @@ def test_tensorboard_holds_the_rows_that_stay(tmp_path):
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         place += 12 + length + 4
     assert found == [("loss", 1, 0.5), ("loss", 2, 0.125)]
+
+
+def test_weights_and_biases_gets_each_row_and_a_resumed_stage_goes_on_in_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    folder = tmp_path / "run" / "mf"
+    folder.mkdir(parents=True)
+    with MetricLog(folder, tracker="wandb") as log:
+        log.write("mf", 1, {"loss": 0.5})
+    with MetricLog(folder, resume=("mf", 1), tracker="wandb") as log:
+        log.write("mf", 2, {"loss": 0.125})
+    assert kept(folder) == [("mf", 1), ("mf", 2)]
+    paths = [*folder.glob("wandb/offline-run-*/*.wandb")]
+    assert {path.name for path in paths} == {f"run-{(folder / 'wandb.id').read_text()}.wandb"}
+    sent = b"".join(path.read_bytes() for path in paths)
+    assert b"run/mf" in sent and b"0.5" in sent and b"0.125" in sent
 
 
 def test_a_file_gets_lines_and_a_short_loop_none(capsys):

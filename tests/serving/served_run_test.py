@@ -1,5 +1,7 @@
 """`bdlm_jax.load` and what a run answers, as tables."""
 
+import base64
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +54,16 @@ def test_every_trained_model_answers_for_known_and_new_users(run):
 def test_what_cannot_be_asked_is_one_sentence(run, ask, message):
     with pytest.raises(InputError, match=message):
         run.recommend(**ask)
+
+
+def test_the_report_holds_its_pictures(run, tmp_path):
+    page = run.report
+    pictures = [base64.b64decode(found) for found in re.findall(r"\]\(data:image/png;base64,([^)]+)\)", page)]
+    assert sorted(pictures) == sorted(path.read_bytes() for path in (run.folder / "plots").glob("*.png"))
+    assert page._repr_markdown_() == page and "](plots/" not in page and "| bdlm_lm |" in page
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError, match=r"results\.md is not there: write it by python -m bdlm_jax\.report"):
+        _ = bdlm_jax.load(tmp_path).report
 
 
 def test_nobody_gets_an_empty_table_with_its_columns(run):
