@@ -7,7 +7,7 @@ import numpy as np
 
 from bdlm_jax.evaluation.metrics import case_metric
 
-RESAMPLES, FLIPS = 2_000, 20_000  # p can be 1/20,001, which Holm may multiply by hundreds of margins
+RESAMPLES, FLIPS = 2_000, 60_000  # p can be 1/60,001, which Holm may multiply by hundreds of margins
 _CHUNK = 250  # resamples at a time: a chunk holds so many rows of U floats
 
 
