@@ -6,7 +6,7 @@ All else is as in experiments/ml1m.py: LightGCN by itself is far below the LM he
 The weight of its scores is chosen on validation, .25 with seed 7: .183 of the sum, .176 of the LM, and .183 of the
 domain arm that learned from the sum where it is .176 from the LM alone (docs/experiments.md).
 
-The LM's loss reaches the item table alone, as it does there.
+As it does there, the LM's loss reaches the item table alone.
 """
 
 from experiments import defaults, ml1m

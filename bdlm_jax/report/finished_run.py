@@ -224,7 +224,7 @@ def curve_notes(run: Finished) -> dict[str, str]:
     moved = run.config["shared"]["trained_by"] in ("both", "lm") and m["lm_epochs"]
     if rounds and alone and moved and rounds[0] < alone["value"]:
         notes["bdlm"] = f"below {run.domain_model} alone: the LM's steps move the table that both arms read"
-    best = run.best("bdlm").get("domain")
+    best = (run.best("taught") or run.best("bdlm")).get("domain")
     if distilled and best and max(distilled) > 1.1 * best["value"]:
         epochs = f"{m['distill_epochs']} epochs (a round has {m['domain_epochs_a_round']})"
         notes["distill"] = f"the jump: the chosen LM stands still and teaches for {epochs}"

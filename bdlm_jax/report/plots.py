@@ -137,6 +137,7 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         if stage in notes:
             at, place = (0, curves["domain"][0]), {"ha": "left", "va": "bottom", "textcoords": "offset points"}
             axes.annotate(_MARK[stage], at, (5, 4), fontsize=9, color=_GREY, **place)
+        axes.margins(x=0.1)
         axes.set_xlabel(STAGE_WORDS[stage].lower(), fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     all_axes[0].set_ylabel(f"{run.config['select']}, validation", fontsize=9)

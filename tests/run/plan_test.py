@@ -172,7 +172,7 @@ def test_the_command_compiles_on_pretended_devices_what_it_counts():
 def test_a_wrong_mesh_is_one_sentence_and_exit_code_2():
     done = run("--config=experiments/ml1m_llm.py:vicuna_7b", "--dry_run", "--config.mesh.data=3")
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    _, line = [line for line in done.stderr.splitlines() if line.strip()]  # the first says that it starts
     assert "config.mesh is data 3 x fsdp -1 x tensor 1, which needs a multiple of 3 devices, but there are 8" in line
 
 
