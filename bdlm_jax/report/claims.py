@@ -9,7 +9,7 @@ import numpy as np
 
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import Margin, beats, case_chance, holm, paired_margins
-from bdlm_jax.report.finished_run import Finished, is_control, mean_and_spread, sorted_models
+from bdlm_jax.report.finished_run import Finished, is_control, sorted_models
 from bdlm_jax.types import InputError
 
 ARMS = ("bdlm_domain", "bdlm_lm")
@@ -70,7 +70,10 @@ def control_pairs(runs: Sequence[Finished]) -> list[tuple[str, str, str]]:
 
 
 def make_claims(runs: Sequence[Finished], pairs: Iterable[tuple[str, str, str]]) -> list[Claim]:
-    """Judges pairs (model, against, metric) of runs that differ in the seed; rows without the metric have no claim."""
+    """Judges pairs (model, against, metric) of runs that differ in the seed, over the seeds that both have.
+
+    Rows without a seed in common, or without the metric, have no claim.
+    """
     pairs = list(pairs)
     values = {at: _user_values(runs, *at) for at in {(row, metric) for *rows, metric in pairs for row in rows}}
     batches: dict[tuple, list[tuple[str, str, str]]] = {}
@@ -81,7 +84,7 @@ def make_claims(runs: Sequence[Finished], pairs: Iterable[tuple[str, str, str]])
     for (_, *data), batch in batches.items():
         user, ours, theirs, chance = [], [], [], []
         for model, against, metric in batch:
-            both = [[values[row, metric][sha] for sha in data] for row in (model, against)]
+            both = [_over_seeds(values[row, metric], data, f"{row} in {metric}") for row in (model, against)]
             user += [np.concatenate([v.user_U for v in side]) for side in both]
             if not np.array_equal(user[-1], user[-2]) or not np.array_equal(user[-1], user[0]):
                 raise InputError(f"{model} and {against} were tested on different users in {metric}; test both again.")
@@ -112,37 +115,50 @@ def n_judged(claims: Mapping[str, Sequence[Claim]]) -> int:
 
 
 class _Values(NamedTuple):
-    """A metric summed over each user's cases, averaged over seeds, and what chance would give."""
+    """A metric summed over each user's cases, and what chance would give."""
 
     user_U: np.ndarray
     sum_U: np.ndarray
     chance_U: np.ndarray
 
 
-def _user_values(runs: Sequence[Finished], row: str, metric: str) -> dict[str, _Values]:
-    """By the data's hash: users of a world that was generated anew for each seed are not the same people."""
+def _user_values(runs: Sequence[Finished], row: str, metric: str) -> dict[tuple[str, int], _Values]:
+    """By the data's hash and the seed."""
     name, protocol = metric.split("/")
-    found: dict[str, list[_Values]] = {}
+    found = {}
     for run in runs:
         if (c := run.counts.get(row, {}).get(protocol)) is not None:
             user_U, index_N = np.unique(c.user, return_inverse=True)
             cases = (case_metric(name, c.better, c.equal, c.others), case_chance(name, c.others))
             sums = (np.bincount(index_N, values_N) for values_N in cases)
-            found.setdefault(run.data["sha256"], []).append(_Values(user_U, *sums))
+            found.setdefault((run.data["sha256"], run.seed), _Values(user_U, *sums))
+    return found
+
+
+def _over_seeds(values: dict[tuple[str, int], _Values], data: Sequence[tuple[str, int]], what: str) -> list[_Values]:
+    """Averages over the seeds of the same data: users of a world that each seed generates anew are other people."""
+    found: dict[str, list[_Values]] = {}
+    for sha, seed in data:
+        found.setdefault(sha, []).append(values[sha, seed])
     if any(not np.array_equal(v.user_U, made[0].user_U) for made in found.values() for v in made):
-        raise InputError(f"the seeds of {row} were tested on different users in {metric}; test them again.")
-    return {
-        sha: _Values(made[0].user_U, *(np.mean([v[field] for v in made], axis=0) for field in (1, 2)))
-        for sha, made in found.items()
-    }
+        raise InputError(f"the seeds of {what} were tested on different users; test them again.")
+
+    def mean(made: list[_Values], field: str) -> np.ndarray:
+        return np.mean([getattr(v, field) for v in made], axis=0)
+
+    return [_Values(made[0].user_U, mean(made, "sum_U"), mean(made, "chance_U")) for made in found.values()]
 
 
 def _claim(runs, pair: tuple[str, str, str], margin: Margin, users: int, chance: bool) -> Claim:
     model, against, metric = pair
-    keys = [(row, "all", metric) for row in (model, against)]
-    means = [mean_and_spread(runs, key)[0] for key in keys]
-    both = [[run.cells[key][0] for key in keys] for run in runs if all(key in run.cells for key in keys)]
-    by_seed = tuple(ours / theirs - 1 for ours, theirs in both if theirs > 0)
+    by_row = {row: {} for row in (model, against)}
+    for run, (row, cells) in itertools.product(runs, by_row.items()):
+        if (row, "all", metric) in run.cells:
+            cells.setdefault(run.seed, run.cells[row, "all", metric][0])
+    ours, theirs = by_row[model], by_row[against]
+    seeds = sorted(ours.keys() & theirs.keys())
+    means = [statistics.fmean(cells[seed] for seed in seeds) for cells in (ours, theirs)]
+    by_seed = tuple(ours[seed] / theirs[seed] - 1 for seed in seeds if theirs[seed] > 0)
     return Claim(model, against, metric, *means, margin, by_seed, users, chance)
 
 

@@ -64,8 +64,24 @@ def test_models_that_were_tested_on_other_users_are_not_compared(tmp_path):
     others = {**run.counts, "lightgcn": {"cand100": counts._replace(user=counts.user + 1)}}
     with pytest.raises(InputError, match="bdlm_lm and lightgcn were tested on different users in hr@1/cand100"):
         make_claims([run._replace(counts=others)], [HIGHER])
-    with pytest.raises(InputError, match="the seeds of lightgcn were tested on different users"):
-        make_claims([run, run._replace(counts=others)], [HIGHER])
+    with pytest.raises(InputError, match="the seeds of lightgcn in hr@1/cand100 were tested on different users"):
+        make_claims([run, run._replace(counts=others, config={**run.config, "seed": 1})], [HIGHER])
+
+
+def test_only_seeds_that_both_models_have_are_held_against_each_other(tmp_path):
+    first, second = read(tmp_path, seeds=(0, 1))
+    counts = {model: made for model, made in second.counts.items() if model != "lightgcn"}
+    cells = {key: cell for key, cell in second.cells.items() if key[0] != "lightgcn"}
+    worse = counts["bdlm_lm"]["cand100"]
+    counts["bdlm_lm"] = {**counts["bdlm_lm"], "cand100": worse._replace(better=worse.better + 1)}
+    alone = make_claims([first], [HIGHER])
+    apart = first._replace(counts={"lightgcn": first.counts["lightgcn"]})  # the same seed, in a run of its own
+    apart = apart._replace(cells={key: cell for key, cell in first.cells.items() if key[0] == "lightgcn"})
+    ours = first._replace(counts={"bdlm_lm": first.counts["bdlm_lm"]})
+    ours = ours._replace(cells={key: cell for key, cell in first.cells.items() if key[0] == "bdlm_lm"})
+    for runs in ([first, second._replace(counts=counts, cells=cells)], [apart, ours]):
+        assert make_claims(runs, [HIGHER]) == alone
+    assert make_claims([second._replace(counts=counts, cells=cells)], [HIGHER]) == []
 
 
 def test_nothing_is_claimed_against_a_model_at_chance(tmp_path):
