@@ -15,13 +15,15 @@ def save_compact(
 ) -> None:
     """Writes {model: {protocol: Counts}} and the slices (I,) of items to one npz, in the smallest integers.
 
-    Users, targets and others stand once for all, again for a protocol where they differ, and again for a model where
+    In an item's place stands its kind, the slices that it is in: what a user had is others' data, and no number needs
+    it. Users, kinds and others stand once for all, again for a protocol where they differ, and again for a model where
     they differ from its protocol's. Users stand as differences, which are small and all alike as a rule.
     """
-    arrays, common = {f"slice/{name}": items_I for name, items_I in slices.items()}, {}
+    kinds_KS, kind_I = np.unique(np.stack(list(slices.values()), axis=1), axis=0, return_inverse=True)
+    arrays, common = {f"slice/{name}": kinds_KS[:, s] for s, name in enumerate(slices)}, {}
     for model, protocols in counts.items():
         for protocol, c in protocols.items():
-            for field, value_N in c._asdict().items():
+            for field, value_N in c._replace(target=kind_I.reshape(-1)[c.target])._asdict().items():
                 place = f"{model}/{protocol}"
                 if field in _SHARED:
                     if protocol_is_new := (protocol, field) not in common:
@@ -43,7 +45,7 @@ def _smallest(value_N: np.ndarray) -> np.ndarray:
 
 
 def load_compact(path: str | os.PathLike) -> tuple[dict[str, dict[str, Counts]], dict[str, np.ndarray]]:
-    """Reads what `save_compact` wrote: counts by model and protocol, and the slices."""
+    """Reads what `save_compact` wrote: counts by model and protocol, whose targets are kinds, and the kinds' slices."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     slices = {name.removeprefix("slice/"): arrays.pop(name) for name in list(arrays) if name.startswith("slice/")}

@@ -89,11 +89,17 @@ def test_counts_survive_where_models_differ_in_their_cases(tmp_path):
     two = Counts(user[:5], user[:5] % 7, user[:5], user[:5] * 0, others[:5] - 1)
     few = one._replace(user=user[::-1].copy(), target=one.target.copy(), others=others * 0 + 99)
     given = {"a": {"full": one, "cand100": few}, "b": {"full": two, "cand100": one}, "c": {"full": few, "cand100": few}}
-    save_compact(tmp_path / "c.npz", given, {"all": np.ones(7, bool)})
+    items = {"all": np.ones(7, bool), "cold": np.arange(7) == 2}
+    save_compact(tmp_path / "c.npz", given, items)
     counts, slices = load_compact(tmp_path / "c.npz")
     for model, protocols in given.items():
         for protocol, made in protocols.items():
-            assert all(np.array_equal(x, y) for x, y in zip(made, counts[model][protocol], strict=True))
+            read = counts[model][protocol]
+            for name, items_I in items.items():
+                assert np.array_equal(slices[name][read.target], items_I[made.target])
+            assert set(read.target) <= {0, 1}  # which item a user had is not told
+            rest = (c._replace(target=0) for c in (made, read))
+            assert all(np.array_equal(x, y) for x, y in zip(*rest, strict=True))
     assert slices["all"].all() and counts["a"]["full"].equal.dtype == np.int64  # unsigned differences would wrap
     with np.load(tmp_path / "c.npz") as arrays:
         assert arrays["a/full/equal"].dtype == np.uint8 and arrays["a/full/better"].dtype == np.uint32

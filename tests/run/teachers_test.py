@@ -24,6 +24,12 @@ def trained(tiny_run, tmp_path_factory):
     return run, {"domain": {}} | lm, {"domain": {}} | alone
 
 
+def taught(run, *, teacher, lessons=0):
+    config = run.config.copy_and_resolve_references()
+    config.mutual.teacher, config.mutual.taught.rounds = teacher, lessons
+    return dataclasses.replace(run, config=config)
+
+
 def test_where_the_lm_teaches_alone_nothing_is_weighed(trained):
     run, lm, alone = trained
     assert run.config.mutual.teacher == "lm"
@@ -33,9 +39,7 @@ def test_where_the_lm_teaches_alone_nothing_is_weighed(trained):
 
 def test_where_the_domain_model_teaches_its_scores_alone_are_heard(trained):
     run, lm, alone = trained
-    config = run.config.copy_and_resolve_references()
-    config.mutual.teacher = "domain"
-    run = dataclasses.replace(run, config=config)
+    run = taught(run, teacher="domain")
     weight = teachers.weigh_domain(run, lm, alone, None)
     view = teachers.Teacher(None, weight, lambda _: alone).read(run, "validation").view(run, lm)
     user_UD, item_ID = build.make_arm(run, "lightgcn").encode(*(alone[name] for name in ("shared", "domain")))
@@ -44,9 +48,7 @@ def test_where_the_domain_model_teaches_its_scores_alone_are_heard(trained):
 
 def test_a_pool_is_the_sum_of_both_scores_and_its_weight_the_best_on_validation(trained):
     run, lm, alone = trained
-    config = run.config.copy_and_resolve_references()
-    config.mutual.teacher = "pool"
-    run = dataclasses.replace(run, config=config)
+    run = taught(run, teacher="pool")
     weight = teachers.weigh_domain(run, lm, alone, None)
     told = json.loads((run.folder / "teacher.json").read_text())
     assert told["weight"] == weight and told["validation"][str(weight)] == max(told["validation"].values())
@@ -74,9 +76,7 @@ def test_at_test_the_domain_model_knows_the_validation_item(trained):
 @pytest.mark.parametrize("lessons", [0, 2])
 def test_a_refit_hears_the_teachers_that_were_chosen_before_it(trained, monkeypatch, lessons):
     run, lm, alone = trained
-    config = run.config.copy_and_resolve_references()
-    config.mutual.teacher, config.mutual.taught.rounds = "pool", lessons
-    run, told = dataclasses.replace(run, config=config), []
+    run, told = taught(run, teacher="pool", lessons=lessons), []
     monkeypatch.setattr(stages, "train_bdlm", lambda *_: Fitted({"lm": lm}, {}, {}))
 
     def teach_both(own, decoder, start, domain_params, reader):
