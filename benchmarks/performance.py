@@ -1,0 +1,120 @@
+"""Writes docs/performance.md: every table is what one command printed, kept as JSON in docs/performance.
+
+    python benchmarks/performance.py run [PART ...]     # measures these parts (all, without any), and writes the page
+    python benchmarks/performance.py                    # writes the page of what is kept
+
+Data sets lie in data/ (README: "By name"). Peers are measured where they are installed: torch is an extra (`parity`),
+RecBole is nobody's dependency (`pip install recbole`).
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "performance"
+HEAD = """# Speed
+
+Written by `python benchmarks/performance.py`; each table is what its command printed, kept in docs/performance with
+where it ran.
+
+The machine was shared: other work ran on its two cores all the while. So what runs on one core is told in seconds of
+the processor, which others do not lengthen (a cache that they fill does, a little); peers are measured in turns with
+ours, and the median counts. Seconds of the clock stand only where it says so. A ratio above 1 means that ours is
+faster. Nothing here is of an accelerator: `benchmarks/accelerator.py` measures one.
+"""
+
+
+class Part(NamedTuple):
+    """One table of the page: its title, its command behind `python benchmarks/`, and what its numbers say."""
+
+    title: str
+    command: str
+    says: str = ""
+
+
+PARTS = {
+    "sequence": Part(
+        "Next-item training of a small sequence model, beside torch and RecBole",
+        "sequence_step.py --data ml-1m=movielens=data/ml-1m --steps 2 --repeats 3",
+    ),
+    "lightgcn": Part(
+        "An epoch of LightGCN, beside LightGCN-PyTorch's method and RecBole",
+        "lightgcn_epoch.py --data ml-1m=movielens=data/ml-1m --batches 3 --repeats 3",
+    ),
+    "serving": Part(
+        "Answers: one user, many users, a click, a catalogue of a million items",
+        "serving.py --users 6040 --items 3706 --batches 256 --clients --seconds 4 --large 1000000",
+    ),
+    "load": Part(
+        "Loading a gigabyte of safetensors",
+        "load_weights.py",
+    ),
+    "evaluate": Part(
+        "Full ranking of MovieLens-1M",
+        "evaluate.py --data ml-1m=movielens=data/ml-1m --peer-users 200 --repeats 2",
+    ),
+}
+
+
+def measure(name: str) -> None:
+    """Runs a part's command and keeps what it printed, with where it ran."""
+    words = PARTS[name].command.split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: {' '.join(command)} ended with {done.returncode}.")
+    kept = {
+        "command": PARTS[name].command,
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "of_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "printed": done.stdout.strip(),
+    }
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def page() -> str:
+    """Makes the page of the parts that are kept, in their order."""
+    made = [HEAD]
+    for name, part in PARTS.items():
+        if (path := KEPT / f"{name}.json").is_file():
+            made.append(section(part, json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(made)
+
+
+def section(part: Part, kept: dict) -> str:
+    where = (
+        f"{kept['date']}, {kept['cores']} of {kept['of_cores']} cores ({kept['processor']}), Python {kept['python']}"
+    )
+    says = f"\n{part.says}\n" if part.says else ""
+    return f"## {part.title}\n\n`python benchmarks/{kept['command']}`\n\n{where}.\n\n{kept['printed']}\n{says}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main(words: list[str]) -> None:
+    if (words and words[0] != "run") or not {*words[1:]} <= {*PARTS}:
+        sys.exit(f"{__doc__}\nParts: {', '.join(PARTS)}")
+    for name in words[1:] or (PARTS if words else ()):
+        measure(name)
+    (ROOT / "docs" / "performance.md").write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
