@@ -108,12 +108,17 @@ def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> in
 
 @contextlib.contextmanager
 def traced_on(mesh: Mesh) -> Iterator[None]:
-    """Within it `split_rows` knows the mesh; around the trace of a step."""
+    """Within it `traced_mesh` and `split_rows` know the mesh; around the trace of a step."""
     before = _MESH.set(mesh)
     try:
         yield
     finally:
         _MESH.reset(before)
+
+
+def traced_mesh() -> Mesh | None:
+    """The mesh for which a step is being traced."""
+    return _MESH.get()
 
 
 def split_rows(x: jax.Array) -> jax.Array:
