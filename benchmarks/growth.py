@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import timing
 from lightgcn_epoch import OurLightGCN
@@ -82,7 +83,7 @@ def sasrec_step(length: int = 50, **sizes: int) -> float:
 def full_ranking(**sizes: int) -> float:
     split, draw = make_split(**sizes), np.random.default_rng(0)
     n_users, n_items = split.interactions.n_users, split.interactions.n_items
-    user_UD, item_ID = (draw.standard_normal((n, 64), np.float32) for n in (n_users, n_items))
+    user_UD, item_ID = (jnp.asarray(draw.standard_normal((n, 64), np.float32)) for n in (n_users, n_items))
     scorer = CatalogueScorer(jax.jit(lambda user_B: inner_products(user_UD[user_B], item_ID)))
     chunk = chunk_users(512, n_items)
     cases, seen = split.cases(TEST), split.histories(TRAIN, VALIDATION)

@@ -47,17 +47,31 @@ PARTS = {
         "An epoch of LightGCN, beside LightGCN-PyTorch's method and RecBole",
         "lightgcn_epoch.py --data ml-1m=movielens=data/ml-1m --batches 3 --repeats 3",
     ),
-    "serving": Part(
-        "Answers: one user, many users, a click, a catalogue of a million items",
-        "serving.py --users 6040 --items 3706 --batches 256 --clients --seconds 4 --large 1000000",
+    "lightgcn_gowalla": Part(
+        "The same on Gowalla",
+        "lightgcn_epoch.py --data gowalla=adjacency=data/gowalla --batches 2 --repeats 2",
     ),
-    "load": Part(
-        "Loading a gigabyte of safetensors",
-        "load_weights.py",
+    "lm": Part(
+        "A step of the language model at equal work, beside transformers",
+        "lm_step.py --work equal --size 30m --tokens 1024 --length 256 --rounds 3 --steps 1",
     ),
     "evaluate": Part(
         "Full ranking of MovieLens-1M",
         "evaluate.py --data ml-1m=movielens=data/ml-1m --peer-users 200 --repeats 2",
+    ),
+    "evaluate_gowalla": Part(
+        "Full ranking of Gowalla, all cases",
+        "evaluate.py --data gowalla=adjacency=data/gowalla --cases 0 --peer-users 50 --repeats 1",
+    ),
+    "serving": Part(
+        "Answers: one user, many users, a click, a catalogue of a million items",
+        "serving.py --users 6040 --items 3706 --batches 256 --clients --seconds 4 --large 1000000",
+    ),
+    "load": Part("Loading a gigabyte of safetensors", "load_weights.py"),
+    "growth": Part("What work costs as it grows", "growth.py --plot docs/performance/growth.png"),
+    "data_path": Part(
+        "Twenty million interactions of a million users, from CSV to the first step",
+        "data_path.py run runs/shop --lm",
     ),
 }
 
@@ -88,15 +102,17 @@ def page() -> str:
     made = [HEAD]
     for name, part in PARTS.items():
         if (path := KEPT / f"{name}.json").is_file():
-            made.append(section(part, json.loads(path.read_text(encoding="utf-8"))))
+            made.append(section(name, part, json.loads(path.read_text(encoding="utf-8"))))
     return "\n".join(made)
 
 
-def section(part: Part, kept: dict) -> str:
+def section(name: str, part: Part, kept: dict) -> str:
     where = (
         f"{kept['date']}, {kept['cores']} of {kept['of_cores']} cores ({kept['processor']}), Python {kept['python']}"
     )
     says = f"\n{part.says}\n" if part.says else ""
+    if (KEPT / f"{name}.png").is_file():
+        says = f"\n![{part.title}](performance/{name}.png)\n{says}"
     return f"## {part.title}\n\n`python benchmarks/{kept['command']}`\n\n{where}.\n\n{kept['printed']}\n{says}"
 
 

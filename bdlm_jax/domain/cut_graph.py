@@ -37,7 +37,7 @@ def cut_propagate(
         sizes = (user_UD, block_U), (item_ID, block_I)
         padded = [jnp.pad(rows, ((0, mesh.size * block - len(rows)), (0, 0))) for rows, block in sizes]
         user, item = cut(*padded, *edges)
-        return user[:n_users], item[:n_items]
+        return user[: len(user_UD)], item[: len(item_ID)]
 
     return apply
 

@@ -2,7 +2,7 @@
 
 Â is symmetric, so the gradient of a step is the step itself: no backend needs a transposed copy or saves anything for
 the backward pass. Three backends give the same numbers; which is fastest depends on the device and the graph's size.
-On a mesh the edges are cut (`cut_graph`), but for "dense", which is for small graphs.
+On a mesh its edges are cut instead (`cut_graph`).
 """
 
 import functools
@@ -76,7 +76,8 @@ def make_propagate(
 
     Differentiable in reverse mode to any order, in the dtype of the input. "segment" gathers and sums over edges
     (`jraph.segment_sum`); "dense" multiplies by R (U, I); "gather" sums fixed-width blocks of neighbours, for the
-    weights of `make_graph` only; "auto" takes the one measured as fastest.
+    weights of `make_graph` only; "auto" takes the one measured as fastest. On a mesh rows may be padded already
+    (`sharding.pad_rows`), and stay so: between two layers they are then gathered once.
     """
     if backend not in BACKENDS:
         raise InputError(f"propagation backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
@@ -90,7 +91,7 @@ def make_propagate(
     cut = functools.cache(lambda mesh: cut_propagate(graph, n_users=n_users, n_items=n_items, mesh=mesh))
 
     def apply(user_UD, item_ID):
-        mesh = None if backend == "dense" else sharding.traced_mesh()
+        mesh = sharding.traced_mesh()
         return (whole if mesh is None or mesh.size == 1 else cut(mesh))(user_UD, item_ID)
 
     @jax.custom_vjp

@@ -9,7 +9,8 @@ def propagation_needs(config: ml_collections.ConfigDict, n_devices: int) -> dict
     """Counts LightGCN's propagation in one step as `domain.cut_graph` cuts it, on the device that has an even share.
 
     A layer reads the rows of N = U + I nodes, gathered from all devices, and sums along 2·E edges: a multiplication and
-    an addition each and column. {} where the config has no such graph, or `dry_run.n_interactions` is 0.
+    an addition each and column. The last layer's rows are gathered too, for the batch. {} where the config has no such
+    graph, or `dry_run.n_interactions` is 0.
     """
     c, given = config.domain, config.dry_run
     if c.model != "lightgcn" or not given.n_interactions:
@@ -21,7 +22,7 @@ def propagation_needs(config: ml_collections.ConfigDict, n_devices: int) -> dict
         "bytes of its edges' messages, a layer": edges / n_devices * width * 4,
         "bytes of the gathered rows, a layer": n_nodes * width * 4,
         "bytes of the edges, on every device whole": edges * 12,
-        "bytes moved, all-gather of rows": steps * n_nodes * width * 4 * (n_devices - 1) / n_devices,
+        "bytes moved, all-gather of rows": (steps + 1) * n_nodes * width * 4 * (n_devices - 1) / n_devices,
     }
 
 
@@ -39,7 +40,7 @@ def describe_propagation(config: ml_collections.ConfigDict, n_devices: int, *, l
         *[f"| {name.removeprefix('bytes of ')}, a device | {value / 1e9:,.3f} GB |" for name, value in bytes_held],
         f"| {moved[0].removeprefix('bytes moved, ')}, a device | {moved[1] / 1e9:,.3f} GB |",
         *(
-            [f"| least time of moving at {link / 2e9:,.0f} GB/s | {moved[1] * 2 / link:.4f} s |"]
+            [f"| least time of moving at {link / 2e9:,.0f} GB/s | {moved[1] * 2e3 / link:.3f} ms |"]
             if n_devices > 1
             else []
         ),

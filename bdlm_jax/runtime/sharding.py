@@ -121,6 +121,12 @@ def traced_mesh() -> Mesh | None:
     return _MESH.get()
 
 
+def pad_rows(x: jax.Array) -> jax.Array:
+    """Adds rows of zeros until they divide over the mesh for which a step is traced; the identity where none is."""
+    n = mesh.size if (mesh := traced_mesh()) else 1
+    return with_rows(x, (-(-len(x) // n) * n, *x.shape[1:]))
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by the rows of the batch, and is the identity where no mesh is traced.
 
