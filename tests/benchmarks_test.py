@@ -118,6 +118,7 @@ def test_a_part_is_measured_kept_and_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(performance, "ROOT", tmp_path)
     monkeypatch.setattr(performance, "KEPT", tmp_path / "docs" / "performance")
     monkeypatch.setattr(performance, "PARTS", {"one": performance.Part("Title", "say.py 7", "What it says.")})
+    assert "## Not measured yet\n\n* Title: `python benchmarks/say.py 7`" in performance.page()
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "docs").mkdir()
     (tmp_path / "benchmarks" / "say.py").write_text("import sys; print(f'| {sys.argv[1]} |')")

@@ -162,7 +162,8 @@ def _gather_backend(graph, n_users, n_items):
             table = jnp.concatenate([sum(rows_of(table, index) for index in block_WE) for block_WE in blocks])
         user = scale[:n_users] * rows_of(table, last_N[:n_users])
         item = scale[n_users:] * rows_of(table, last_N[n_users:])
-        return user.astype(user_UD.dtype), item.astype(item_ID.dtype)
+        # A layer's rows are used twice, by the sum and by the next layer; without the barrier XLA makes them twice too.
+        return jax.lax.optimization_barrier((user.astype(user_UD.dtype), item.astype(item_ID.dtype)))
 
     return apply
 

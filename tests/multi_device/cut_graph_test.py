@@ -14,7 +14,7 @@ from bdlm_jax.mutual import domain_epoch
 from bdlm_jax.mutual.options import DomainWeights
 from bdlm_jax.mutual.sharing import init_shared
 from bdlm_jax.run.plan import collective_bytes
-from bdlm_jax.run.plan_graph import PASSES, propagation_needs
+from bdlm_jax.run.plan_graph import BOTH_WAYS, propagation_needs
 from bdlm_jax.runtime import sharding
 from bdlm_jax.runtime.parallel import compile_step
 from bdlm_jax.types import TrainState
@@ -71,6 +71,7 @@ def test_the_dry_run_counts_what_a_mesh_moves():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with sharding.traced_on(mesh):
         program = jax.jit(arm.encode).lower(init_shared(jax.random.key(0), **SIZES, width=4), {}).compile()
-    moved, layers = propagation_needs(config, 8)["bytes moved, all-gather of rows"], config.domain.n_layers
+    moved, layers = propagation_needs(config, 8).moved, config.domain.n_layers
     # XLA tells of the whole that a device has in the end, the dry run of what it sends; here nothing goes backward.
-    assert collective_bytes(program.as_text()) == {"all-gather": moved * 8 / 7 * (layers + 1) / (PASSES * layers + 1)}
+    gathers = (layers + 1) / (BOTH_WAYS * layers + 1)
+    assert collective_bytes(program.as_text()) == {"all-gather": moved * 8 / 7 * gathers}

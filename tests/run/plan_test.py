@@ -149,14 +149,14 @@ def test_a_loops_body_counts_as_often_as_it_runs():
 
 def test_propagation_is_counted_where_the_interactions_are_told(eight_h200):
     config = eight_h200.run.config.copy_and_resolve_references()
-    assert propagation_needs(config, 8) == {} and "propagation over" not in dry_run.describe(eight_h200, None)
+    assert propagation_needs(config, 8) is None and "propagation over" not in dry_run.describe(eight_h200, None)
     config.dry_run.n_interactions = 10**6
     found, n_nodes = propagation_needs(config, 8), 8 * (755 + 464)
-    assert found["FLOPs, all devices"] == 2 * 3 * 2 * (2 * 10**6) * D  # both ways through three layers
-    assert found["bytes moved, all-gather of rows"] == (2 * 3 + 1) * n_nodes * D * 4 * 7 / 8
+    assert found.flops == 2 * 3 * 2 * (2 * 10**6) * D  # both ways through three layers
+    assert found.moved == (2 * 3 + 1) * n_nodes * D * 4 * 7 / 8
     told = dry_run.describe(eight_h200._replace(run=dataclasses.replace(eight_h200.run, config=config)), None)
     assert "| propagation over 1,000,000 interactions, 3 layers, one step of the domain arm | |" in told
-    assert number(told, "its edges' messages, a layer, a device") == pytest.approx(2 * 10**6 / 8 * D * 4 / 1e9)
+    assert number(told, "messages along its edges, a layer, a device") == pytest.approx(2 * 10**6 / 8 * D * 4 / 1e9)
 
 
 def run(*words):
