@@ -9,14 +9,13 @@ what a table holds. Where that would be more than 10^10 scores it is a fixed dra
 """
 
 import argparse
-import os
 import re
 import statistics
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 
 from bdlm_jax.data import splits
 from bdlm_jax.data.candidates import draw_cases
@@ -93,7 +92,7 @@ def measure(name: str, kind: str, path: str, *, repeats: int, peer_users: int, c
     label += f", drawn of {whole:,} cases" if len(user_N) < whole else ""
     ratio = statistics.median(times[1]) / statistics.median(times[0])
     return [
-        f"| {label} | seconds | {_spread(times[0])} | {_spread(times[1])} | {ratio:.1f} |",
+        f"| {label} | seconds | {timing.spread(times[0])} | {timing.spread(times[1])} | {ratio:.1f} |",
         f"| {label} | seconds, first call (it compiles) | {first:.3g} | | |",
         f"| {label} | peak memory of the process (GB) | {peak:.2f} | | |",
     ]
@@ -111,7 +110,7 @@ def main():
     rows = [row for entry in arguments.data for row in measure(*entry.split("=", 2), **options)]
     scaled = f"timed on {arguments.peer_users:,} users and scaled" if arguments.peer_users else "over all users"
     print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; numpy {np.__version__};"
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {timing.unit()}; numpy {np.__version__};"
         f" LightGCN, d={WIDTH}; {arguments.repeats} repeats in alternating order; median (min–max)."
         f" Peer: matvec, mask and argsort a user in numpy, {scaled}.\n"
     )
@@ -119,14 +118,10 @@ def main():
     print("\n".join(rows))
 
 
-def _spread(values):
-    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
-
-
 def _timed(function):
-    start = time.perf_counter()
+    start = timing.clock()
     result = function()
-    return time.perf_counter() - start, result
+    return timing.clock() - start, result
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
     python benchmarks/lightgcn_epoch.py --data ml-1m=movielens=DIR --data gowalla=adjacency=DIR [--batches 20]
 
 The peer is written anew here after that repository's method and settings (see `TorchLightGCN`). Both train on the same
-edges on the same device kind, in alternating order, in one process; the table on stdout is markdown.
+edges on the same device kind, in alternating order, in one process; the table on stdout is markdown. Where RecBole is
+installed, its own LightGCN, fed and trained by its loaders and trainer, takes turns with them.
 """
 
 import argparse
-import os
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import recbole_peer
+import timing
 import torch
 
 from bdlm_jax.data import splits
@@ -84,9 +85,9 @@ class TorchLightGCN:
 
     def epoch(self, n, batch_size):
         """Trains on n fresh triples; returns (seconds of sampling, seconds of training)."""
-        start = time.perf_counter()
+        start = timing.clock()
         triples = self.sample(n)
-        sampled = time.perf_counter()
+        sampled = timing.clock()
         for batch in torch.split(triples, batch_size):
             u, i, j = batch.T
             user, item = self.encode()
@@ -98,7 +99,7 @@ class TorchLightGCN:
             self.optimizer.step()
             loss.item()  # the peer reads every step's loss
         _torch_ready(self.device)
-        return sampled - start, time.perf_counter() - sampled
+        return sampled - start, timing.clock() - sampled
 
 
 class OurLightGCN:
@@ -141,10 +142,10 @@ class OurLightGCN:
 
         def run():
             nonlocal state
-            start = time.perf_counter()
+            start = timing.clock()
             state, metrics = epoch(state, slots, {}, constants)
             jax.block_until_ready((state, metrics))
-            return time.perf_counter() - start
+            return timing.clock() - start
 
         return run
 
@@ -169,13 +170,24 @@ def measure(name: str, edges, arguments) -> list[str]:
     n, scale = min(timed * batch, user_E.size), steps / timed
     run, whole = ours.make_epoch(n, batch), ours.make_epoch(user_E.size, large)
 
-    times = {"propagation": ([], []), "epoch": ([], []), "train": []}
+    if recbole_peer.installed():
+        settings = {
+            "embedding_size": WIDTH,
+            "n_layers": LAYERS,
+            "reg_weight": REGULARISATION,
+            "train_batch_size": batch,
+        }
+        settings |= {"learning_rate": LEARNING_RATE, "split": {"RS": [0.998, 0.001, 0.001]}}  # it asks for some
+        theirs = recbole_peer.make_trainer("LightGCN", user_E, item_E, **settings)
+        recbole_peer.train(*theirs, 1)
+
+    times = {"propagation": ([], []), "epoch": ([], []), "train": [], "recbole": []}
     for _ in range(2):
         ours.propagate_both_ways(), peer.propagate_both_ways()
     for turn in range(arguments.repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             for _ in range(3):
-                seconds = _seconds((ours, peer)[side].propagate_both_ways)
+                seconds = timing.seconds((ours, peer)[side].propagate_both_ways)
                 times["propagation"][side].append(1000 * seconds)
     for turn in range(arguments.repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
@@ -185,14 +197,19 @@ def measure(name: str, edges, arguments) -> list[str]:
                 drawn, trained = peer.epoch(n, batch)
                 times["epoch"][1].append(scale * (drawn + trained))
                 times["train"].append(scale * trained)
+        if recbole_peer.installed():
+            times["recbole"].append(scale * timing.seconds(lambda: recbole_peer.train(*theirs, timed)))
     own_batch = [whole() for _ in range(arguments.repeats)]
     label = f"{name} ({n_users:,} × {n_items:,}, {user_E.size:,} edges, backend {ours.backend})"
-    return [
+    rows = [
         _row(label, f"propagation, {LAYERS} layers, forward + backward (ms)", *times["propagation"]),
         _row(label, f"epoch, batch {batch:,} (s)", *times["epoch"]),
         _row(label, f"epoch, batch {batch:,}, peer without sampling (s)", times["epoch"][0], times["train"]),
         _row(label, f"epoch, ours with batch {large:,} (s)", own_batch, times["epoch"][1]),
     ]
+    if times["recbole"]:
+        rows.append(_row(label, f"epoch, batch {batch:,}, RecBole's LightGCN (s)", times["epoch"][0], times["recbole"]))
+    return rows
 
 
 def main():
@@ -206,13 +223,14 @@ def main():
     arguments = parser.parse_args()
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_num_threads(timing.cores())
     rows = []
     for entry in arguments.data:
         name, kind, path = entry.split("=", 2)
         rows += measure(name, training_edges(kind, path), arguments)
     scaled = f"{arguments.batches} batches scaled to the epoch" if arguments.batches else "whole epochs"
     print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores;"
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {timing.unit()};"
         f" torch {torch.__version__} with {torch.get_num_threads()} threads;"
         f" d={WIDTH}, Adam {LEARNING_RATE}, λ={REGULARISATION}; {scaled};"
         f" {arguments.repeats} repeats in alternating order; median (min–max). Peer: LightGCN-PyTorch's method, COO"
@@ -224,17 +242,7 @@ def main():
 
 def _row(label, what, ours, peer):
     ratio = statistics.median(peer) / statistics.median(ours)
-    return f"| {label} | {what} | {_spread(ours)} | {_spread(peer)} | {ratio:.1f} |"
-
-
-def _spread(values):
-    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
-
-
-def _seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return f"| {label} | {what} | {timing.spread(ours)} | {timing.spread(peer)} | {ratio:.1f} |"
 
 
 def _torch_ready(device):

@@ -7,7 +7,6 @@ full logits at every position, AdamW, next-token loss. `python benchmarks/lm_ste
 
 import argparse
 import dataclasses
-import os
 import platform
 import statistics
 import time
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import timing
 import transformers
 
 from bdlm_jax.lm.causal_lm import LMConfig, gather_positions, init_lm, lm_hidden
@@ -231,9 +231,9 @@ def measure_matmul_rate(dtype, *, size):
     multiply(x).block_until_ready()
     best = float("inf")
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = timing.clock()
         multiply(x).block_until_ready()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, timing.clock() - begin)
     return 2 * size**3 / best
 
 
@@ -267,9 +267,9 @@ def time_alone(product, arrays, *, repeats):
     time.sleep(0.05)
     seconds = []
     for _ in range(1 + repeats):
-        begin = time.perf_counter()
+        begin = timing.clock()
         jax.block_until_ready(product(*arrays))
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(timing.clock() - begin)
     return statistics.median(seconds[1:])
 
 
@@ -295,9 +295,9 @@ def time_alternating(contestants, *, n_rounds, n_steps):
         turn = round_number % len(names)
         for name in names[turn:] + names[:turn]:
             for number in range(n_steps):
-                begin = time.perf_counter()
+                begin = timing.clock()
                 contestants[name][0](2 + round_number * n_steps + number)
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(timing.clock() - begin)
     return {name: Timing(seconds[name], *contestants[name][1:]) for name in names}
 
 
@@ -341,8 +341,8 @@ def describe_machine(device):
     return (
         f"Python {platform.python_version()}, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
         f"torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {len(os.sched_getaffinity(0))} cores, torch threads "
-        f"{torch.get_num_threads()}, torch accelerator: {accelerator}"
+        f"transformers {transformers.__version__}; {timing.cores()} cores, torch threads "
+        f"{torch.get_num_threads()}, torch accelerator: {accelerator}; {timing.unit()}"
     )
 
 

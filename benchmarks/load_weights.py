@@ -106,7 +106,7 @@ def main() -> None:
         total = write_checkpoint(Path(folder), args.gigabytes)
         largest = max(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         sys.stdout.write(
-            f"{total / 1e6:.0f} MB of bfloat16, largest shard {largest / 1e6:.0f} MB, read as {args.dtype}\n"
+            f"{total / 1e6:.0f} MB of bfloat16, largest shard {largest / 1e6:.0f} MB, read as {args.dtype}\n\n"
             "| loader | seconds | CPU seconds | peak host MB | of it before | parameters | peak beyond both |\n"
             "|---|---|---|---|---|---|---|\n"
         )

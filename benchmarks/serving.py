@@ -3,13 +3,13 @@
     python benchmarks/serving.py [--workdir runs/ml1m | --users 6000 --items 3700 --lm-width 256 --lm-layers 4]
 
 Without --workdir it serves random tables and a random language model of the sizes given, whose speed does not depend on
-what they hold. Every answer is ten items to a known user, the seen ones left out; p50 and p99 are of single calls or
-requests. The server is a process of its own, as `python -m bdlm_jax.serving` starts it; the clients share this one.
+what they hold. Every answer is ten items to a known user, the seen ones left out, or to one who has just taken one
+more; p50 and p99 are of single calls or requests. The server is a process of its own, as `python -m bdlm_jax.serving`
+starts it; the clients share this one. `--large` asks tables of so many items, and reads such a table once beside it.
 """
 
 import argparse
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 
 import bdlm_jax
 from bdlm_jax.lm.causal_lm import init_lm
@@ -52,14 +53,14 @@ def write_random_run(folder: str, *, users: int, items: int, lm_width: int, lm_l
     artefact.write_arm(folder, "lm", lm, catalogue)
 
 
-def call_for(seconds: float, call) -> list[float]:
+def call_for(seconds: float, call, *, clock=timing.clock) -> list[float]:
     """Calls again and again, two unmeasured times first, and returns what each call took."""
     call(), call()
-    times, stop = [], time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        start = time.perf_counter()
+    times, stop = [], clock() + seconds
+    while clock() < stop:
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times
 
 
@@ -97,7 +98,7 @@ def request_for(seconds: float, address: str, users: list[str], *, clients: int)
             def call():
                 client.post("/recommend", json={"user": users[draw.integers(len(users))]}).raise_for_status()
 
-            times.extend(call_for(seconds, call))
+            times.extend(call_for(seconds, call, clock=time.perf_counter))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     for thread in threads:
@@ -120,13 +121,38 @@ def measure(workdir: str, *, seconds: float, batches: list[int], clients: list[i
         users = [run.users[user] for user in draw.integers(len(run.users), size=n)]
         answers.recommend(run.catalogue, run.arm(arm), users=users)
 
+    def click(arm: str) -> None:
+        user, item = draw.integers(len(run.users)), draw.integers(len(run.items))
+        had = [run.items.ids[one] for one in (*run.catalogue.history(user), item)]
+        answers.recommend(run.catalogue, run.arm(arm), histories=[had], exact=True)
+
     for arm in run.arms:
         domain = isinstance(run.arm(arm), ServedDomain)
         for n in [1, *([] if domain else batches)]:
             row(f"{arm}, {n} at once", call_for(seconds, lambda arm=arm, n=n: ask(arm, n)), n)
-        with server(workdir, arm) as address:
-            for n in clients:
+        row(f"{arm}, 1 after a click", call_for(seconds, lambda arm=arm: click(arm)), 1)
+        for n in clients:
+            with server(workdir, arm) as address:
                 row(f"{arm}, HTTP, {n} clients", request_for(seconds, address, run.users, clients=n), 1, n)
+    return rows
+
+
+def measure_large(n_items: int, *, seconds: float) -> list[str]:
+    """The table's rows of a domain arm with many items: its answers, and reading its table once, which bounds them."""
+    draw, rows = np.random.default_rng(0), []
+    names = [f"u{user}" for user in range(64)], [f"i{item}" for item in range(n_items)], [""] * n_items
+    seen = draw.integers(n_items, size=64 * HISTORY)
+    catalogue = Catalogue(*names, np.arange(65) * HISTORY, seen)
+    tables = [draw.standard_normal((n, WIDTH), np.float32) for n in (64, n_items)]
+    arm = ServedDomain("mf", *tables, np.ones(n_items))
+    asked = call_for(seconds, lambda: answers.recommend(catalogue, arm, users=[f"u{draw.integers(64)}"]))
+    read = call_for(seconds, tables[1].max)
+    for what, times in (
+        (f"domain, {n_items:,} items, 1 at once", asked),
+        ("the same table read once (its maximum)", read),
+    ):
+        p50, p99 = 1e3 * np.quantile(times, (0.5, 0.99))
+        rows.append(f"| {what} | {len(times):,} | {p50:.3g} | {p99:.3g} | {len(times) / sum(times):,.0f} |")
     return rows
 
 
@@ -135,8 +161,9 @@ def main():
     parser.add_argument("--workdir", help="a run directory; without it, random tables")
     for name, size in (("users", 6000), ("items", 3700), ("lm-width", 256), ("lm-layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--batches", type=int, nargs="*", default=[8, 64], help="users at once, of a language model")
+    parser.add_argument("--batches", type=int, nargs="*", default=[8, 256], help="users at once, of a language model")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8], help="HTTP clients at once")
+    parser.add_argument("--large", type=int, nargs="*", default=[], metavar="ITEMS", help="catalogues asked as well")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     given = parser.parse_args()
     sizes = {"users": given.users, "items": given.items, "lm_width": given.lm_width, "lm_layers": given.lm_layers}
@@ -146,8 +173,11 @@ def main():
         workdir = given.workdir or str(Path(folder))
         options = {"seconds": given.seconds, "batches": given.batches, "clients": given.clients}
         rows = measure(workdir, **options)
+    for n_items in given.large:
+        rows += measure_large(n_items, seconds=given.seconds)
     what = given.workdir or f"random, {sizes}, histories of {HISTORY} items"
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores; {what}\n")
+    told = f"{timing.unit()}, HTTP by the clock" if given.clients else timing.unit()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {told}; {what}\n")
     print("| what | calls | p50 (ms) | p99 (ms) | users a second |\n|---|---|---|---|---|")
     print("\n".join(rows))
 

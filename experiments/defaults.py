@@ -235,6 +235,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.dry_run = dry_run = ml_collections.ConfigDict()  # of the flag --dry_run
     dry_run.n_users = 0  # 0 reads the data
     dry_run.n_items = 0
+    dry_run.n_interactions = 0  # of LightGCN's graph; 0 leaves its propagation out where no data are read
     dry_run.devices = 1
     dry_run.device = "h200"  # a100 | h100 | h200 | tpu_v5e | tpu_v5p | tpu_v6e
     dry_run.compile = True  # let XLA compile the step too

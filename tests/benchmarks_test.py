@@ -1,5 +1,7 @@
-"""The benchmarks that wait for other machines work here at tiny size: what runs for hours there has run once before."""
+"""The benchmarks work here at tiny size: what runs for minutes, or on other machines, has run once before."""
 
+import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -79,3 +81,107 @@ def test_the_data_path_writes_the_same_rows_as_parquet(tmp_path):
         data_path.make(tmp_path / str(kind), **sizes, parquet=kind)
     first, second = (load_source("table", tmp_path / str(kind)).fingerprint() for kind in (False, True))
     assert first == second and first["users"] == 60 and first["items"] == 40
+
+
+def test_the_page_of_speed_holds_what_its_commands_printed():
+    import performance
+
+    assert performance.page() == (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for path in performance.KEPT.glob("*.json"):
+        assert json.loads(path.read_text())["command"] == performance.PARTS[path.stem].command
+
+
+class Accepted(Exception):
+    pass
+
+
+def test_the_commands_of_the_page_are_understood(monkeypatch):
+    import performance
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def accept(parser, words=None):
+        parse(parser, words)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", accept)
+    for part in performance.PARTS.values():
+        script, *words = part.command.split()
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(Accepted):
+            importlib.import_module(script.removesuffix(".py")).main()
+
+
+def test_a_part_is_measured_kept_and_written_down(tmp_path, monkeypatch):
+    import performance
+
+    monkeypatch.setattr(performance, "ROOT", tmp_path)
+    monkeypatch.setattr(performance, "KEPT", tmp_path / "docs" / "performance")
+    monkeypatch.setattr(performance, "PARTS", {"one": performance.Part("Title", "say.py 7", "What it says.")})
+    assert "## Not measured yet\n\n* Title: `python benchmarks/say.py 7`" in performance.page()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks" / "say.py").write_text("import sys; print(f'| {sys.argv[1]} |')")
+    performance.main(["run", "one"])
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "## Title\n\n`python benchmarks/say.py 7`" in page and "| 7 |\n\nWhat it says.\n" in page
+    with pytest.raises(SystemExit, match="Parts: one"):
+        performance.main(["run", "other"])
+
+
+@pytest.fixture
+def small_log(tmp_path):
+    import data_path
+
+    data_path.make(tmp_path / "log", n_interactions=600, n_users=60, n_items=40, parquet=False)
+    return f"small=table={tmp_path / 'log'}"
+
+
+def test_one_sequence_model_is_trained_three_ways(small_log, capsys):
+    import sequence_step
+
+    words = ["--width", "8", "--length", "5", "--batch-size", "8", "--steps", "1", "--repeats", "1"]
+    sequence_step.main(["--data", small_log, *words])  # which refuses two that are not the same model
+    told = capsys.readouterr().out
+    assert "| small, 60 users, 40 items | bdlm_jax |" in told and "| torch, the same model |" in told
+
+
+def test_growth_is_told_in_slopes_and_drawn(tmp_path, capsys, monkeypatch):
+    import growth
+
+    monkeypatch.setattr(growth, "BASE", {"users": 30, "items": 20, "interactions": 200})
+    small = {of: growth.grown(of, **growth.BASE) for of in ("users", "interactions")}
+    monkeypatch.setattr(growth, "GROWTH", {"data path": (growth.data_path, small)})
+    growth.main(["--plot", str(tmp_path / "growth.png")])
+    told = capsys.readouterr().out
+    assert "| data path | users | 30 · 60 · 120 |" in told and (tmp_path / "growth.png").stat().st_size > 1000
+    table = growth.as_table([("work", "size", [1, 2, 4], [3.0, 6.0, 24.0])])
+    assert table.endswith("| work | size | 1 · 2 · 4 | 3 · 6 · 24 | 1.00 · 2.00 |")
+
+
+def test_weights_are_written_and_loaded(tmp_path, monkeypatch):
+    import load_weights
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 300}
+    monkeypatch.setattr(load_weights, "SHAPE", load_weights.SHAPE | small)
+    total = load_weights.write_checkpoint(tmp_path, 0.0)  # the least: one layer
+    _, before, peak, size = load_weights.load_ours(tmp_path, "bfloat16")
+    assert size == total and 0 < before <= peak
+
+
+def test_answers_are_timed(tmp_path):
+    import serving
+
+    sizes = {"users": 20, "items": 60, "lm_width": 64, "lm_layers": 1}
+    serving.write_random_run(str(tmp_path), **sizes)
+    rows = serving.measure(str(tmp_path), seconds=0.01, batches=[2], clients=[])
+    rows += serving.measure_large(500, seconds=0.01)
+    what = [row.split("|")[1].strip() for row in rows]
+    assert what[:5] == [
+        "domain, 1 at once",
+        "domain, 1 after a click",
+        "lm, 1 at once",
+        "lm, 2 at once",
+        "lm, 1 after a click",
+    ]
+    assert what[5] == "domain, 500 items, 1 at once" and all(float(row.split("|")[3]) > 0 for row in rows)

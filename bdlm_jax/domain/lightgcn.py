@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from bdlm_jax.domain.arm import DomainArm, Inputs
 from bdlm_jax.domain.graph import make_graph, make_propagate
+from bdlm_jax.runtime import sharding
 from bdlm_jax.types import InputError
 
 LAYER_WEIGHTS = ("uniform", "learned")
@@ -29,11 +30,11 @@ def lightgcn_arm(
 
     def encode(shared, domain):
         weights = [uniform] * (n_layers + 1) if layer_weights == "uniform" else domain["layer_weights"]
-        user, item = shared["user"], shared["item"]
+        user, item = (sharding.pad_rows(shared[name]) for name in ("user", "item"))
         user_UD, item_ID = weights[0] * user, weights[0] * item
         for layer in range(1, n_layers + 1):
             user, item = propagate(user, item)
             user_UD, item_ID = user_UD + weights[layer] * user, item_ID + weights[layer] * item
-        return user_UD, item_ID
+        return user_UD[: len(shared["user"])], item_ID[: len(shared["item"])]
 
     return DomainArm(init=init, encode=encode)

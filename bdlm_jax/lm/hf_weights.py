@@ -1,13 +1,15 @@
 """Weights of Hugging Face models in and out: one strict two-way map between their names and our tree.
 
-safetensors files are read tensor by tensor; each goes to its device and dtype before the next is touched. A leaf that
-is stacked over depth is allocated on its device once and filled layer by layer, so that the host never holds more than
-one tensor of ours.
+Files are mapped into memory, and each device's part of a leaf is written once: stacked over depth, transposed and cast
+on the way. A device whose memory is the host's takes it as it lies; others are handed a part at a time, so that the
+host holds one leaf of ours at most.
 """
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +24,11 @@ from bdlm_jax.runtime.files import refuse_pointer
 from bdlm_jax.types import InputError, Params, leaf_name
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints store
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _ROWS = ("embedding", "head")  # leaves that may have more rows than the checkpoint
+_THREADS = 4  # that copy at once: NumPy lets others run meanwhile, and memory is what they wait for
+_AT_ONCE = 128  # rows that are transposed together: a whole matrix, element by element, takes six times as long
+_ALIGNED = 64  # bytes, as XLA asks of what it takes without a copy
 
 
 class _Tensor(NamedTuple):
@@ -41,6 +46,7 @@ class _Stored(NamedTuple):
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 def find_folder(name: str | Path) -> Path:
@@ -82,17 +88,21 @@ def load_lm(
     stored = _read_headers(folder)
     names = _resolve(folder, stored, expected, config)
     _check_tensors(stored, expected, names)
-    leaves = dict.fromkeys(shapes)
+    sources = {leaf: [] for leaf in shapes}  # of each leaf, its layers in order
     for ours, name in names.items():
-        tensor = expected[ours]
-        # Opened for each tensor: what is mapped into memory stays there until the file is closed.
-        with safe_open(stored[name].path, "numpy") as file:
-            value = file.get_tensor(name)
-        ends = np.cumsum([shapes[leaf][-1] for leaf in tensor.leaves[:-1]], dtype=int)
-        for leaf, part in zip(tensor.leaves, np.split(value, ends, axis=-1)):
+        for n, leaf in enumerate(expected[ours].leaves):
+            sources[leaf].append((stored[name], expected[ours], n))
+    leaves = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for leaf, shape in shapes.items():
+            ends = np.cumsum([0, *(shapes[other][-1] for other in sources[leaf][0][1].leaves)])
+            read = functools.partial(_read, sources[leaf], ends, shape, jnp.dtype(dtype), pool)
             sharding = None if placement is None else placement(leaf)
-            leaves[leaf] = _store(leaves[leaf], part, tensor, shapes[leaf], dtype, sharding)
-        jax.block_until_ready([leaves[leaf] for leaf in tensor.leaves])
+            if sharding is None:
+                leaves[leaf] = jax.device_put(read((slice(None),) * len(shape)))
+            else:
+                leaves[leaf] = jax.make_array_from_callback(shape, sharding, read)
+            leaves[leaf].block_until_ready()  # or the host would hold several
     return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], _abstract(config))
 
 
@@ -205,10 +215,13 @@ def _read_headers(folder) -> dict[str, _Stored]:
     for path in _shards(folder):
         refuse_pointer(path)
         try:
-            with safe_open(path, "numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (the file is no dict)
-                    header = file.get_slice(name)
-                    stored[name] = _Stored(path, header.get_dtype(), tuple(header.get_shape()))
+            with safe_open(path, "numpy"), open(path, "rb") as file:  # the library checks what is then read here
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, facts in header.items():
+                at = 8 + length + facts["data_offsets"][0]
+                stored[name] = _Stored(path, facts["dtype"], tuple(facts["shape"]), at)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read as a safetensors file: {error}; fetch it again.") from error
     return stored
@@ -232,7 +245,7 @@ def _resolve(folder, stored, expected, config):
 
 def _check_tensors(stored, expected, names, *, exactly=False):
     for ours, name in names.items():
-        (path, dtype, shape), wanted = stored[name], expected[ours].shape
+        (path, dtype, shape, _), wanted = stored[name], expected[ours].shape
         if exactly and expected[ours].leaves[0] in _ROWS and len(shape) == 2 and shape[0] != wanted[0]:
             raise InputError(
                 f"{path}: the tensor {name} has {shape[0]} rows, and vocab_size in config.json is {wanted[0]}: the "
@@ -249,43 +262,49 @@ def _check_tensors(stored, expected, names, *, exactly=False):
             )
 
 
-def _store(leaf, part, tensor, shape, dtype, sharding):
-    """Puts a part into its leaf, which is allocated at its first."""
-    if tensor.layer is None:
-        spare = (shape[0] - len(part), *part.shape[1:])
-        if spare[0]:
-            mean = part.mean(axis=0, dtype=np.float32).astype(part.dtype)
-            part = np.concatenate([part, np.broadcast_to(mean, spare)])
-        return _place(part, sharding, dtype)
-    if leaf is None:
-        leaf = jnp.zeros(shape, dtype, device=sharding)
-    part = _place(part, _below(sharding, tensor.transposed))
-    return _make_fill(sharding, tensor.transposed)(leaf, part, tensor.layer)
+def _read(sources, ends, shape, dtype, pool, index):
+    """Writes the part of a leaf that a device holds, from the tensors that it is stacked of."""
+    spans = [range(size)[within] for size, within in zip(shape, index)]
+    part = _empty([len(span) for span in spans], dtype)
+    if sources[0][1].layer is None:
+        _copy(part, _pad(_view(sources[0], ends), shape)[index])
+        return part
+
+    def write(place):  # mapped here, for what was mapped counts as the host's until it is let go
+        _copy(part[place], _view(sources[spans[0][place]], ends)[index[1:]])
+
+    list(pool.map(write, range(len(part))))
+    return part
 
 
-@functools.lru_cache(maxsize=256)
-def _make_fill(sharding, transposed):
-    """Writes one layer of a stacked leaf in place; casting and transposing are the device's work."""
-
-    def fill(stacked, part, layer):
-        part = part.T if transposed else part
-        return jax.lax.dynamic_update_index_in_dim(stacked, part.astype(stacked.dtype), layer, 0)
-
-    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+def _view(source, ends):
+    """A tensor as its leaf has it, still on disk; of a tensor that holds several leaves, this one's columns."""
+    (path, dtype, shape, offset), tensor, n = source
+    value = np.memmap(path, _DTYPES[dtype], "r", offset, shape).view(np.ndarray)
+    return value.T if tensor.transposed else value[..., ends[n] : ends[n + 1]]
 
 
-def _place(value, sharding, dtype=None):
-    dtype = value.dtype if dtype is None else jnp.dtype(dtype)
-    if sharding is None:
-        return jnp.asarray(value).astype(dtype)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index].astype(dtype, copy=False))
+def _pad(value, shape):
+    """Rows beyond the checkpoint's are the mean of its rows."""
+    spare = shape[0] - len(value), *value.shape[1:]
+    if not spare[0]:
+        return value
+    mean = value.mean(axis=0, dtype=np.float32).astype(value.dtype)
+    return np.concatenate([value, np.broadcast_to(mean, spare)])
 
 
-def _below(sharding, transposed):
-    """The sharding of one layer of a stacked leaf, as the checkpoint has it."""
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return sharding
-    spec = sharding.spec[1:]
-    if transposed:
-        spec = (*spec, None, None)[:2][::-1]
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+def _copy(to, value):
+    """Casts and copies; a transposed matrix in strips, so that each line of the processor's cache is read once."""
+    if value.flags.c_contiguous:
+        to[...] = value
+        return
+    for start in range(0, value.shape[-1], _AT_ONCE):
+        strip = slice(start, start + _AT_ONCE)
+        to[:, strip] = value[:, strip].astype(to.dtype, order="K", copy=False)
+
+
+def _empty(shape, dtype):
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNED, np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    return room[start : start + size].view(dtype).reshape(shape)

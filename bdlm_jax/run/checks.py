@@ -137,7 +137,8 @@ _MANY = {
         mutual.taught.domain_epochs mutual.taught.kl mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items itemgcn.n_layers itemgcn.text_neighbours
+        dry_run.n_interactions sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items itemgcn.n_layers
+        itemgcn.text_neighbours
         itemgcn.warmup_steps itemgcn.weight_decay itemgcn.softmax_items lm.softmax_items item_knn.shrink
         runtime.checkpoint_seconds""",
 }

@@ -2,7 +2,7 @@
 
 By hand from shapes alone, and from XLA, which compiles the very step on as many pretended devices. No weights and no
 data are read; of the data only the counts matter, which `config.dry_run` may give. The step is BDLM's LM step against
-a domain model of plain tables: propagation over them is not in the numbers.
+a domain model of plain tables; propagation over them is the domain arm's, and counted apart (`plan_graph`).
 """
 
 import math
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from bdlm_jax.data.splits import TRAIN
 from bdlm_jax.lm.packing import LISTS
 from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
-from bdlm_jax.run import build, checks
+from bdlm_jax.run import build, checks, plan_graph
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run, Tables
 from bdlm_jax.run.prepare import lm_shape, prepare_data
 from bdlm_jax.run.rates import lm_rates
@@ -267,6 +268,7 @@ def describe(plan: Plan, compiled: dict[str, float] | None) -> str:
         f"| least time at {device.flops / 1e12:,.0f} TFLOP/s a device | {flops['hardware'] / n / device.flops:.3f} s |",
         *[f"| {name}, a device | {_gb(value)} GB |" for name, value in moved.items() if value],
         *([f"| least time of moving at {device.link / 2e9:,.0f} GB/s | {least:.3f} s |"] if n > 1 else []),
+        *plan_graph.describe_propagation(plan.run.config, n, link=device.link),
     ]
     if compiled:
         lines += [
@@ -325,6 +327,7 @@ def _pretended_run(config: ml_collections.ConfigDict) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             data = prepare_data(config, Path(folder))
         given.n_users, given.n_items = data.n_users, data.n_items
+        given.n_interactions = len(data.split.edges(TRAIN)[0])
     split = SimpleNamespace(
         degree=lambda *parts: np.ones(given.n_items, np.int64),
         edges=lambda *parts: (np.arange(given.n_users), np.arange(given.n_users) % given.n_items),

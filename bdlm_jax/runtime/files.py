@@ -96,13 +96,18 @@ def refuse_pointer(path: str | os.PathLike) -> None:
             )
 
 
-def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Notes the sha256 of the named files of a folder (None: of all below it) in its SHA256SUMS."""
+def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None, *, keep: bool = False) -> None:
+    """Notes the sha256 of the named files of a folder (None: of all below it) in its SHA256SUMS.
+
+    Args:
+        keep: what is noted there of other files stays, and they are not read again.
+    """
     folder = Path(folder)
     if names is None:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = sorted({*names} - {CHECKSUMS})
-    write_text(folder / CHECKSUMS, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names))
+    told = {name: file_sha256(folder / name) for name in {*names} - {CHECKSUMS}}
+    told = (_read_checksums(folder) or {} if keep else {}) | told
+    write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(told.items())))
 
 
 def damaged_file(folder: str | os.PathLike, *names: str) -> Path | None:
@@ -112,15 +117,10 @@ def damaged_file(folder: str | os.PathLike, *names: str) -> Path | None:
         names: those that are looked at, all without any; what SHA256SUMS does not name is taken as it is.
     """
     folder = Path(folder)
-    path = folder / CHECKSUMS
-    if not path.is_file():
+    if not (folder / CHECKSUMS).is_file():
         return None
-    told: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, space, name = line.partition("  ")
-        if len(digest) != 64 or not space or not name:
-            return path
-        told[name] = digest
+    if (told := _read_checksums(folder)) is None:
+        return folder / CHECKSUMS
     for name in names or told:
         file = folder / name
         if name in told and (not file.is_file() or file_sha256(file) != told[name]):
@@ -151,6 +151,19 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, as sha256sum prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_checksums(folder: Path) -> dict[str, str] | None:
+    """{name: sha256} of a folder's SHA256SUMS; None where there is none, or what stands there is something else."""
+    path, told = folder / CHECKSUMS, {}
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, space, name = line.partition("  ")
+        if len(digest) != 64 or not space or not name:
+            return None
+        told[name] = digest
+    return told
 
 
 def _digest(flat: dict[str, np.ndarray]) -> str:

@@ -108,12 +108,23 @@ def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> in
 
 @contextlib.contextmanager
 def traced_on(mesh: Mesh) -> Iterator[None]:
-    """Within it `split_rows` knows the mesh; around the trace of a step."""
+    """Within it `traced_mesh` and `split_rows` know the mesh; around the trace of a step."""
     before = _MESH.set(mesh)
     try:
         yield
     finally:
         _MESH.reset(before)
+
+
+def traced_mesh() -> Mesh | None:
+    """The mesh for which a step is being traced."""
+    return _MESH.get()
+
+
+def pad_rows(x: jax.Array) -> jax.Array:
+    """Adds rows of zeros until they divide over the mesh for which a step is traced; the identity where none is."""
+    n = mesh.size if (mesh := traced_mesh()) else 1
+    return with_rows(x, (-(-len(x) // n) * n, *x.shape[1:]))
 
 
 def split_rows(x: jax.Array) -> jax.Array:

@@ -122,17 +122,20 @@ def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalo
     """Writes an arm to workdir/serving, and the catalogue with the first; it is served once all of it is on disk."""
     folder, arms = Path(workdir, "serving"), served_arms(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not arms:
+    written = [f"{name}.safetensors", "serving.json"]
+    if first := not arms:
         write_json(folder / "catalogue.json", catalogue.names | {"dropped": catalogue.dropped})
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
+        written += ["catalogue.json", "catalogue.safetensors"]
     facts, tensors = (_lm if isinstance(arm, ServedLM) else _domain)(arm)
     if isinstance(arm, ServedLM) and not any(other["kind"] == "lm" for other in arms.values()):
         with replacing(folder / "tokenizer") as tokenizer:  # one for all, for a run has one
             arm.vocabulary.tokenizer.save_pretrained(str(tokenizer))
+        written += [path.relative_to(folder).as_posix() for path in folder.glob("tokenizer/*")]
     save_safetensors(folder / f"{name}.safetensors", tensors)
     arms[name] = {"arm": name, "row": row or name, **facts}
     write_json(folder / "serving.json", {"format": FORMAT, "arms": [*arms.values()]})
-    write_checksums(folder)
+    write_checksums(folder, written, keep=not first)  # an arm is not read again for each that follows
 
 
 def load_catalogue(workdir: str | os.PathLike) -> Catalogue:

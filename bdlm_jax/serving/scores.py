@@ -94,13 +94,15 @@ def lm_words(
 
 def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
     """Returns the k best items outside `seen` (fewer where fewer are left), best first; ties in catalogue order."""
-    scores_I = np.array(scores_I, np.float64)
-    open_I = np.ones(len(scores_I), bool)
-    open_I[np.asarray(seen, np.int64)] = False
-    items = np.flatnonzero(open_I)
-    if k < len(items):  # a partition is linear, and a catalogue large
-        least = np.partition(scores_I[items], -k)[-k]
-        items = items[scores_I[items] >= least]
+    scores_I, seen = np.array(scores_I), np.unique(np.asarray(seen, np.int64))
+    scores_I[seen] = -np.inf  # in place: of a large catalogue every copy costs as much as the choice
+    k = min(k, len(scores_I) - len(seen))
+    if k <= 0:
+        return np.zeros(0, np.int64)
+    least = np.partition(scores_I, -k)[-k]
+    items = np.flatnonzero(scores_I >= least)
+    if least == -np.inf:  # some that are open have no better score than the seen
+        items = np.setdiff1d(items, seen)
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
@@ -115,3 +116,21 @@ def test_a_hub_id_without_a_network_is_refused_in_one_sentence(monkeypatch, tmp_
         find_folder("nobody/nothing")
     with pytest.raises(InputError, match="no folder here and no hub id"):
         find_folder("a/b/c")
+
+
+def test_large_matrices_are_written_once_cast_and_transposed(tmp_path):
+    shape = {"hidden_size": 200, "intermediate_size": 640, "num_attention_heads": 4, "num_hidden_layers": 3}
+    golden = json.loads((LLAMA / "config.json").read_text())
+    config = lm_config_from_hf(golden | shape | {"num_key_value_heads": 2, "vocab_size": 1000, "head_dim": 50})
+    draw = np.random.default_rng(0)
+    stored = {name: draw.normal(size=tensor.shape).astype(np.float16) for name, tensor in tensor_map(config).items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    load_lm(tmp_path, config)  # what is traced and imported once is not counted
+    tracemalloc.start()
+    params = load_lm(tmp_path, config)
+    peak = tracemalloc.get_traced_memory()[1]  # NumPy tells of every array
+    tracemalloc.stop()
+    assert peak < 1.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    back = dict(export_tensors(params, config))
+    for name, value in stored.items():
+        np.testing.assert_array_equal(back[name], value.astype(np.float32), err_msg=name)

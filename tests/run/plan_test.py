@@ -1,5 +1,6 @@
 """The tables of docs/scale.md against arithmetic, and XLA's count of the same step against them."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bdlm_jax.run import plan as dry_run
+from bdlm_jax.run.plan_graph import propagation_needs
 from bdlm_jax.types import InputError
 from experiments import ml1m_llm
 
@@ -143,6 +145,18 @@ def test_a_loops_body_counts_as_often_as_it_runs():
         "all-reduce": 3 * (8 * 2 + 2 * 4),
         "collective-permute": 3 * 2 * 10 + 10,
     }
+
+
+def test_propagation_is_counted_where_the_interactions_are_told(eight_h200):
+    config = eight_h200.run.config.copy_and_resolve_references()
+    assert propagation_needs(config, 8) is None and "propagation over" not in dry_run.describe(eight_h200, None)
+    config.dry_run.n_interactions = 10**6
+    found, n_nodes = propagation_needs(config, 8), 8 * (755 + 464)
+    assert found.flops == 2 * 3 * 2 * (2 * 10**6) * D  # both ways through three layers
+    assert found.moved == (2 * 3 + 1) * n_nodes * D * 4 * 7 / 8
+    told = dry_run.describe(eight_h200._replace(run=dataclasses.replace(eight_h200.run, config=config)), None)
+    assert "| propagation over 1,000,000 interactions, 3 layers, one step of the domain arm | |" in told
+    assert number(told, "messages along its edges, a layer, a device") == pytest.approx(2 * 10**6 / 8 * D * 4 / 1e9)
 
 
 def run(*words):

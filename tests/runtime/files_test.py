@@ -90,5 +90,10 @@ def test_checksums_name_what_is_damaged_or_gone(tmp_path):
     assert files.damaged_file(tmp_path, "a") is None
     (tmp_path / "a").unlink()
     assert files.damaged_file(tmp_path, "a") == tmp_path / "a"
+    (tmp_path / "a").write_text("anew")
+    files.write_checksums(tmp_path, ["a"], keep=True)  # of the other nothing is read, and what is noted stays
+    assert files.damaged_file(tmp_path, "a") is None and files.damaged_file(tmp_path) == tmp_path / "deep" / "b"
+    files.write_checksums(tmp_path, ["a"])
+    assert files.damaged_file(tmp_path) is None
     (tmp_path / files.CHECKSUMS).write_bytes(b"\xff\n")
     assert files.damaged_file(tmp_path) == tmp_path / files.CHECKSUMS

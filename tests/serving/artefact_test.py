@@ -15,6 +15,7 @@ from bdlm_jax.domain.arm import Inputs
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import load_counts
 from bdlm_jax.run import build, reading, rows, teachers
+from bdlm_jax.runtime import files
 from bdlm_jax.runtime.files import CHECKSUMS, load_safetensors, save_safetensors
 from bdlm_jax.serving import artefact, scores
 from bdlm_jax.types import InputError
@@ -84,7 +85,7 @@ def test_the_catalogue_holds_every_interaction_and_raw_names(run):
         np.testing.assert_array_equal(catalogue.history(user), table.item_E[table.user_E == user])
 
 
-def test_records_come_back_as_they_were_written(tiny_run, tmp_path):
+def test_records_come_back_as_they_were_written(tiny_run, tmp_path, monkeypatch):
     """Params with lists too (NCF's layers), which no tables replace."""
     catalogue, tables, lm = (load(tiny_run[1]) for load in LOADERS)
     own = ncf.ncf_arm(Inputs(width=16), hidden=(8,)).init(jax.random.key(3))
@@ -92,7 +93,10 @@ def test_records_come_back_as_they_were_written(tiny_run, tmp_path):
     lm = dataclasses.replace(lm, contexts=lm.titles[: len(catalogue.user_ids)])
     assert artefact.served_arms(tmp_path) == {}
     artefact.write_arm(tmp_path, "lm", lm, catalogue, row="bdlm_lm")
+    read, hash_file = [], files.file_sha256  # an arm is not read again for the next
+    monkeypatch.setattr(files, "file_sha256", lambda path: read.append(path.name) or hash_file(path))
     artefact.write_arm(tmp_path, "ncf", domain, catalogue)
+    assert not {"lm.safetensors", "catalogue.json"} & {*read} and artefact.is_served(tmp_path)
     rows = {name: (facts["kind"], facts["row"]) for name, facts in artefact.served_arms(tmp_path).items()}
     assert rows == {"lm": ("lm", "bdlm_lm"), "ncf": ("domain", "ncf")}
     for record, load in zip((catalogue, domain, lm), LOADERS):

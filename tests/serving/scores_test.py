@@ -50,6 +50,8 @@ def test_top_items_leave_out_the_seen_and_keep_catalogue_order_in_ties():
     scores_I = np.array([0.5, 2.0, 0.5, 3.0, 0.5, -1.0], np.float32)
     for seen, k, best in (([3], 2, [1, 0]), ([3], 3, [1, 0, 2]), ([0, 1, 2], 10, [3, 4, 5]), (range(6), 1, [])):
         assert scores.top_items(scores_I, seen=seen, k=k).tolist() == best
+    unlikely_I = np.array([-np.inf, 1.0, -np.inf, 2.0])  # no score is so low that it stands for "seen"
+    assert scores.top_items(unlikely_I, seen=[0, 3], k=3).tolist() == [1, 2]
 
 
 def test_a_user_is_named_only_where_the_run_reads_names(tiny_run):
