@@ -2,6 +2,7 @@ import functools
 
 import pytest
 
+from bdlm_jax import story
 from bdlm_jax.data.readers import READERS
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.run.checks import RULES, _check_devices, _flatten, check_config
@@ -53,12 +54,15 @@ def test_a_misspelt_key_and_a_wrong_type_are_refused_where_they_are_written(key,
         setattr(functools.reduce(getattr, section.split("."), defaults.get_config()), name, value)
 
 
-def test_a_config_without_a_setting_is_refused():
-    config = defaults.get_config()
+@pytest.mark.parametrize("key", ["lm.width", "lm.remat", "distributed.coordinator", "select", "distributed"])
+def test_a_config_without_a_setting_is_refused(key, tmp_path):
+    config, (*sections, name) = defaults.get_config(), key.split(".")
     with config.unlocked():
-        del config.lm.width
-    with pytest.raises(InputError, match=r"config\.lm\.width is missing"):
-        check_config(config)
+        del functools.reduce(getattr, sections, config)[name]
+    for refuse in (check_config, lambda config: story.train_together(config, str(tmp_path / "run"))):
+        with pytest.raises(InputError, match=rf"config\.{key}\S* is missing; begin with"):
+            refuse(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
