@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from bdlm_jax import compare, export, recommend, story, sweep
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.run import build, workdir
-from bdlm_jax.runtime import files
+from bdlm_jax.runtime import checkpoint, files
 from bdlm_jax.runtime.log import Stopped
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -240,6 +241,22 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tiny_run, tmp_path, mo
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and "No space left on device" in told and "check the path" in told
     assert (tmp_path / "page.md").read_text() == "before" and not (tmp_path / "tables").exists()
+
+
+def test_what_libraries_make_of_a_full_disk_is_one_sentence(tiny_run, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    assert export.main(["--workdir", str(tiny_run[1]), "--format", "hf", "--out", str(tmp_path / "hf")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "the tokenizer cannot be written to" in told
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        InputError, match=r"needs 1,048,\d\d\d bytes for a checkpoint, and the disk has 1,000; make room"
+    ):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"a": np.zeros(3)})
+    assert not [*(tmp_path / "checkpoints").iterdir()] and not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("door", [compare.main, lambda words: report.main(["--collect", *words])])

@@ -109,7 +109,7 @@ RULES = {
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),
-    "prompts.user_dropout": _from(0, most=1),
+    "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "domain", "pool")),
     "shared.initial": _word(("domain", "propagated", "random")),
@@ -134,7 +134,7 @@ _MANY = {
         data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
-        domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
+        domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.taught.rounds mutual.taught.lm_epochs
         mutual.taught.domain_epochs mutual.taught.kl mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
@@ -153,6 +153,8 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
     for key, value in settings.items():
         if value is None and ".options." not in key:  # ConfigDict lets it stand for anything
             raise InputError(f"config.{key} is None; give a value, as experiments/defaults.py does.")
+        if isinstance(value, str) and "\0" in value:
+            raise InputError(f"config.{key} is {value!r}, which holds a null byte; take that out.")
     for key, rule in RULES.items():
         if not _holds(rule, settings[key]):
             raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}.")

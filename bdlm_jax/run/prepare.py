@@ -24,7 +24,7 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import ranked
 from bdlm_jax.run.ranked import KNOWN, PARTS, judged_cases
-from bdlm_jax.runtime.files import damaged_file, read_json, write_checksums, write_json
+from bdlm_jax.runtime.files import damaged_file, read_json, replacing, write_checksums, write_json
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
@@ -169,8 +169,9 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
-        tokenizer.save_pretrained(str(folder))
-        write_checksums(folder)
+        with replacing(folder) as whole:
+            vocabulary.save_tokenizer(tokenizer, whole)
+            write_checksums(whole)
     rows = lm_shape(config).vocab_size if own else 0
     chat = vocabulary.chat_head(tokenizer) if _chats(config, tokenizer) else ()
     prompts, needed = config.prompts, max(0, len(chat) - 1) + title_room(config)

@@ -127,8 +127,10 @@ def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalo
         save_safetensors(folder / "catalogue.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
     facts, tensors = (_lm if isinstance(arm, ServedLM) else _domain)(arm)
     if isinstance(arm, ServedLM) and not any(other["kind"] == "lm" for other in arms.values()):
+        from bdlm_jax.lm.vocabulary import save_tokenizer
+
         with replacing(folder / "tokenizer") as tokenizer:  # one for all, for a run has one
-            arm.vocabulary.tokenizer.save_pretrained(str(tokenizer))
+            save_tokenizer(arm.vocabulary.tokenizer, tokenizer)
     save_safetensors(folder / f"{name}.safetensors", tensors)
     arms[name] = {"arm": name, "row": row or name, **facts}
     write_json(folder / "serving.json", {"format": FORMAT, "arms": [*arms.values()]})

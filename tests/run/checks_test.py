@@ -118,11 +118,17 @@ def test_a_config_without_a_setting_is_refused(key, tmp_path):
         ({"lm__trains": "lora", "lm__lora_targets": "nothing"}, "'nothing' matches no leaf of the decoder"),
         ({"data__min_user": 3}, "config.data.min_user is 3, but data of the kind twins come as they are"),
         ({"seed": 2**40}, "below 2**32"),
+        ({"seed": 2**70}, "below 2**32"),
         ({"domain__epochs": 2**40}, "it must be below 2**31"),
         ({"lm__clip_norm": float("inf")}, "a number of at least 0"),
+        ({"pretrain__epochs": float("inf")}, "config.pretrain.epochs is inf; it must be a number of at least 0"),
+        ({"mutual__lm_epochs": float("inf")}, "config.mutual.lm_epochs is inf"),
+        ({"lm__weight_decay": float("inf")}, "config.lm.weight_decay is inf"),
         ({"data__options__n_users": 2**40}, "a whole number of at most 1,000,000"),
         ({"data__options__follow": "much"}, "a number of at most"),
         ({"lm__remat": None}, "config.lm.remat is None"),
+        ({"domain__popularity": 1e300}, "config.domain.popularity is 1e+300; it must be a number of at least 0 and at"),
+        ({"runtime__store": "a\0b"}, "config.runtime.store is 'a\\x00b', which holds a null byte"),
     ],
 )
 def test_impossible_settings_are_refused(changes, told):
