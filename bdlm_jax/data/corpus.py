@@ -22,8 +22,6 @@ def read_documents(path: str | Path, *, max_tokens: float = float("inf")) -> lis
     documents, words = [], 0
     try:
         for document in _lines(Path(path)):
-            if not document:
-                continue
             documents.append(document)
             words += document.count(" ") + 1
             if words > max_tokens:
@@ -35,9 +33,9 @@ def read_documents(path: str | Path, *, max_tokens: float = float("inf")) -> lis
             f"{path} cannot be read ({error}); give a whole UTF-8 text file (.txt, .gz, .xz), a document a line, or "
             "JSON lines (.jsonl) with a field text."
         ) from error
-    if not documents:
+    if not (found := [document for document in documents if document]):
         raise InputError(f"{path} holds no text; give a document a line.")
-    return documents
+    return found
 
 
 def _lines(path: Path) -> Iterator[str]:
