@@ -77,6 +77,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict:
 
 def train_together(config: ml_collections.ConfigDict, workdir: str) -> dict:
     """As `train_and_evaluate`, in each of `config.distributed.processes`; the first process alone writes `workdir`."""
+    checks.check_complete(config)
     given = config.distributed.to_dict()
     # The run directory does not remember how many processes shared it.
     config.distributed.update({"coordinator": "", "processes": 1, "process": 0})

@@ -27,7 +27,7 @@ from bdlm_jax.domain.models import make_arm
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import chunk_users, evaluate_full
 from bdlm_jax.mutual.sharing import init_shared
-from bdlm_jax.run.prepare import MOST_SCORES
+from bdlm_jax.run.ranked import MOST_SCORES
 
 WIDTH = 64
 

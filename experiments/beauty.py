@@ -2,7 +2,7 @@
 
 python -m bdlm_jax.main --config experiments/beauty.py --workdir runs/beauty --config.data.path=FOLDER
 python -m bdlm_jax.main --config experiments/beauty.py --workdir runs/beauty --config.data.path=data/beauty \
-    --config.data.kind=amazon     # the publisher's files: data.download.fetch_amazon("Beauty", 2014, "data/beauty")
+    --config.data.kind=amazon     # the publisher's files: python -m bdlm_jax.data.download Beauty --out data/beauty
 
 FOLDER holds interactions.csv.gz (user_id, item_id, order) and items.csv.gz (item_id, title): 22,363 users, 12,101
 items, 198,502 interactions; 52 targets of the test are cold. They come from McAuley's Amazon product data of 2014,

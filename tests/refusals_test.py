@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from bdlm_jax import compare, export, recommend, story, sweep
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.run import build, workdir
-from bdlm_jax.runtime import files
+from bdlm_jax.runtime import checkpoint, files
 from bdlm_jax.runtime.log import Stopped
 from bdlm_jax.types import InputError
 from experiments import tiny
@@ -54,9 +55,19 @@ DATA = [
     (TWO | {"interactions.csv": interactions(user=lambda u: "  " if u else "a")}, "line 8: field 'user' is empty", {}),
     (TWO | {"interactions.csv.gz": gzip.compress(b"user_id,item_id\n1,2\n")}, "holds interactions.csv and inter", {}),
     (TWO | {"items.tsv": ITEMS}, "holds items.csv and items.tsv", {}),
+    (TWO | {"interactions.parquet": b"PAR1"}, "holds interactions.csv and interactions.parquet; keep one", {}),
+    (
+        TWO | {"interactions.csv": interactions(head="user_id,item_id,user")},
+        "user_id and user may both be the user",
+        {},
+    ),
+    (TWO | {"interactions.csv": interactions(head="item,item_id,user")}, "item and item_id may both be", {}),
+    (TWO | {"interactions.csv": interactions(item=lambda i: i or "NULL")}, "'NULL', a missing id", {}),
     (TWO | {"interactions.csv": interactions(time="{:02d}.01.2024".format)}, "a date as 2024-05-31", {}),
     (TWO, "config.data.options.encoding: klingon is no encoding", {"data.options": {"encoding": "klingon"}}),
     (TWO, "cand3 asks for 1000000000 others beside each target", {"data.candidates.cand3": 10**9}),
+    (TWO, "15 others beside .* for 12 of 12 test cases no 15 items are left", {"data.candidates.cand3": 15}),
+    (TWO | {"interactions.csv": interactions(n=20)}, "no test case has anything to rank .* take data with more", {}),
     (TWO, "lower config.data.min_user", {"data.min_user": 99}),
     (TWO, "config.data.min_rating needs the field 'rating'", {"data.min_rating": 3.0}),
 ]
@@ -172,6 +183,9 @@ EXPERIMENTS = [
     ("def get_config():\n    return {'seed': 1}\n", {}, "get_config() returns a dict, not a ConfigDict"),
     ("def get_config():\n    return None\n", {}, "not a ConfigDict"),
     ("seed = 1\n", {}, "has no get_config()"),
+    ("import no_such_module\n", {}, "mine.py: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_config(:\n", {}, "mine.py: SyntaxError: "),
+    ("def get_config():\n    return 1 / 0\n", {}, "mine.py: ZeroDivisionError: division by zero"),
     (
         "from experiments import tiny\ndef get_config(c=tiny.get_config()):\n    c.models = 'bdlm'\n    return c\n",
         {},
@@ -227,6 +241,33 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tiny_run, tmp_path, mo
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and "No space left on device" in told and "check the path" in told
     assert (tmp_path / "page.md").read_text() == "before" and not (tmp_path / "tables").exists()
+
+
+def test_what_libraries_make_of_a_full_disk_is_one_sentence(tiny_run, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    assert export.main(["--workdir", str(tiny_run[1]), "--format", "hf", "--out", str(tmp_path / "hf")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "the tokenizer cannot be written to" in told
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        InputError, match=r"needs 1,048,\d\d\d bytes for a checkpoint, and the disk has 1,000; make room"
+    ):
+        checkpoint.save(tmp_path / "checkpoints", 1, {"a": np.zeros(3)})
+    assert not [*(tmp_path / "checkpoints").iterdir()] and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("door", [compare.main, lambda words: report.main(["--collect", *words])])
+@pytest.mark.parametrize("out", [".", "..", "mine", "mine/.."])
+def test_a_folder_is_not_written_over(tiny_run, tmp_path, monkeypatch, capsys, door, out):
+    (tmp_path / "mine" / "precious").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" if out == ".." else tmp_path)
+    assert door([str(tiny_run[1]), "--out", out]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ("names no file; give one" in told or "is a folder; name a file in it" in told)
+    assert (tmp_path / "mine" / "precious").is_dir()
 
 
 @pytest.mark.parametrize("out", ["file/page", "x" * 300, "/proc/no/page"])

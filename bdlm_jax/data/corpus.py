@@ -33,7 +33,9 @@ def read_documents(path: str | Path, *, max_tokens: float = float("inf")) -> lis
             f"{path} cannot be read ({error}); give a whole UTF-8 text file (.txt, .gz, .xz), a document a line, or "
             "JSON lines (.jsonl) with a field text."
         ) from error
-    return [document for document in documents if document]
+    if not (found := [document for document in documents if document]):
+        raise InputError(f"{path} holds no text; give a document a line.")
+    return found
 
 
 def _lines(path: Path) -> Iterator[str]:

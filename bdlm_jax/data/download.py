@@ -1,24 +1,30 @@
 """Fetching published data sets: resumed, verified, and never half there.
 
+    python -m bdlm_jax.data.download Grocery_and_Gourmet_Food --year 2014 --out data/grocery
+
 A file grows as NAME.part and takes its name only when it is complete and its checksum fits. Archives are unpacked
 member by member, and nothing in them can leave the folder or fill the disk.
 """
 
+import argparse
 import hashlib
 import http.client
 import os
 import re
 import shutil
 import stat
+import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from bdlm_jax.runtime.door import REFUSED, refuse
 from bdlm_jax.runtime.files import replacing, write_text
 from bdlm_jax.types import InputError
 
@@ -242,3 +248,23 @@ def _download_recorded(url: str, path: Path, progress: bool) -> Path:
     download(url, path, progress=progress)
     write_text(record, f"{_digest(path, 'sha256')}  {path.name}\n")
     return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bdlm_jax.data.download", description="Fetches the Amazon reviews and metadata of a category."
+    )
+    parser.add_argument("category", help="as the publisher spells it: Grocery_and_Gourmet_Food")
+    parser.add_argument("--year", type=int, default=2014, help=f"the edition: {', '.join(map(str, _AMAZON))}")
+    parser.add_argument("--out", required=True, help="the folder that config.data.path then names")
+    given = parser.parse_args(arguments)
+    try:
+        for path in fetch_amazon(given.category, given.year, given.out).values():
+            print(path)
+    except REFUSED as error:
+        return refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

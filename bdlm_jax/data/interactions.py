@@ -16,7 +16,8 @@ import pandas as pd
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
-_MISSING = {"nan", "NaN", "<NA>", "NaT", "None"}  # as pandas and Python write a missing id into a CSV file
+# As pandas, Python and databases write a missing id into a CSV file.
+_MISSING = {"nan", "NaN", "<NA>", "NaT", "None", "NULL", "null"}
 _OR_DATES = ", or in every row a date as 2024-05-31 or 2024-05-31T18:30:00"
 _DIGITS = 1000  # of an id that is taken as a number
 

@@ -61,8 +61,7 @@ def load_source(kind: str, path: str | Path, **options) -> Interactions | Split:
     if kind not in READERS:
         raise InputError(f"the data kind is {kind!r}; use one of {', '.join(READERS)}.")
     allowed = reader_options(kind)
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
+    if unknown := [name for name in options if name not in allowed]:
         raise InputError(f"the data kind {kind} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}.")
     return READERS[kind](path, **options)
 
@@ -100,10 +99,11 @@ def read_table(
     path = Path(path)
     if path.is_dir():
         tables = {n: file.path for n, file in list_files(path).items() if n.endswith((".csv", ".tsv"))}
-        found = {entry.stem: entry for entry in path.glob("*.parquet")} | {Path(n).stem: p for n, p in tables.items()}
+        tables |= {entry.name: entry for entry in path.glob("*.parquet")}
+        found = {Path(name).stem: entry for name, entry in tables.items()}
         for stem in ("interactions", "items", "users"):
-            if {f"{stem}.csv", f"{stem}.tsv"} <= tables.keys():
-                raise InputError(f"{path} holds {stem}.csv and {stem}.tsv; remove one, for only one would be read.")
+            if len(same := [name for name in tables if Path(name).stem == stem]) > 1:
+                raise InputError(f"{path} holds {' and '.join(same)}; keep one, for only one would be read.")
         if "interactions" not in found:
             raise InputError(f"{path} has no interactions.csv, .tsv or .parquet; name the table itself.")
         path, items, users = found["interactions"], items or found.get("items"), users or found.get("users")
@@ -124,10 +124,13 @@ def _columns(table: Table | ParquetTable, columns: Mapping[str, str | int] | Non
     names, known = table.names, ", ".join(table.names)
     if columns is None:
         if not table.header:
-            raise InputError(
-                f"{table.label} has no header; give the positions of user and item in config.data.options.columns."
-            )
+            told = "has no header; give the positions of user and item in config.data.options.columns"
+            raise InputError(f"{table.label} {told}.")
         columns = _recognised(names, _COLUMNS)
+        for role in ("user", "item", "time"):
+            if len(same := [name for name in names if name.lower() in _COLUMNS[role]]) > 1:
+                told = f"{' and '.join(same)} may both be the {role}; name the columns in config.data.options.columns"
+                raise InputError(f"{table.label}: {told}.")
         if "time" in columns:
             columns.pop("order", None)
         elif "order" not in columns:
@@ -137,9 +140,8 @@ def _columns(table: Table | ParquetTable, columns: Mapping[str, str | int] | Non
         if role not in _COLUMNS:
             raise InputError(f"config.data.options.columns has the role {role!r}; the roles are {', '.join(_COLUMNS)}.")
         if role not in columns:
-            raise InputError(
-                f"{table.label}: no column for '{role}' (it has {known}); name it in config.data.options.columns."
-            )
+            told = f"no column for '{role}' (it has {known}); name it in config.data.options.columns"
+            raise InputError(f"{table.label}: {told}.")
     positions = {}
     for role, column in columns.items():
         if table.header and column in names:
@@ -194,10 +196,8 @@ def read_recbole(path: str | Path, *, name: str | None = None, title: str | None
     files = list_files(path)
     found = sorted(file.removesuffix(".inter") for file in files if file.endswith(".inter"))
     if name is None and len(found) != 1:
-        raise InputError(
-            f"{path} holds {len(found)} .inter files where one is needed; choose in "
-            f"config.data.options.name (of {found})."
-        )
+        told = f"{len(found)} .inter files where one is needed; choose in config.data.options.name (of {found})"
+        raise InputError(f"{path} holds {told}.")
     name = name or found[0]
     if name not in found:
         raise InputError(f"{path} has no {name}.inter; it has {', '.join(found) or 'no .inter file'}.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.hf_config import hf_config
 from bdlm_jax.lm.hf_weights import export_tensors, tensor_map
-from bdlm_jax.lm.vocabulary import Vocabulary
+from bdlm_jax.lm.vocabulary import Vocabulary, save_tokenizer
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.types import Array, InputError, Params
 
@@ -57,7 +58,7 @@ def write_hf_folder(
     # Plain text holds no user and no item. A forward pass, which ranks, is not touched by it.
     write_json(folder / "generation_config.json", special | {"suppress_tokens": _never_written(vocabulary)})
     _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
     _tell_every_version(folder / "tokenizer_config.json")
 
 
@@ -117,7 +118,10 @@ def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, shard_bytes: int) -> None:
     shard_of, total, n_shards = {}, 0, 0
     for n_shards, shard in enumerate(_shards(tensors, shard_bytes), start=1):
-        save_file(shard, folder / f"model-{n_shards}", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"model-{n_shards}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise InputError(f"{folder} cannot be written ({error}); make room there.") from error
         shard_of |= dict.fromkeys(shard, n_shards)
         total += sum(value.nbytes for value in shard.values())
     if n_shards == 1:

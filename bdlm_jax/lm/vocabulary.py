@@ -67,6 +67,14 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     return _with_specials(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends))
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+    """Writes a transformers tokenizer directory, which `load_tokenizer` reads."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # tokenizers raises the bare class, of a full disk say
+        raise InputError(f"the tokenizer cannot be written to {folder} ({error}); make room there.") from error
+
+
 def count_tokens(folder: str | os.PathLike) -> int:
     """Counts the rows that a tokenizer folder needs as it stands, without what `load_tokenizer` adds."""
     folder = Path(folder)

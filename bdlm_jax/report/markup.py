@@ -47,7 +47,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind
         made = []
         for name, *cells in (row for row in rows if (row[0][:1] == "*") == below):
             data = "".join(f"<td{kinds[n]}>{inline(cell)}</td>" for n, cell in enumerate(cells, 1))
-            made.append(f'<tr><th scope="row">{inline(name)}</th>{data}</tr>')
+            named = _breakable(name) if kind == "wrapped" else inline(name)
+            made.append(f'<tr><th scope="row">{named}</th>{data}</tr>')
         return "".join(made)
 
     heads = "".join(
@@ -70,6 +71,11 @@ def _column_kind(cells: Sequence[str]) -> str:
     if filled and all(map(_NUMERIC.fullmatch, filled)):
         return ' class="number"'
     return ' class="words"' if any(len(cell) > _SENTENCE for cell in filled) else ""
+
+
+def _breakable(name: str) -> str:
+    """The name of a setting, which may break behind its dots, slashes and underscores."""
+    return re.sub(r"([./_])", r"\1<wbr>", escape(name))
 
 
 def inline(text: str) -> str:

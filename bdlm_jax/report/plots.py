@@ -135,8 +135,9 @@ def _draw_learning(run: Finished, *, title: str) -> Figure | None:
         shown_phases = range((len(phases) - 1) % step, len(phases), step)
         axes.set_xticks(shown_phases, [phases[n] for n in shown_phases])
         if stage in notes:
-            at, place = (0, curves["domain"][0]), {"ha": "left", "va": "bottom", "textcoords": "offset points"}
-            axes.annotate(_MARK[stage], at, (5, 4), fontsize=9, color=_GREY, **place)
+            at, place = (0, curves["domain"][0]), {"va": "bottom", "textcoords": "offset points"}
+            aside = {"xytext": (-5, 4), "ha": "right"} if stage == "distill" else {"xytext": (5, 4), "ha": "left"}
+            axes.annotate(_MARK[stage], at, fontsize=9, color=_GREY, **aside, **place)  # where no curve leads
         axes.margins(x=0.1)
         axes.set_xlabel(STAGE_WORDS[stage].lower(), fontsize=9)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)

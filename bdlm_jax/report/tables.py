@@ -98,7 +98,7 @@ def judged_by(family: int) -> str:
 def provenance_lines(runs: Sequence[Finished]) -> list[str]:
     """Which data, seeds, hashes, machines and versions stand behind the numbers."""
     data, config, environment = runs[0].data, runs[0].config, runs[0].environment
-    parts = ", ".join(f"{name} {count:,}" for name, count in data["parts"].items())
+    parts = ", ".join(f"{name} {count:,}" for name, count in sorted(data["parts"].items()))
     versions = [f"{n} {environment[n]}" for n in ("bdlm_jax", "jax", "flax", "python") if n in environment]
     machines = sorted({_machine(run.environment) for run in runs})
     revisions = sorted({run.environment.get("git", "unknown") for run in runs})

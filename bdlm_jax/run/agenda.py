@@ -5,6 +5,7 @@
 
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from bdlm_jax.run.build import Decoder, Run, Tables
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.runtime import checkpoint
 from bdlm_jax.runtime.fit import Phase
+from bdlm_jax.runtime.log import duration
 
 _LOG = logging.getLogger(__name__)
 _UNITS = {"lm": "steps of the LM", "domain": "epochs of the domain arm"}
@@ -57,7 +59,11 @@ def _pretrain(run: Run) -> list[str]:
 
 
 def follow(run: Run) -> Run:
-    """Tells the stages that are to come and what trains in BDLM, and returns the run that tells each as it begins."""
+    """Tells the stages that are to come and what trains in BDLM, and returns the run that tells each as it begins.
+
+    With each it says how long the one before has taken. What is to come is of other kinds, which nobody has timed: how
+    long a stage still takes is told within it (`runtime.fit`).
+    """
     names = stage_names(run)
     done = [name for name in names if _finished(run.root / name)]
     begun = [name for name in names if name not in done and _units(run.root / name)]
@@ -69,12 +75,18 @@ def follow(run: Run) -> Run:
         _LOG.info("resuming: %s", "; ".join(said))
     if any(name.endswith("bdlm") and name not in done for name in names):
         _LOG.info("what trains, by optimiser group:\n  %s", "\n  ".join(_bdlm_table(run)))
-    told = set(done)
+    told, started = set(done), time.monotonic()
+    at_work: list[tuple[str, float]] = []  # the stage that was trained last, and when it began
 
     def begin(name: str, folder: Path, phases: Sequence[Phase]) -> None:
         if name in told:
             return
         told.add(name)
+        now = time.monotonic()
+        if at_work:
+            last, began = at_work.pop()
+            words = last, duration(now - began), duration(now - started)
+            _LOG.info("  %s took %s, with its test where it has one; so far the run has taken %s", *words)
         place = f"stage {names.index(name) + 1} of {len(names)}" if name in names else "stage"
         if _finished(folder):
             _LOG.info("%s: %s is finished, in %s", place, name, folder)
@@ -86,6 +98,7 @@ def follow(run: Run) -> Run:
         behind = _units(folder)
         goes_on = f"; goes on behind {behind:,d} of {units.total():,d}" if behind else ""
         _LOG.info("%s: %s (%s%s)", place, name, work, goes_on)
+        at_work.append((name, now))
 
     return dataclasses.replace(run, begin=begin)
 

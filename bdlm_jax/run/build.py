@@ -25,7 +25,8 @@ from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import make_optimizer, make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import guards, prepare, store, trained
-from bdlm_jax.run.prepare import KNOWN, PARTS, Data, Texts
+from bdlm_jax.run.prepare import Data, Texts
+from bdlm_jax.run.ranked import KNOWN, PARTS
 from bdlm_jax.runtime import parallel
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, best_phases, fit
 from bdlm_jax.types import LeakError, Params, leaf_name

@@ -29,6 +29,7 @@ from bdlm_jax.lm.vocabulary import count_tokens
 from bdlm_jax.mutual.losses import ALIGN, WHOLE_BATCH
 from bdlm_jax.mutual.optimizer import OPTIMIZERS, SCHEDULES
 from bdlm_jax.mutual.sharing import READS
+from bdlm_jax.run import shipped
 from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.run.prepare import UNTRAINED, domain_settings, lm_shape, own_folder, title_room, tokenizer_folder
@@ -42,6 +43,7 @@ SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
 _TOO_MANY = 2**31  # of anything that is counted: indices and numbers of steps are int32
 _LARGEST_WORLD = 1_000_000  # users, sentences, …
 _DATA = ("twins", *READERS)
+_FREE = ("data.candidates.", "data.options.", "domain.options.")  # sections whose keys an experiment chooses
 
 
 class Rule(NamedTuple):
@@ -107,7 +109,7 @@ RULES = {
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),
-    "prompts.user_dropout": _from(0, most=1),
+    "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "domain", "pool")),
     "shared.initial": _word(("domain", "propagated", "random")),
@@ -132,7 +134,7 @@ _MANY = {
         data.candidates_seed data.split_seed lm_alone.row_std evaluate.validation_users
         data.min_rating data.min_user data.min_item lm.learning_rate_shared lm.weight_decay lm.clip_norm
         lm.warmup_steps lm.row_std pretrain.epochs pretrain.replay_share prompts.titled_share prompts.card_copies
-        domain.popularity domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
+        domain.n_layers domain.regularisation mf.regularisation mutual.rounds mutual.lm_epochs
         mutual.lm_epochs_a_round mutual.domain_epochs_a_round mutual.taught.rounds mutual.taught.lm_epochs
         mutual.taught.domain_epochs mutual.taught.kl mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
@@ -147,13 +149,14 @@ RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}
 
 def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> None:
     """Checks every setting by itself, then together, then the paths (unless not asked for) and the devices."""
+    check_complete(config)
     settings = dict(_flatten(config))
     for key, value in settings.items():
         if value is None and ".options." not in key:  # ConfigDict lets it stand for anything
             raise InputError(f"config.{key} is None; give a value, as experiments/defaults.py does.")
+        if isinstance(value, str) and "\0" in value:
+            raise InputError(f"config.{key} is {value!r}, which holds a null byte; take that out.")
     for key, rule in RULES.items():
-        if key not in settings:
-            raise InputError(f"config.{key} is missing; begin with experiments/defaults.py, which has every setting.")
         if not _holds(rule, settings[key]):
             raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}.")
         counts = isinstance(settings[key], int) or re.search("epochs|times|copies|share$", key)
@@ -167,6 +170,14 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
     if paths:
         _check_paths(config)
     _check_devices(config, n_devices=parallel.device_count())
+
+
+def check_complete(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that lacks a setting, before anything reads one."""
+    usual, settings = shipped.default_config(), dict(_flatten(config))
+    for key in RULES if usual is None else dict(_flatten(usual)):
+        if key not in settings and not key.startswith(_FREE):
+            raise InputError(f"config.{key} is missing; begin with experiments/defaults.py, which has every setting.")
 
 
 def name_config(config: ml_collections.ConfigDict, path: str) -> ml_collections.ConfigDict:

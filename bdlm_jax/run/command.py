@@ -102,7 +102,10 @@ def explain(error: Exception, argv: list[str], file: str) -> str:
         return f"{file} has no get_config(); write one that returns a ConfigDict, as experiments/tiny.py does."
     key = isinstance(error, (AttributeError, KeyError)) and re.search(r"(?:Key \W|'(?!Key ))(\w+)", text)
     if not key:
-        return f"{file}: {text.splitlines()[-1]}" if "Traceback" in text else " ".join(text.split())
+        if "Traceback" in text:
+            return f"{file}: {text.splitlines()[-1]}"
+        of_a_flag = isinstance(error, flags.Error) or "--" in text
+        return " ".join((text if of_a_flag else f"{file}: {type(error).__name__}: {text}").split())
     flag = next((w.split("=")[0] for w in argv if re.match(rf"--?config\..*\b{key[1]}\b", w)), f"{file}: {key[1]}")
     near = re.search(r'mean "(\w+)"', text)
     return f"{flag} is no setting; " + (f"did you mean {near[1]}?" if near else "see experiments/defaults.py.")

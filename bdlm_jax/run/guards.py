@@ -12,7 +12,7 @@ from bdlm_jax.data.splits import TRAIN, Split, check_training_edges, within
 from bdlm_jax.domain import negatives
 from bdlm_jax.lm.prompts import Prompt
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.run.prepare import PARTS
+from bdlm_jax.run.ranked import PARTS
 from bdlm_jax.types import LeakError, Params
 
 _DRAWN = 2**16  # negatives that are looked at before a stage

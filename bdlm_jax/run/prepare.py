@@ -16,23 +16,21 @@ from bdlm_jax.data import candidates as candidate_files
 from bdlm_jax.data import corpus, interactions, prepared, readers, splits, twins
 from bdlm_jax.data.candidates import Candidates
 from bdlm_jax.data.interactions import Interactions
-from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
+from bdlm_jax.data.splits import TRAIN, VALIDATION, Split
 from bdlm_jax.domain.closed_form import CLOSED_FORM
 from bdlm_jax.domain.models import MODELS, SETTINGS, takes
 from bdlm_jax.lm import hf_config, hf_weights, vocabulary
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.vocabulary import Vocabulary
-from bdlm_jax.runtime.files import damaged_file, read_json, write_checksums, write_json
+from bdlm_jax.run import ranked
+from bdlm_jax.run.ranked import KNOWN, PARTS, judged_cases
+from bdlm_jax.runtime.files import damaged_file, read_json, replacing, write_checksums, write_json
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
 
-PARTS = {"validation": VALIDATION, "test": TEST}
 HELD_OUT, _MOST_HELD_OUT = 20, 1000  # one document of so many, of an own model's corpus; so many at most
-_PROTOCOLS = ("protocols", "text_protocols")  # settings of config.evaluate
 UNTRAINED = ("item_pop", *CLOSED_FORM)
-MOST_SCORES = 10**10  # of a part that one model gives for its full ranking, unless `evaluate.cases` says otherwise
-KNOWN = {"validation": (TRAIN,), "test": (TRAIN, VALIDATION)}  # what may be known when a part is predicted
 
 
 class Data(NamedTuple):
@@ -107,7 +105,8 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
         _LOG.info("every model is judged on drawn cases (evaluate.cases=0 takes all): %s", drawn)
     _check_fingerprint(folder / "fingerprint.json", fingerprint)  # first: other data would look like leaking candidates
     _LOG.info("drawing candidates, or checking those of an earlier start")
-    made = {part: _candidates(config, folder, split, part, judged[part]) for part in PARTS}
+    protocols = ranked.fillable(config, split)
+    made = {part: ranked.freeze(config, folder, split, part, protocols) for part in PARTS}
     for name in made["test"]:
         candidate_files.check_independent(split, made["validation"][name], made["test"][name])
     slices = {"all": np.ones(table.n_items, bool)}
@@ -142,18 +141,6 @@ def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:
     )
 
 
-def judged_cases(config: ml_collections.ConfigDict, split: Split, part: str) -> np.ndarray | None:
-    """The numbers of a part's cases on which every model is judged, a fixed draw; None: all of them.
-
-    By `evaluate.cases`: so many at most, 0 all, -1 as many as the catalogue allows for `MOST_SCORES` scores.
-    """
-    n_cases, most = split.counts()[part], config.evaluate.cases
-    most = max(1, MOST_SCORES // split.interactions.n_items) if most < 0 else most or n_cases
-    if n_cases <= most:
-        return None
-    return candidate_files.draw_cases(n_cases, most, seed=config.data.candidates_seed, part=PARTS[part])
-
-
 def _item_texts(config, table) -> list[str]:
     """What the LMs read of items; without any, an LM would train on nothing and nobody would see it."""
     texts, fields = table.item_text(tuple(config.data.item_fields)), ", ".join(config.data.item_fields)
@@ -182,8 +169,9 @@ def prepare_vocabulary(config: ml_collections.ConfigDict, data: Data, folder: Pa
     else:
         texts = [*data.item_texts, *(data.user_texts or []), *data.corpus[:50_000]]
         tokenizer = vocabulary.train_tokenizer(texts, config.tokenizer.vocab_size)
-        tokenizer.save_pretrained(str(folder))
-        write_checksums(folder)
+        with replacing(folder) as whole:
+            vocabulary.save_tokenizer(tokenizer, whole)
+            write_checksums(whole)
     rows = lm_shape(config).vocab_size if own else 0
     chat = vocabulary.chat_head(tokenizer) if _chats(config, tokenizer) else ()
     prompts, needed = config.prompts, max(0, len(chat) - 1) + title_room(config)
@@ -309,45 +297,6 @@ def _split(config, table) -> Split:
     split = splits.cold_items(table, **drawn)
     splits.check_cold_items(split, splits.draw_cold_items(table, **drawn))
     return split
-
-
-def _candidates(config, folder: Path, split: Split, part: str, case_M: np.ndarray | None) -> dict[str, Candidates]:
-    found = {}
-    for name, n in config.data.candidates.items():
-        if n >= split.interactions.n_items:
-            _refuse_if_used(config, name, n, n_items=split.interactions.n_items)
-            continue
-        path = folder / f"{part}_{name}.npz"
-        try:
-            found[name] = candidate_files.load_candidates(path)
-        except InputError as error:  # a damaged file: the same draw again, which the fingerprint holds to the first
-            if path.exists():
-                _LOG.warning("%s They are drawn again.", error)
-            options = {"n_negatives": n, "seed": config.data.candidates_seed, "name": name, "case_M": case_M}
-            made = candidate_files.make_candidates(split, PARTS[part], **options)
-            candidate_files.save_candidates(path, made)
-            found[name] = candidate_files.load_candidates(path)
-        candidate_files.check_candidates(split, found[name])
-        if part == "test" and (short := int((found[name].items_NC < 0).any(axis=1).sum())):
-            told = "of %d cases rank fewer than the %d others of %s: their users have had nearly all items"
-            _LOG.warning(f"%d {told}", short, len(found[name]), n, name)
-    return found
-
-
-def _refuse_if_used(config, name: str, n: int, *, n_items: int) -> None:
-    """A protocol that the catalogue cannot fill would be another one under its name."""
-    e, select = config.evaluate, config.select.partition("/")[2]
-    ranked_by_text = name == "cand20" and "text_lm" in config.models
-    if name in (*e.protocols, *e.text_protocols, select) or ranked_by_text:
-        fit = {key: tuple(p for p in e[key] if config.data.candidates.get(p, 0) < n_items) for key in _PROTOCOLS}
-        told = " and ".join(f"config.evaluate.{key}={words}" for key, words in fit.items())
-        told += ", choose another config.select" if name == select else ""
-        told += ", and take text_lm, which needs cand20, out of config.models" if ranked_by_text else ""
-        raise InputError(
-            f"config.data.candidates.{name} asks for {n} others beside each target, and the data have {n_items} items: "
-            f"set {told}."
-        )
-    _LOG.warning("candidates %s are left out: the data have %d items", name, n_items)
 
 
 def _check_fingerprint(path: Path, fingerprint: dict) -> None:

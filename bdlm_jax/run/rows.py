@@ -14,7 +14,7 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import guards
 from bdlm_jax.run.build import Run
-from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run.ranked import KNOWN
 from bdlm_jax.runtime.log import progress
 from bdlm_jax.types import InputError
 

@@ -18,7 +18,8 @@ from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, general, rates, rows
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run
 from bdlm_jax.run.general import General
-from bdlm_jax.run.prepare import KNOWN, PARTS, judged_cases, training_setting
+from bdlm_jax.run.prepare import training_setting
+from bdlm_jax.run.ranked import KNOWN, PARTS, judged_cases
 from bdlm_jax.run.reading import Reader, bdlm_reader, heeding, ids_reader
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase
 from bdlm_jax.types import Params
@@ -194,7 +195,7 @@ def text_lm_scorer(run: Run, lm_params: Params, part: str) -> CandidateScorer:
 def count_cases(run: Run, scorer, part: str, protocol: str, *, progress: Callable = iter) -> Counts:
     """Ranks every case of a part among the candidates of a protocol, or among the whole catalogue ("full").
 
-    Of large data a drawn part is tested (`prepare.judged_cases`), and of validation's under "full"
+    Of large data a drawn part is tested (`ranked.judged_cases`), and of validation's under "full"
     `evaluate.validation_users` at most: the same ones for every model and seed.
     """
     chunk = evaluate.chunk_users(run.config.evaluate.chunk, run.data.n_items)

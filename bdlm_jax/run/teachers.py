@@ -9,7 +9,7 @@ from bdlm_jax.evaluation import scorers
 from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.run import build, reading, stages
 from bdlm_jax.run.build import Decoder, Run
-from bdlm_jax.run.prepare import KNOWN
+from bdlm_jax.run.ranked import KNOWN
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Fitted
 from bdlm_jax.types import Params

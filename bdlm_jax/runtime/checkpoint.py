@@ -3,6 +3,7 @@
 What one topology saves another restores, and what comes back is what it was, down to keys, numbers and words.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from bdlm_jax.runtime import distributed
 from bdlm_jax.runtime.files import damaged_file, flush_to_disk, write_checksums
 from bdlm_jax.runtime.sharding import is_key, is_spread
 from bdlm_jax.types import InputError, leaf_name
+
+_OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, about
 
 
 def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -> Path:
@@ -37,6 +40,7 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
         # Orbax refuses arrays without elements; their kind says everything.
         leaves = {name: _packed(leaf) for name, leaf in named.items() if np.size(leaf)}
         told = {"kinds": kinds, "keys": keys}
+        _need_room(folder, sum(getattr(leaf, "nbytes", 8) for leaf in leaves.values()))
         try:
             with _manager(folder, together=together, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
                 manager.save(step, args=ocp.args.PyTreeSave(leaves), custom_metadata=told, force=True)
@@ -47,6 +51,15 @@ def save(folder: str | Path, step: int, tree: Any, *, keep: int | None = None) -
             write_checksums(folder / str(step))
             flush_to_disk(folder / str(step))
     return folder / str(step)
+
+
+def _need_room(folder: Path, size: int) -> None:
+    """Refuses a disk that is too full before orbax's threads meet its end, of which each would tell in its own way."""
+    needed, free = _OVERHEAD + size // jax.process_count(), shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder} needs {needed:,} bytes for a checkpoint, and the disk has {free:,}; make room there."
+        )
 
 
 def steps(folder: str | Path) -> list[int]:

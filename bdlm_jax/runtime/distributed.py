@@ -31,7 +31,8 @@ def join(*, coordinator: str, processes: int, process: int) -> None:
         return
     given = {}
     if coordinator != "auto":
-        if not coordinator.rpartition(":")[2].isdecimal():
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(
                 f"config.distributed.coordinator is {coordinator!r}; give host:port of process 0, or auto."
             )

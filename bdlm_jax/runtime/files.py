@@ -25,11 +25,15 @@ CHECKSUMS = "SHA256SUMS"  # as sha256sum writes them; `sha256sum -c SHA256SUMS` 
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path`; the file or folder that the block writes there then takes its place, on disk."""
     path = Path(path)
+    if not path.name or path.name == "..":
+        raise InputError(f"{path} names no file; give one.")
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
+        if path.is_dir() and not partial.is_dir():  # whose content would go
+            raise InputError(f"{path} is a folder; name a file in it.")
         flush_to_disk(partial)
     except BaseException:
         _remove(partial)

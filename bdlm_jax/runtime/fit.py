@@ -105,6 +105,8 @@ def fit(
       tracker: see `MetricLog`.
     """
     folder = Path(folder)
+    if not phases:
+        raise InputError(f"the stage {stage} has nothing to train, not a single step: raise its epochs in the config.")
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_done(folder):
         since = time.time()

@@ -129,8 +129,10 @@ def write_arm(workdir: str | os.PathLike, name: str, arm: Arm, catalogue: Catalo
         written += ["catalogue.json", "catalogue.safetensors"]
     facts, tensors = (_lm if isinstance(arm, ServedLM) else _domain)(arm)
     if isinstance(arm, ServedLM) and not any(other["kind"] == "lm" for other in arms.values()):
+        from bdlm_jax.lm.vocabulary import save_tokenizer
+
         with replacing(folder / "tokenizer") as tokenizer:  # one for all, for a run has one
-            arm.vocabulary.tokenizer.save_pretrained(str(tokenizer))
+            save_tokenizer(arm.vocabulary.tokenizer, tokenizer)
         written += [path.relative_to(folder).as_posix() for path in folder.glob("tokenizer/*")]
     save_safetensors(folder / f"{name}.safetensors", tensors)
     arms[name] = {"arm": name, "row": row or name, **facts}

@@ -50,16 +50,19 @@ class Catalogue:
 
 
 def find_user(catalogue: Catalogue, user: str, *, exact: bool = False) -> int:
-    """Finds a raw user id; InputError names ids that look alike (not where `exact`: it takes time)."""
+    """Finds a raw user id; InputError names ids that look alike, but where `exact`."""
     user = str(user).strip()
     if user in catalogue.dropped:
         raise InputError(
             f"user {user!r} is left out of this run, for {catalogue.dropped[user]}: give --history instead."
         )
     if user not in catalogue.user_index:
-        near = ([] if exact else _near(user, catalogue.user_ids)) or catalogue.user_ids[:_SUGGESTIONS]
+        known = ""
+        if not exact:  # a server tells nobody who its users are
+            near = _near(user, catalogue.user_ids) or catalogue.user_ids[:_SUGGESTIONS]
+            known = f" (known are {', '.join(near)}, …)"
         raise InputError(
-            f"user {user!r} is none of the {len(catalogue.user_ids)} of this run (known are {', '.join(near)}, …): "
+            f"user {user!r} is none of the {len(catalogue.user_ids)} of this run{known}: "
             "give a known id, or a history for a new user."
         )
     return catalogue.user_index[user]

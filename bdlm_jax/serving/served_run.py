@@ -76,17 +76,11 @@ class ServedRun:
 
     @property
     def report(self) -> "Page":
-        """results.md: a notebook shows it with its pictures, which it holds itself."""
+        """results.md, which a notebook shows with its pictures."""
         path = self.folder / "results.md"
         if not path.is_file():
             raise InputError(f"{path} is not there: write it by python -m bdlm_jax.report --workdir {self.folder}.")
-        return Page(re.sub(r"(?<=\]\()[^()]+\.png(?=\))", self._embedded, path.read_text(encoding="utf-8")))
-
-    def _embedded(self, picture: re.Match) -> str:
-        path = self.folder / picture[0]
-        if not path.is_file():
-            return picture[0]
-        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return Page(path.read_text(encoding="utf-8"), self.folder)
 
     def recommend(
         self,
@@ -124,10 +118,24 @@ class ServedRun:
 
 
 class Page(str):
-    """A page of Markdown, shown as one where that is possible."""
+    """A page of Markdown; a notebook shows it as one, and holds the pictures that it names."""
+
+    def __new__(cls, text: str, folder: Path) -> "Page":
+        page = super().__new__(cls, text)
+        page._folder = folder
+        return page
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_markdown_(self) -> str:
-        return str(self)
+        return re.sub(r"(?<=\]\()[^()]+\.png(?=\))", self._embedded, self)
+
+    def _embedded(self, picture: re.Match) -> str:
+        path = self._folder / picture[0]
+        if not path.is_file():
+            return picture[0]
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 class Items:

@@ -35,6 +35,13 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
         read_documents(path)
 
 
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_a_file_without_text_is_refused(tmp_path, content):
+    (tmp_path / "films.txt").write_text(content)
+    with pytest.raises(InputError, match=r"films\.txt holds no text; give a document a line"):
+        read_documents(tmp_path / "films.txt")
+
+
 def test_what_is_no_text_is_refused(tmp_path):
     path = tmp_path / "films.txt.gz"
     path.write_bytes(b"no gzip")

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from bdlm_jax.data import download as download_module
 from bdlm_jax.data.download import _MOVIELENS_MD5, download, fetch_amazon, fetch_movielens, safe_unzip
 from bdlm_jax.types import InputError
 
@@ -273,3 +274,17 @@ def test_wrong_amazon_requests_are_named(tmp_path):
         fetch_amazon("Beauty", 2019, tmp_path)
     with pytest.raises(InputError, match="is no category"):
         fetch_amazon("../Beauty", 2018, tmp_path)
+
+
+def test_the_command_says_in_one_sentence_what_it_could_not_fetch(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(download_module, "_AMAZON_PUBLISHERS", {2014: server.url, 2018: "http://localhost:1"})
+    monkeypatch.setattr(download_module.time, "sleep", lambda _: None)
+    server.files |= {"/reviews_Beauty_5.json.gz": b"reviews", "/meta_Beauty.json.gz": b"metadata"}
+    words = ["Beauty", "--out", str(tmp_path / "beauty")]
+    assert download_module.main(words) == 0
+    told = [tmp_path / "beauty" / name for name in ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz")]
+    assert capsys.readouterr().out.split() == [*map(str, told)]
+    for more, why in ((["--year", "2018"], "broke off 5 times"), (["--year", "2019"], "no edition of 2019")):
+        assert download_module.main([*words, *more]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("bdlm_jax: ") and why in last

@@ -60,6 +60,8 @@ def test_two_processes_train_the_numbers_of_one(tmp_path):
     ("options", "words"),
     [
         ({"coordinator": "", "processes": 2, "process": 0}, "process 0 of 2 without a coordinator"),
+        ({"coordinator": "localhost", "processes": 2, "process": 0}, "coordinator is 'localhost'; give host:port"),
+        ({"coordinator": "localhost:99999", "processes": 2, "process": 0}, "coordinator is 'localhost:99999'; give"),
         ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "process is 2; it must be from 0 to 1"),
     ],
 )

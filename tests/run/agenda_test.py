@@ -69,22 +69,29 @@ def test_the_stages_told_are_those_that_the_contenders_ask_for(walked, refit):
         assert agenda.stage_names(run) == walked(run)
 
 
-def test_a_resumed_run_tells_what_it_goes_on_with(tmp_path, caplog):
+def test_a_resumed_run_tells_what_it_goes_on_with_and_each_stage_what_the_one_before_took(
+    tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO, agenda.__name__)
+    times = iter((1000.0, 1002.0, 1092.0, 1302.0))  # the start; then as the stages begin that are not finished yet
+    monkeypatch.setattr(agenda.time, "monotonic", lambda: next(times))
     (tmp_path / "mf").mkdir()
     (tmp_path / "mf" / "done.json").write_text("{}")
     (tmp_path / "text_lm" / "checkpoints" / "40").mkdir(parents=True)
     (tmp_path / "store" / "ids_lm").mkdir(parents=True)
     (tmp_path / "store" / "ids_lm" / "done.json").write_text("{}")
-    run = agenda.follow(make_run(("mf", "text_lm", "ids_lm"), corpus=(), folder=tmp_path))
+    run = agenda.follow(make_run(("mf", "text_lm", "ids_lm", "lightgcn"), corpus=(), folder=tmp_path))
     phases = [Phase("lm", 100, "a"), Phase("domain", 3, "b"), Phase("lm", 20, "c")]
-    for name, folder in (("mf", "mf"), ("text_lm", "text_lm"), ("ids_lm", "store/ids_lm"), ("ids_lm", "store/ids_lm")):
+    stored = ("ids_lm", "store/ids_lm")
+    for name, folder in (("mf", "mf"), ("text_lm", "text_lm"), stored, stored, ("lightgcn", "lightgcn")):
         run.begin(name, tmp_path / folder, phases)
     assert [record.getMessage() for record in caplog.records] == [
-        "3 stages: mf, text_lm, ids_lm",
-        "resuming: 1 of 3 stages are finished (mf); text_lm goes on behind unit 40",
-        "stage 2 of 3: text_lm (120 steps of the LM, 3 epochs of the domain arm; goes on behind 40 of 123)",
-        f"stage 3 of 3: ids_lm is finished, in {tmp_path / 'store' / 'ids_lm'}",
+        "4 stages: mf, text_lm, ids_lm, lightgcn",
+        "resuming: 1 of 4 stages are finished (mf); text_lm goes on behind unit 40",
+        "stage 2 of 4: text_lm (120 steps of the LM, 3 epochs of the domain arm; goes on behind 40 of 123)",
+        "  text_lm took 90 s, with its test where it has one; so far the run has taken 92 s",
+        f"stage 3 of 4: ids_lm is finished, in {tmp_path / 'store' / 'ids_lm'}",
+        "stage 4 of 4: lightgcn (120 steps of the LM, 3 epochs of the domain arm)",
     ]
 
 

@@ -2,6 +2,7 @@ import functools
 
 import pytest
 
+from bdlm_jax import story
 from bdlm_jax.data.readers import READERS
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.run.checks import RULES, _check_devices, _flatten, check_config
@@ -53,12 +54,15 @@ def test_a_misspelt_key_and_a_wrong_type_are_refused_where_they_are_written(key,
         setattr(functools.reduce(getattr, section.split("."), defaults.get_config()), name, value)
 
 
-def test_a_config_without_a_setting_is_refused():
-    config = defaults.get_config()
+@pytest.mark.parametrize("key", ["lm.width", "lm.remat", "distributed.coordinator", "select", "distributed"])
+def test_a_config_without_a_setting_is_refused(key, tmp_path):
+    config, (*sections, name) = defaults.get_config(), key.split(".")
     with config.unlocked():
-        del config.lm.width
-    with pytest.raises(InputError, match=r"config\.lm\.width is missing"):
-        check_config(config)
+        del functools.reduce(getattr, sections, config)[name]
+    for refuse in (check_config, lambda config: story.train_together(config, str(tmp_path / "run"))):
+        with pytest.raises(InputError, match=rf"config\.{key}\S* is missing; begin with"):
+            refuse(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,11 +118,17 @@ def test_a_config_without_a_setting_is_refused():
         ({"lm__trains": "lora", "lm__lora_targets": "nothing"}, "'nothing' matches no leaf of the decoder"),
         ({"data__min_user": 3}, "config.data.min_user is 3, but data of the kind twins come as they are"),
         ({"seed": 2**40}, "below 2**32"),
+        ({"seed": 2**70}, "below 2**32"),
         ({"domain__epochs": 2**40}, "it must be below 2**31"),
         ({"lm__clip_norm": float("inf")}, "a number of at least 0"),
+        ({"pretrain__epochs": float("inf")}, "config.pretrain.epochs is inf; it must be a number of at least 0"),
+        ({"mutual__lm_epochs": float("inf")}, "config.mutual.lm_epochs is inf"),
+        ({"lm__weight_decay": float("inf")}, "config.lm.weight_decay is inf"),
         ({"data__options__n_users": 2**40}, "a whole number of at most 1,000,000"),
         ({"data__options__follow": "much"}, "a number of at most"),
         ({"lm__remat": None}, "config.lm.remat is None"),
+        ({"domain__popularity": 1e300}, "config.domain.popularity is 1e+300; it must be a number of at least 0 and at"),
+        ({"runtime__store": "a\0b"}, "config.runtime.store is 'a\\x00b', which holds a null byte"),
     ],
 )
 def test_impossible_settings_are_refused(changes, told):

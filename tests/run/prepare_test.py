@@ -12,7 +12,8 @@ from bdlm_jax.data.candidates import load_candidates, make_candidates, save_cand
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.lm.vocabulary import load_tokenizer, train_tokenizer
 from bdlm_jax.run import prepare
-from bdlm_jax.run.prepare import judged_cases, prepare_data, prepare_vocabulary
+from bdlm_jax.run.prepare import prepare_data, prepare_vocabulary
+from bdlm_jax.run.ranked import judged_cases
 from bdlm_jax.types import InputError, LeakError
 from experiments import tiny
 

@@ -8,7 +8,8 @@ from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, leave_one_out
 from bdlm_jax.lm import packing
 from bdlm_jax.lm.vocabulary import Vocabulary
 from bdlm_jax.run import rows
-from bdlm_jax.run.prepare import KNOWN, Texts
+from bdlm_jax.run.prepare import Texts
+from bdlm_jax.run.ranked import KNOWN
 from experiments import tiny
 
 N_USERS, N_ITEMS, LENGTH = 12, 40, 16

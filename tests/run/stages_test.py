@@ -146,7 +146,7 @@ def test_of_large_data_a_fixed_draw_of_the_cases_is_tested(run, monkeypatch):
     some = users()
     assert len(some) == 30 and some == users(seed=1) == sorted(some) and set(some) < set(everyone)
     run.config.evaluate.cases = -1
-    monkeypatch.setattr("bdlm_jax.run.prepare.MOST_SCORES", 30 * run.data.n_items)
+    monkeypatch.setattr("bdlm_jax.run.ranked.MOST_SCORES", 30 * run.data.n_items)
     assert users() == some
     run.config.evaluate.cases = 0
     assert users() == everyone

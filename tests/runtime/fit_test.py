@@ -232,3 +232,9 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
     assert str(error.value).startswith(f"toy: loss is not finite in BPR epochs {units}")
     assert "learning rate of the a arm" in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_stage_without_a_step_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the stage toy has nothing to train, not a single step: raise its epochs"):
+        start(tmp_path / "toy", [], phases=[])
+    assert not (tmp_path / "toy").exists()

@@ -67,7 +67,7 @@ def test_health_says_what_is_served(client, run):
 @pytest.mark.parametrize(
     ("path", "body", "told"),
     [
-        ("/recommend", {"user": "nobody"}, "user 'nobody' is none of the 150"),
+        ("/recommend", {"user": "nobody"}, "user 'nobody' is none of the 150 of this run: give a known id"),
         ("/recommend", {"history": ["ornate"]}, "'ornate' is no item id and no title"),  # a part of titles
         ("/recommend", {"history": ["../../etc/passwd"]}, "is no item id and no title"),
         ("/recommend", {}, "give either users or histories"),

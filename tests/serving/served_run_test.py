@@ -58,9 +58,11 @@ def test_what_cannot_be_asked_is_one_sentence(run, ask, message):
 
 def test_the_report_holds_its_pictures(run, tmp_path):
     page = run.report
-    pictures = [base64.b64decode(found) for found in re.findall(r"\]\(data:image/png;base64,([^)]+)\)", page)]
+    shown = page._repr_markdown_()
+    pictures = [base64.b64decode(found) for found in re.findall(r"\]\(data:image/png;base64,([^)]+)\)", shown)]
     assert sorted(pictures) == sorted(path.read_bytes() for path in (run.folder / "plots").glob("*.png"))
-    assert page._repr_markdown_() == page and "](plots/" not in page and "| bdlm_lm |" in page
+    assert "](plots/" not in shown and "| bdlm_lm |" in shown
+    assert repr(page) == page == (run.folder / "results.md").read_text(encoding="utf-8")
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(InputError, match=r"results\.md is not there: write it by python -m bdlm_jax\.report"):
         _ = bdlm_jax.load(tmp_path).report
