@@ -65,7 +65,7 @@ def test_the_notebook_runs_from_start_to_end(notebook, tiny_run, tmp_path, monke
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(trained / "compiled"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}}).execute()
 
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     shown = [out.data for out in outputs if out.output_type in ("execute_result", "display_data")]

@@ -81,7 +81,7 @@ def test_own_data_reads_the_folder_that_the_readme_describes(tmp_path):
     config = load("own_data").get_config()
     config.data.path = str(folder)
     check_config(config)
-    words = r"asks for 99 others .* have 9 items: set config\.evaluate\.protocols=\('full',\) and .*text_protocols="
+    words = r"asks for \d+ others .* the data have 9. Set config\.evaluate\.protocols=\('full',\) and .*text_protocols="
     with pytest.raises(InputError, match=words):
         prepare_data(config, tmp_path / "data")
     config.evaluate.protocols, config.evaluate.text_protocols, config.models = ("full",), (), ("lightgcn", "bdlm")
@@ -133,7 +133,8 @@ def test_beauty_reads_the_papers_table_and_the_publishers_reviews_alike(tmp_path
 def test_ml100k_reads_atomic_files_by_time_with_titles_and_genres(tmp_path):
     folder = tmp_path / "ml-100k"
     folder.mkdir()
-    rows = [f"{user}\t{item}\t3\t{100 - item}" for user in (1, 2) for item in (1, 2, 3)]
+    had = {1: (1, 2, 3), 2: (1, 2, 3), 3: (2, 3, 4)}
+    rows = [f"{user}\t{item}\t3\t{100 - item}" for user, items in had.items() for item in items]
     (folder / "ml-100k.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "\n".join(rows)
     )
@@ -142,5 +143,5 @@ def test_ml100k_reads_atomic_files_by_time_with_titles_and_genres(tmp_path):
     (folder / "ml-100k.item").write_text(head + "\n".join(films))
     data = prepared("ml100k", folder)
     assert data.split.interactions.time_kind == "timestamp"
-    assert [data.split.interactions.item_ids[i] for i in data.split.cases(TEST)[1]] == ["1", "1"]
+    assert [data.split.interactions.item_ids[i] for i in data.split.cases(TEST)[1]] == ["1", "1", "2"]
     assert all(word in data.item_texts[0] for word in ("Film 1", "Comedy Drama"))

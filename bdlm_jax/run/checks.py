@@ -242,6 +242,8 @@ def _check_models(config) -> None:
         for name in models:
             if re.match("bdlm|ids_lm|cached|pool", name):
                 raise InputError(f"config.models holds {name}, but no LM epoch; raise mutual.lm_epochs or rounds.")
+    if m.taught.rounds and not (m.taught.lm_epochs or m.taught.domain_epochs):
+        raise InputError("config.mutual.taught.rounds is set, but a lesson has no epoch; raise taught.lm_epochs.")
     if any(re.match("bdlm|cached|pool$", name) for name in models) and not m.lm.item:
         raise InputError("config.mutual.lm.item is 0, so BDLM's LM would never learn to recommend; raise it.")
 

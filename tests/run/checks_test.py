@@ -87,6 +87,10 @@ def test_a_config_without_a_setting_is_refused(key, tmp_path):
         ({"mutual__lm_epochs": 0.0, "mutual__rounds": 0, "models": ("bdlm",)}, "config.models holds bdlm, but no LM"),
         ({"mutual__lm_epochs": 0.0, "mutual__rounds": 0, "models": ("ids_lm",)}, "config.models holds ids_lm, but no"),
         ({"mutual__lm__item": 0.0}, "would never learn to recommend"),
+        (
+            {"mutual__taught__rounds": 1, "mutual__taught__lm_epochs": 0.0, "mutual__taught__domain_epochs": 0},
+            "config.mutual.taught.rounds is set, but a lesson has no epoch",
+        ),
         ({"lm__accumulate": 2, "mutual__align": "infonce"}, "infonce, which compares a whole batch"),
         ({"evaluate__protocols": ("cand20", "cand50")}, "config.evaluate.protocols holds 'cand50'"),
         ({"evaluate__text_protocols": ("full",)}, "text_lm scores given candidates only"),
