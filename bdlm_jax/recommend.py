@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import bdlm_jax
 from bdlm_jax.runtime.door import REFUSED, refuse
-from bdlm_jax.serving import answers
+from bdlm_jax.serving import answers, artefact
 from bdlm_jax.serving.all_users import write_all
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = bdlm_jax.load(given.workdir)
         catalogue, arm = run.catalogue, run.arm(given.arm)
         if given.all:
-            print(write_all(catalogue, arm, given.out, k=given.k))
+            print(write_all(catalogue, arm, given.out, k=given.k, of=artefact.identity(given.workdir, given.arm)))
             return 0
         who = {"histories": [given.history]} if given.user is None else {"users": [given.user]}
         how = {name: getattr(given, name) for name in ("k", "explain", "temperature", "top_p", "seed")}

@@ -1,6 +1,6 @@
 """What work costs as it grows: users, items, interactions, histories and the language model, each doubled twice.
 
-    taskset -c 0 python benchmarks/growth.py [--plot growth.png] [--only "LM step"]
+    taskset -c 0 python benchmarks/growth.py [--plot growth.png] [--only LM_step]
 
 Everything is drawn at random and small; each time is the least of a few, after a first that compiles. A slope is
 log2(time at twice the size / time): 1 is linear.
@@ -132,7 +132,7 @@ def measure(only: list[str]) -> list[tuple[str, str, list[int], list[float]]]:
     """Returns what, what grows, its three sizes, and the milliseconds of each."""
     curves = []
     for what, (function, growing) in GROWTH.items():
-        if only and what not in only:
+        if only and what.replace(" ", "_") not in only:
             continue
         for of, sizes in growing.items():
             times = [function(**given) for _, given in sizes]
@@ -170,7 +170,8 @@ def draw(curves, path: Path) -> None:
 
 def main(words=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=GROWTH, help="these alone")
+    words_of = [what.replace(" ", "_") for what in GROWTH]
+    parser.add_argument("--only", action="append", choices=words_of, help="these alone")
     parser.add_argument("--plot", type=Path, help="writes the curves there as a PNG")
     given = parser.parse_args(words)
     curves = measure(given.only)

@@ -63,10 +63,14 @@ class OurSASRec:
 
     def first_loss(self) -> float:
         """The mean loss of the first batch under the first parameters, without dropout."""
-        window_BL, item_ID = jnp.asarray(self.window_WL[: self.batch]), self.params["shared"]["item"]
-        state_BLD = self.arm.states_before(self.params["shared"], self.params["domain"], window_BL, None)
-        state_ND = state_BLD.reshape(-1, item_ID.shape[1])
-        total, count = catalogue_loss(state_ND, item_ID, jnp.zeros(len(item_ID)), window_BL.reshape(-1), skip=True)
+
+        @jax.jit
+        def loss(shared, domain, window_BL):
+            item_ID = shared["item"]
+            state_ND = self.arm.states_before(shared, domain, window_BL, None).reshape(-1, item_ID.shape[1])
+            return catalogue_loss(state_ND, item_ID, jnp.zeros(len(item_ID)), window_BL.reshape(-1), skip=True)
+
+        total, count = loss(**self.params, window_BL=jnp.asarray(self.window_WL[: self.batch]))
         return float(total / count)
 
 

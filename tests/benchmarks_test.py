@@ -137,10 +137,11 @@ def small_log(tmp_path):
     return f"small=table={tmp_path / 'log'}"
 
 
-def test_one_sequence_model_is_trained_three_ways(small_log, capsys):
+def test_one_sequence_model_is_trained_side_by_side(small_log, capsys, monkeypatch):
     import sequence_step
 
-    words = ["--width", "8", "--length", "5", "--batch-size", "8", "--steps", "1", "--repeats", "1"]
+    monkeypatch.setattr(sequence_step, "BLOCKS", 1)
+    words = ["--width", "8", "--length", "5", "--batch-size", "8", "--steps", "1", "--repeats", "1", "--peer-rows", "0"]
     sequence_step.main(["--data", small_log, *words])  # which refuses two that are not the same model
     told = capsys.readouterr().out
     assert "| small, 60 users, 40 items | bdlm_jax |" in told and "| torch, the same model |" in told

@@ -2,12 +2,13 @@ import csv
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
 import bdlm_jax
 from bdlm_jax import recommend as door
-from bdlm_jax.serving import answers
+from bdlm_jax.serving import all_users, answers
 from bdlm_jax.serving.catalogue import one_line
 
 
@@ -87,6 +88,38 @@ def test_every_user_goes_to_a_file(tiny_run, tmp_path, capsys, arm):
     assert door.main([*words, "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert [path.name for path in out.parent.iterdir()] == ["recs.csv"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_an_export_that_was_stopped_goes_on(tiny_run, tmp_path, capsys, monkeypatch, ending):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(all_users, "USERS_AT_ONCE", 64)  # 150 users: three parts
+    recommend, asked = answers.recommend, []
+
+    def stop_at(nth):
+        def asks(catalogue, arm, **how):
+            asked.append(len(how["users"]))
+            if len(asked) == nth:
+                raise KeyboardInterrupt
+            return recommend(catalogue, arm, **how)
+
+        monkeypatch.setattr(answers, "recommend", asks)
+
+    words = ["--workdir", str(tiny_run[1]), "--all", "--arm", "domain", "-k", "2", "--out"]
+    assert door.main([*words, str(tmp_path / f"whole.{ending}")]) == 0
+    stop_at(2)
+    out = str(tmp_path / f"recs.{ending}")
+    with pytest.raises(KeyboardInterrupt):
+        door.main([*words, out])
+    assert not Path(out).exists()
+    assert door.main([*words[:-2], "3", "--out", out]) == 2  # other parts are not mixed in
+    assert f"recs.{ending}.parts holds parts of another export than this one: remove it" in capsys.readouterr().err
+    stop_at(0)
+    assert door.main([*words, out]) == 0
+    assert asked == [64, 64, 64, 22]  # the first part was there
+    assert Path(out).read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"recs.{ending}", f"whole.{ending}"]
 
 
 def test_every_user_goes_to_parquet(tiny_run, tmp_path):

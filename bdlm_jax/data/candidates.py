@@ -58,16 +58,17 @@ def make_candidates(
     user_N, target_N = split.cases(part)
     if case_M is not None:
         user_N, target_N = user_N[case_M], target_N[case_M]
-    indptr, seen = _seen_in_pool(split, pool_P)
-    n_unseen_N = len(pool_P) - np.diff(indptr)[user_N]
+    user_S, at_N = np.unique(user_N, return_inverse=True)
+    indptr, seen = _seen_in_pool(split, pool_P, user_S)
+    n_unseen_N = len(pool_P) - np.diff(indptr)[at_N]
     rank_NC = _draw_subsets(np.random.PCG64(stream_seed(seed, part, name)), n_unseen_N, n_negatives)
 
     # the r-th unseen position is r + (number of seen positions s_k with s_k - k ≤ r): one sorted search for all users
     shifted = seen - (np.arange(len(seen)) - np.repeat(indptr[:-1], np.diff(indptr)))
     stride = len(pool_P) + 1
     keys = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)) * stride + shifted
-    wanted_NC = user_N.astype(np.int64)[:, None] * stride + rank_NC
-    position_NC = rank_NC + np.searchsorted(keys, wanted_NC, side="right") - indptr[user_N][:, None]
+    wanted_NC = at_N[:, None] * stride + rank_NC
+    position_NC = rank_NC + np.searchsorted(keys, wanted_NC, side="right") - indptr[at_N][:, None]
     negative_NC = np.where(rank_NC < 0, -1, pool_P[np.where(rank_NC < 0, 0, position_NC)])
 
     items_NC = np.concatenate([target_N[:, None], negative_NC], axis=1).astype(np.int32)
@@ -133,14 +134,15 @@ def check_independent(split: Split, validation: Candidates, test: Candidates) ->
     first_SC, second_SC = validation.items_NC[row_V[at_V], 1:], test.items_NC[row_T[at_T], 1:]
     stride = split.interactions.n_items
     key_SC = np.arange(len(user_S))[:, None] * stride
-    shared = np.intersect1d((first_SC + key_SC)[first_SC >= 0], (second_SC + key_SC)[second_SC >= 0])
+    first, second = ((items_SC + key_SC)[items_SC >= 0] for items_SC in (first_SC, second_SC))  # a row's are different
+    n_shared = int(within(first, np.sort(second)).sum())
     n_S = np.maximum(stride - np.bincount(split.pairs(TRAIN, VALIDATION, TEST) // stride)[user_S], 2)
     a_S, b_S = ((items_SC >= 0).sum(axis=1) for items_SC in (first_SC, second_SC))
     mean = (a_S * b_S / n_S).sum()
     variance = (a_S * b_S / n_S * (1 - a_S / n_S) * (n_S - b_S) / (n_S - 1)).sum()
-    if len(shared) > mean + 6 * variance**0.5 + 6:
+    if n_shared > mean + 6 * variance**0.5 + 6:
         raise LeakError(
-            f"candidates {test.name}: test shares {len(shared)} negatives with validation over {len(user_S)} users, "
+            f"candidates {test.name}: test shares {n_shared} negatives with validation over {len(user_S)} users, "
             f"where chance gives {mean:.0f}; a model would be chosen on what it is tested on."
         )
 
@@ -172,15 +174,17 @@ def load_candidates(path: str | os.PathLike) -> Candidates:
     return Candidates(name, user_N, items_NC, sha256)
 
 
-def _seen_in_pool(split: Split, pool_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indptr (U+1,), sorted pool positions of each user's items of any part)."""
-    n_users, n_items = split.interactions.n_users, split.interactions.n_items
-    pair = split.pairs(TRAIN, VALIDATION, TEST)
-    user, item = pair // n_items, pair % n_items
+def _seen_in_pool(split: Split, pool_P: np.ndarray, user_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indptr (S+1,), sorted pool positions of the items of any part of each of these users)."""
+    n_items, pair = split.interactions.n_items, split.pairs(TRAIN, VALIDATION, TEST)
+    first_S, end_S = (np.searchsorted(pair, (user_S.astype(np.int64) + more) * n_items) for more in (0, 1))
+    nth = np.repeat(np.arange(len(user_S)), end_S - first_S)
+    start_S = np.cumsum(end_S - first_S) - (end_S - first_S)
+    item = pair[first_S[nth] + np.arange(len(nth)) - start_S[nth]] % n_items
     position = np.searchsorted(pool_P, item)
     inside = pool_P[np.minimum(position, len(pool_P) - 1)] == item
-    indptr = np.zeros(n_users + 1, np.int64)
-    np.cumsum(np.bincount(user[inside], minlength=n_users), out=indptr[1:])
+    indptr = np.zeros(len(user_S) + 1, np.int64)
+    np.cumsum(np.bincount(nth[inside], minlength=len(user_S)), out=indptr[1:])
     return indptr, position[inside]
 
 

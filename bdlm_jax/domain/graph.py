@@ -153,16 +153,20 @@ def _gather_backend(graph, n_users, n_items):
     def rows_of(table, index):
         return table.at[index].get(mode="promise_in_bounds")
 
+    def closed(table):
+        # Padded with what fills blocks, and made once: else XLA may fuse a table into what reads it, and makes its rows
+        # again for each reader; on some graphs a step then takes ten times as long.
+        return jax.lax.optimization_barrier(jnp.pad(table, ((0, 1), (0, 0))))
+
     def apply(user_UD, item_ID):
         scale = scale_N1.astype(jnp.promote_types(user_UD.dtype, jnp.float32))
-        table = scale * jnp.concatenate([user_UD, item_ID])
+        table = closed(scale * jnp.concatenate([user_UD, item_ID]))
         for blocks in levels:
             # Sums of separate gathers, because XLA fuses these into one pass and a gather with a reduction it does not.
-            table = jnp.pad(table, ((0, 1), (0, 0)))
-            table = jnp.concatenate([sum(rows_of(table, index) for index in block_WE) for block_WE in blocks])
+            sums = [sum(rows_of(table, index) for index in block_WE) for block_WE in blocks]
+            table = closed(jnp.concatenate(sums))
         user = scale[:n_users] * rows_of(table, last_N[:n_users])
         item = scale[n_users:] * rows_of(table, last_N[n_users:])
-        # A layer's rows are used twice, by the sum and by the next layer; without the barrier XLA makes them twice too.
         return jax.lax.optimization_barrier((user.astype(user_UD.dtype), item.astype(item_ID.dtype)))
 
     return apply

@@ -18,6 +18,7 @@ import numpy as np
 
 from bdlm_jax.runtime.files import (
     damaged_file,
+    file_sha256,
     load_safetensors,
     read_json,
     replacing,
@@ -161,6 +162,12 @@ def find_arm(workdir: str | os.PathLike, name: str = "", *, kind: str = "") -> s
     if name and name not in fitting:
         raise InputError(f"arm {name!r} is none of this run's: choose one of {', '.join(fitting)}.")
     return name or min(fitting, key=("domain", "lm", *fitting).index)
+
+
+def identity(workdir: str | os.PathLike, name: str = "") -> str:
+    """Tells an arm, by default `find_arm`'s, from any that was trained or written otherwise: its name and checksums."""
+    folder, name = Path(workdir, "serving"), find_arm(workdir, name)
+    return f"{name} {file_sha256(folder / f'{name}.safetensors')} {file_sha256(folder / 'catalogue.json')}"
 
 
 def load_arm(workdir: str | os.PathLike, name: str = "") -> Arm:
