@@ -92,6 +92,7 @@ def run(path: Path, *, lm: bool, config=None) -> None:
 
     from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
     from bdlm_jax.run import build, rows
+    from bdlm_jax.run.rates import lm_rates
     from bdlm_jax.types import TrainState
     from experiments import own_data
 
@@ -101,8 +102,8 @@ def run(path: Path, *, lm: bool, config=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = build.start_run(config, Path(folder))
     data = run.data
-    print(f"{data.n_users:,} users, {data.n_items:,} items, {len(data.split.interactions):,} interactions", flush=True)
-    timeline.ended("read, k-core, split, candidates, tokenizer, texts")
+    sizes = f"{data.n_users:,} users, {data.n_items:,} items, {len(data.split.interactions):,} interactions"
+    timeline.ended(f"read, k-core, split, candidates, tokenizer, texts: {sizes}")
 
     def first_step(arm, params, view):
         state = TrainState(params, arm.optimizer.init(params), jnp.int32(0), jax.random.key(0))
@@ -122,7 +123,7 @@ def run(path: Path, *, lm: bool, config=None) -> None:
     if lm:
         packed = rows.training_rows(run, kind="ids")
         timeline.ended(f"the LM's {len(packed):,} rows of ids")
-        rates = build.lm_rates(lambda step: 1e-3, shared=1.0)
+        rates = lm_rates(lambda step: 1e-3, shared=1.0)
         arm = build.make_lm_arm(run, packed, Meeting(run.lm), LMWeights(text=0.0), rates)
         tables = build.measure_tables(run, build.DOT_ARM, build.init_tables(run, "lm", build.DOT_ARM), reads="layer0")
         params = build.init_params(run, "lm", tables, build.make_decoder(run, None))

@@ -153,9 +153,11 @@ def draw(curves, path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(what for what, *_ in curves))
-    figure = Figure(figsize=(9, 2.6 * -(-len(names) // 3)), layout="constrained")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3 * columns, 2.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(-(-len(names) // 3), 3, place, xscale="log", yscale="log")
+        axes = figure.add_subplot(rows, columns, place, xscale="log", yscale="log")
         for what, of, _, times in curves:
             if what == name:
                 axes.plot((1, 2, 4), np.divide(times, times[0]), "o-", label=of)
