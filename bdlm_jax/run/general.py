@@ -110,7 +110,7 @@ def _draw(run: Run, params: Params) -> np.ndarray:
     allowed_V[v.eos] = True
     options = {"eos": v.eos, "pad": v.pad, "temperature": 1.0, "allowed_V": jnp.asarray(allowed_V)}
     made, params = [], lora.merge(params)
-    size = run.config.lm.batch_rows
+    size = 4 * run.config.lm.batch_rows  # writing holds no activations for a gradient
     for at in progress(range(0, n, size), description="general text"):
         start_BP = start_NP[np.minimum(np.arange(at, at + size), n - 1)]
         key = jax.random.fold_in(run.stage_key("general text"), at)
