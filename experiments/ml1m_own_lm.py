@@ -19,7 +19,7 @@ def get_config():
     c.models = ("lightgcn", "bdlm")
     c.lm.update(own.lm)
     c.lm.batch_rows = 32
-    c.lm.max_text_targets = 32
+    c.lm.max_text_targets = 104  # all of a row
     c.lm_alone.row_std = own.lm_alone.row_std
     c.pretrain.update(own.pretrain)
     c.prompts.card_copies = 1.0
