@@ -6,7 +6,7 @@ python -m bdlm_jax.main --config experiments/ml1m_own_lm.py --workdir runs/own_l
     --config.lm.path=models/film-1m --config.lm.trains=lora        # or bridge, or full
 
 The data's settings are those of experiments/ml1m.py, the language model's those of experiments/own_lm.py. So that it is
-done within half an hour of a part of one core, the LM has 3 epochs, where experiments/ml1m.py has 16.
+done within half an hour of a part of one core, the LM has 2 epochs, where experiments/ml1m.py has 16.
 
 As in experiments/ml1m.py the LM's loss reaches the item table alone.
 """
@@ -26,8 +26,8 @@ def get_config():
     c.mutual.learning_rate_bridge = own.mutual.learning_rate_bridge
     c.mutual.lm.text = own.mutual.lm.text
     c.mutual.rounds = 1
-    c.mutual.lm_epochs = 2.0
-    c.mutual.lm_epochs_a_round = 1.0
+    c.mutual.lm_epochs = 1.5
+    c.mutual.lm_epochs_a_round = 0.5
     c.mutual.distill_epochs = 20
     return c
 

@@ -29,7 +29,7 @@ def get_config():
     c.pretrain.learning_rate = 0.0
     c.pretrain.samples = 2048  # few would be learnt by heart
     c.pretrain.replay_share = 0.25
-    c.mutual.lm.text = 2.0  # which language pulls with, beside the items
+    c.mutual.lm.text = 4.0  # which language pulls with, beside the items
     c.prompts.card_copies = 4.0  # a model that reads already needs to see a title less often
     # A large model: bfloat16 throughout, less memory for activations, and for full the smaller optimiser.
     # c.lm.dtype = c.lm.param_dtype = "bfloat16"
