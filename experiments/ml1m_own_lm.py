@@ -22,6 +22,7 @@ def get_config():
     c.lm.max_text_targets = 104  # all of a row
     c.lm_alone.row_std = own.lm_alone.row_std
     c.pretrain.update(own.pretrain)
+    c.pretrain.samples = 2048
     c.prompts.card_copies = 1.0
     c.mutual.learning_rate_bridge = own.mutual.learning_rate_bridge
     c.mutual.lm.text = own.mutual.lm.text

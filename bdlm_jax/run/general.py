@@ -92,8 +92,8 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
     _LOG.info("perplexity on %s held out (%d tokens): %.2f before BDLM, %.2f after it (%+.1f %%)", *words)
     if growth > WARN_ABOVE:
         _LOG.warning(
-            "the language model lost language: its perplexity on %s rose by %.0f %%; raise pretrain.replay_share, "
-            "lower lm.learning_rate, or let lm.trains be bridge.", text.source, 100 * growth,
+            "the language model lost language: its perplexity on %s rose by %.0f %%; raise pretrain.replay_share or "
+            "mutual.lm.text, lower lm.learning_rate, or let lm.trains be bridge.", text.source, 100 * growth,
         )  # fmt: skip
     return {"text": text.source, "tokens": n, "before": before, "after": after}
 
