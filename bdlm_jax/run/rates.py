@@ -4,7 +4,7 @@ No one number suits language models of width 64 and 4096 whose rows are of other
   decoder  full: .04 / width, adapters: ten times that, 5e-4 at most. By 1 / width since that is how Adam's step in a
            matrix scales (Yang et al. 2022, µP, table 3); .04 is 1e-5 at 4096, the lower of the usual steps of a 7B
            model's tuning, and adapters want ten times the step of full tuning (Schulman et al. 2025, LoRA Without
-           Regret). Twice as much gains no more on validation, and loses more language (docs/experiments.md).
+           Regret). Twice as much was too much for a small model's language (docs/experiments.md).
   tables   .03 of a row's standard deviation as the LM reads it, whatever that is: 3e-3 of the small decoders' .1.
   bridge   .02 of the standard deviation of its entries, for the same reason (both ours).
 """
