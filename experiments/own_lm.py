@@ -28,8 +28,8 @@ def get_config():
     c.pretrain.epochs = 1.0  # of a pretrain.corpus, before the rest
     c.pretrain.learning_rate = 0.0
     c.pretrain.samples = 1024  # few would be learnt by heart
-    c.pretrain.replay_share = 1.0
-    c.mutual.lm.text = 1.0  # which language pulls with, beside the items
+    c.pretrain.replay_share = 0.25
+    c.mutual.lm.text = 4.0  # which language pulls with, beside the items
     c.prompts.card_copies = 4.0  # a model that reads already needs to see a title less often
     # A large model: bfloat16 throughout, less memory for activations, and for full the smaller optimiser.
     # c.lm.dtype = c.lm.param_dtype = "bfloat16"

@@ -62,6 +62,14 @@ def test_a_variant_that_is_none_is_refused():
         load("ml1m_llm").get_config("qwen")
 
 
+@pytest.mark.parametrize("name", ["own_lm", "ml1m_own_lm"])
+def test_an_own_model_must_be_named(name, tmp_path):
+    config = load(name).get_config()
+    config.data.path = str(tmp_path) if config.data.path else ""
+    with pytest.raises(InputError, match=r"config\.lm\.path is not given: --config\.lm\.path=FOLDER"):
+        check_config(config)
+
+
 def test_sweeps_are_multiplied():
     seeds, align = defaults.sweep("seed", range(2)), defaults.sweep("mutual.align", ["mse"])
     assert defaults.product(align, seeds) == [{"mutual.align": "mse", "seed": 0}, {"mutual.align": "mse", "seed": 1}]

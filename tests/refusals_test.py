@@ -162,8 +162,13 @@ def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
     workdir.begin(folder, config)
     build.start_run(config, folder)  # other data, other words
     workdir.record(folder, config)
+    samples = folder / "data" / "samples.safetensors"
+    samples.write_bytes(b"")
+    workdir.begin(folder, config)
+    assert samples.exists()
     config.lm.width = 16
     workdir.begin(folder, config)  # nothing was trained: other settings are welcome
+    assert not samples.exists(), "another model's texts"
     (folder / "per_user").mkdir()
     (folder / "per_user" / "mf.npz").write_bytes(b"")
     with pytest.raises(

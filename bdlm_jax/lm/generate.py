@@ -77,7 +77,9 @@ def generate(
             return jnp.argmax(logits_BV, axis=-1)
         # A key of each row's own: what a prompt gets does not hang on the size of its batch.
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, t), row_B)
-        return jax.vmap(jax.random.categorical)(key_B, keep_top_p(logits_BV / temperature, top_p))
+        logits_BV = logits_BV / temperature
+        # To sort a vocabulary at every token, for nothing where all may be drawn, is most of a small model's time.
+        return jax.vmap(jax.random.categorical)(key_B, logits_BV if top_p == 1 else keep_top_p(logits_BV, top_p))
 
     def write(carry):
         t, hidden_BM, cache, written_BT, done_B = carry

@@ -100,15 +100,19 @@ def history_prompt(
     return Prompt(tokens, item_targets, text_targets, **read)
 
 
-def card_prompt(vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None) -> Prompt:
+def card_prompt(
+    vocabulary: Vocabulary, item: int, title: np.ndarray, *, max_tokens: int | None = None, predict: bool = True
+) -> Prompt:
     """Makes <bos> title <item>: what text alone says of an item; its state is read at <item>, its title is predicted.
 
-    No token shows the item itself; `max_tokens` cuts the title's end until the prompt fits.
+    No token shows the item itself; `max_tokens` cuts the title's end until the prompt fits. Without `predict` the
+    title is read alone.
     """
     title = _cut_title(title, max_tokens)
     tokens = np.array([vocabulary.bos, *title, vocabulary.unnamed_item], np.int32)
     none, text_targets = np.full((2, len(tokens)), -1, np.int32)
-    text_targets[: len(title)] = title
+    if predict:
+        text_targets[: len(title)] = title
     return Prompt(tokens, none, text_targets, item=int(item), item_at=len(tokens) - 1)
 
 

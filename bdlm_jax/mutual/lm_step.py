@@ -41,6 +41,7 @@ def lm_losses(
     weights: LMWeights,
     keys_B=None,
     drawn_S=None,
+    skip_text=False,
     axis_name=None,
 ):
     """Computes every weighted term of L_M as {name: (sum, count)}.
@@ -65,7 +66,8 @@ def lm_losses(
             terms["item"] = sampled_loss(state_NM, rows_IM, target_N, drawn_S, among=len(constants["warm_item_W"]))
     if weights.text:
         state_NM = states_at(hidden_BLM, batch["text_index"])
-        terms["text"] = text_loss(lm, meeting.lm, state_NM, batch["text_target"].reshape(-1), chunk=TEXT_CHUNK)
+        target_N, options = batch["text_target"].reshape(-1), {"chunk": TEXT_CHUNK, "skip": skip_text}
+        terms["text"] = text_loss(lm, meeting.lm, state_NM, target_N, **options)
     if weights.align_item:
         z_ND = sharing.bridge_out(lm["bridge"], states_at(hidden_BLM, batch["card_index"]))
         item_N = batch["card_item"].reshape(-1)
@@ -92,7 +94,15 @@ def lm_losses(
 
 
 def make_lm_step(
-    *, arm, meeting: Meeting, weights: LMWeights, optimizer, rules=None, accumulate: int = 1, softmax_items: int = 0
+    *,
+    arm,
+    meeting: Meeting,
+    weights: LMWeights,
+    optimizer,
+    rules=None,
+    accumulate: int = 1,
+    softmax_items: int = 0,
+    skip_text: bool = False,
 ):
     """Returns the pure step(state, batch, view, constants, *, axis_name=None) -> (state, metrics) of the LM arm.
 
@@ -102,6 +112,7 @@ def make_lm_step(
     runs over all). With the optimiser's `rules` the gradient is taken of what trains alone. A batch goes through the
     decoder in `accumulate` parts, one after the other, for the memory of one:
     the step is that of the whole batch (but for alignments of `WHOLE_BATCH`, whose negatives are the part's own).
+    `skip_text` is for batches of which few rows hold text, on a device that has them whole: the others cost no logits.
     """
 
     def lm_step(state: TrainState, batch, view, constants, *, axis_name=None):
@@ -117,7 +128,7 @@ def make_lm_step(
             fold = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))
             keys_B = fold(batch["row"]) if meeting.lm.dropout else None
             options = {"arm": arm, "meeting": meeting, "weights": weights, "keys_B": keys_B, "axis_name": axis_name}
-            return lm_losses(params, batch, view, constants, drawn_S=drawn_S, **options)
+            return lm_losses(params, batch, view, constants, drawn_S=drawn_S, skip_text=skip_text, **options)
 
         return update_state(
             state._replace(key=key), losses, batch, weights, optimizer, axis_name, rules=rules, parts=accumulate

@@ -67,13 +67,27 @@ def targets_first(state_NM: Array, target_N: Array) -> tuple[Array, Array]:
     return state_NM[order_N], target_N[order_N]
 
 
-def text_loss(params: Params, config: LMConfig, state_NM: Array, target_N: Array, *, chunk: int | None = None) -> Term:
-    """Σ -log p(target | state) over text tokens, with the logits of `chunk` targets at a time; target -1 is none."""
+def text_loss(
+    params: Params,
+    config: LMConfig,
+    state_NM: Array,
+    target_N: Array,
+    *,
+    chunk: int | None = None,
+    skip: bool = False,
+) -> Term:
+    """Σ -log p(target | state) over text tokens, with the logits of `chunk` targets at a time; target -1 is none.
+
+    `skip` as in `catalogue_loss`.
+    """
 
     def nll(state_SM, target_S):
         return optax.softmax_cross_entropy_with_integer_labels(text_logits(params, config, state_SM), target_S)
 
-    return _sum_in_chunks(nll, state_NM, target_N, size=chunk if chunk and chunk < len(target_N) else None)
+    size = chunk if chunk and chunk < len(target_N) else None
+    if skip and size:
+        state_NM, target_N = targets_first(state_NM, target_N)
+    return _sum_in_chunks(nll, state_NM, target_N, size=size, skip=skip)
 
 
 def _sum_in_chunks(nll, state_NM: Array, target_N: Array, *, size: int | None, skip: bool = False) -> Term:

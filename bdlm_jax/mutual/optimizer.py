@@ -53,8 +53,10 @@ def split_trained(params: Params, rules: Rules | None) -> tuple[Any, Callable[[A
 def make_schedule(kind: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
     """Makes a learning rate of `steps` steps: linear warm-up from 0 to the peak, then what `kind` says.
 
-    "cosine" and "linear" go down to a tenth of the peak at the last step; "constant" stays.
+    "cosine" and "linear" go down to a tenth of the peak at the last step; "constant" stays. A warm-up of all steps is
+    cut by one, in which a run of a single step learns.
     """
+    warmup = min(warmup, steps - 1)
     if kind == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak / 10)
     last = peak / 10 if kind == "linear" else peak

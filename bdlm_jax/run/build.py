@@ -287,6 +287,7 @@ def make_lm_arm(
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
         rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
+        skip_text=bool(weights.item) and config.parallel == "jit",
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"known": _known(run, (TRAIN,))} if weights.kl else {})
     if c.softmax_items:

@@ -92,8 +92,8 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
     _LOG.info("perplexity on %s held out (%d tokens): %.2f before BDLM, %.2f after it (%+.1f %%)", *words)
     if growth > WARN_ABOVE:
         _LOG.warning(
-            "the language model lost language: its perplexity on %s rose by %.0f %%; raise pretrain.replay_share, "
-            "lower lm.learning_rate, or let lm.trains be bridge.", text.source, 100 * growth,
+            "the language model lost language: its perplexity on %s rose by %.0f %%; raise pretrain.replay_share or "
+            "mutual.lm.text, lower lm.learning_rate, or let lm.trains be bridge.", text.source, 100 * growth,
         )  # fmt: skip
     return {"text": text.source, "tokens": n, "before": before, "after": after}
 
@@ -110,7 +110,7 @@ def _draw(run: Run, params: Params) -> np.ndarray:
     allowed_V[v.eos] = True
     options = {"eos": v.eos, "pad": v.pad, "temperature": 1.0, "allowed_V": jnp.asarray(allowed_V)}
     made, params = [], lora.merge(params)
-    size = run.config.lm.batch_rows
+    size = 4 * run.config.lm.batch_rows  # writing holds no activations for a gradient
     for at in progress(range(0, n, size), description="general text"):
         start_BP = start_NP[np.minimum(np.arange(at, at + size), n - 1)]
         key = jax.random.fold_in(run.stage_key("general text"), at)

@@ -1,9 +1,10 @@
 """How fast the parts of an LM arm learn: as the config says or, where it says 0, by what trains and how large that is.
 
 No one number suits language models of width 64 and 4096 whose rows are of other sizes. What is chosen for 0:
-  decoder  full: .08 / width, adapters: ten times that, 1e-3 at most. By 1 / width since that is how Adam's step in a
-           matrix scales (Yang et al. 2022, µP, table 3); .08 is 2e-5 at 4096, the usual step of a 7B model's tuning,
-           and adapters want ten times the step of full tuning (Schulman et al. 2025, LoRA Without Regret).
+  decoder  full: .04 / width, adapters: ten times that, 5e-4 at most. By 1 / width since that is how Adam's step in a
+           matrix scales (Yang et al. 2022, µP, table 3); .04 is 1e-5 at 4096, the lower of the usual steps of a 7B
+           model's tuning, and adapters want ten times the step of full tuning (Schulman et al. 2025, LoRA Without
+           Regret). Twice as much was too much for a small model's language (docs/experiments.md).
   tables   .03 of a row's standard deviation as the LM reads it, whatever that is: 3e-3 of the small decoders' .1.
   bridge   .02 of the standard deviation of its entries, for the same reason (both ours).
 """
@@ -12,8 +13,8 @@ from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.prepare import domain_settings
 
-OVER_WIDTH = {"full": 0.08, "lora": 0.8, "bridge": 0.8}  # by lm.trains; a frozen decoder's is the others' measure only
-MOST = 1e-3
+OVER_WIDTH = {"full": 0.04, "lora": 0.4, "bridge": 0.4}  # by lm.trains; a frozen decoder's is the others' measure only
+MOST = 5e-4
 OF_ROWS, OF_BRIDGE = 0.03, 0.02
 
 

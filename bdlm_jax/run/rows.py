@@ -49,12 +49,17 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
 
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:
-    """Packs every item's card: its title, then the state that stands for what text says of it."""
+    """Packs every item's card: its title, then the state that stands for what text says of it.
+
+    A model of `lm.path` reads the title and does not learn to say it: behind a <bos> it would come to expect titles in
+    place of the texts that it knows (docs/experiments.md). Behind an item's token, in a named card, it learns to.
+    """
     (vocabulary, titles, _, cut), length = run.texts, run.config.prompts.length
     if named:
         make = functools.partial(prompts.card_named_prompt, vocabulary, max_tokens=length)
         return _pack(run, [make(item, title, cut=item in cut) for item, title in enumerate(titles)])
-    return _pack(run, [prompts.card_prompt(vocabulary, i, title, max_tokens=length) for i, title in enumerate(titles)])
+    made, told = functools.partial(prompts.card_prompt, vocabulary, max_tokens=length), not run.config.lm.path
+    return _pack(run, [made(item, title, predict=told) for item, title in enumerate(titles)])
 
 
 def corpus_rows(run: Run) -> Packed | None:

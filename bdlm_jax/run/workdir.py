@@ -25,6 +25,7 @@ _FREE = ("name", "tuned_on", "runtime.", "data.titles")  # settings that change 
 _STAGES = ("*", "*/*", "*/*/*")
 _TRAINED = ("per_user/*.npz", *(f"{at}/{what}" for at in _STAGES for what in ("done.json", "checkpoints")))
 _PREPARED = ("data/fingerprint.json", "data/validation_*.npz", "data/test_*.npz", "data/slices.npz")
+_DRAWN = ("data/samples.safetensors",)  # of an own model, which another config may not be of
 _NUMBERS = ("results.json", "text_head.json", "pool*.json", "per_user/*.npz")
 _READ_BACK = (*_PREPARED, "config.json", "environment.json", *_NUMBERS)
 
@@ -52,7 +53,7 @@ def begin(folder: Path, config: ml_collections.ConfigDict) -> None:
     if path.exists() and not fingerprint.exists() and "mutual" not in read_json(path, remedy=_OTHER):
         raise InputError(f"{path} is not of a run, which would write its own; {_OTHER}.")
     if fingerprint.exists() and not is_trained(folder) and (not path.exists() or _difference(path, config)):
-        _forget(folder, _PREPARED)
+        _forget(folder, (*_PREPARED, *_DRAWN))
         if (folder / "tokenizer" / CHECKSUMS).exists():  # else it is not of a run
             _forget(folder / "tokenizer", ("*",))
 

@@ -125,6 +125,8 @@ def test_card_reads_the_item_behind_its_text_and_shows_no_id():
     assert _targets(prompt.text_targets) == [(0, 150), (1, 151), (2, 152)]
     assert _targets(prompt.item_targets) == []
     assert card_prompt(V, 5, TITLES[5], max_tokens=3).tokens.tolist() == [V.bos, 150, V.unnamed_item]
+    read = card_prompt(V, 5, TITLES[5], predict=False)
+    assert read.tokens.tolist() == prompt.tokens.tolist() and _targets(read.text_targets) == []
 
 
 def test_named_card_predicts_the_title_from_the_id():

@@ -31,10 +31,10 @@ def full_cross_entropy(state_NM, rows_IM, bias_I, target_N):
     return jnp.sum(jnp.where(target_N >= 0, rows, 0.0))
 
 
-def tied_text_loss(state_NM, rows_VM, bias_V, target_N, *, chunk):
+def tied_text_loss(state_NM, rows_VM, bias_V, target_N, *, chunk, skip=False):
     """The text's cross-entropy as the catalogue's: a decoder whose head is the rows; it has no bias."""
     config = LMConfig(vocab_size=N_ITEMS, width=M, n_layers=1, n_heads=1, n_kv_heads=1, mlp_width=M, head_width=2)
-    total, count = text_loss({"embedding": rows_VM}, config, state_NM, target_N, chunk=chunk)
+    total, count = text_loss({"embedding": rows_VM}, config, state_NM, target_N, chunk=chunk, skip=skip)
     return total + 0.0 * bias_V.sum(), count
 
 
@@ -49,7 +49,8 @@ def all_drawn(state_NM, rows_IM, bias_I, target_N):
     [(partial(catalogue_loss, chunk_entries=n), draw(2, N_ITEMS)) for n in (1000, 4 * N_ITEMS, N_ITEMS, 1)]
     + [(partial(catalogue_loss, chunk_entries=n, skip=True), draw(2, N_ITEMS)) for n in (1000, 2 * N_ITEMS)]
     + [(all_drawn, jnp.zeros(N_ITEMS))]
-    + [(partial(tied_text_loss, chunk=n), jnp.zeros(N_ITEMS)) for n in (None, 1000, 4, 1)],
+    + [(partial(tied_text_loss, chunk=n), jnp.zeros(N_ITEMS)) for n in (None, 1000, 4, 1)]
+    + [(partial(tied_text_loss, chunk=n, skip=True), jnp.zeros(N_ITEMS)) for n in (None, 4)],
 )
 def test_cross_entropy_and_its_gradient_equal_the_full_softmax(loss, bias):
     arrays, target = (draw(0, N, M), draw(1, N_ITEMS, M), bias), jnp.array([0, 4, -1, 2, 2, -1, 3])

@@ -106,6 +106,7 @@ def test_schedules_warm_up_and_end_where_they_say(kind):
     np.testing.assert_allclose([rate(14), rate(24)], [middle, 0.5 if kind == "constant" else 0.05], atol=1e-6)
     assert rate(9) > middle or kind == "constant"
     np.testing.assert_allclose(make_schedule(kind, 0.5, warmup=0, steps=10)(0), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(make_schedule(kind, 0.5, warmup=1, steps=1)(0), 0.5, rtol=1e-6)
 
 
 def test_trained_leaves_are_taken_out_and_put_back():

@@ -1,4 +1,7 @@
-"""docs/runs: whoever has it can make every number of docs/results.md again, and here that is done."""
+"""docs/runs: whoever has it can make every number of docs/results.md again, and here that is done.
+
+So it is with docs/runs_own_lm and docs/results_own_lm.md.
+"""
 
 import json
 import shlex
@@ -15,7 +18,8 @@ from bdlm_jax.report.finished_run import read_run
 from bdlm_jax.report.keep import recomputed_cells
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = sorted(path.parent for path in ROOT.glob("docs/runs/*/*/counts.npz"))
+PAGES = {"docs/results.md": "docs/runs", "docs/results_own_lm.md": "docs/runs_own_lm"}
+KEPT = sorted(path.parent for runs in PAGES.values() for path in ROOT.glob(f"{runs}/*/*/counts.npz"))
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +43,17 @@ def test_rows_follow_from_the_counts_to_the_bit(folder, small_docs):
     assert len(json.loads((folder / "results.json").read_text())["rows"]) == len(read_run(folder).cells) > 0
 
 
-@pytest.mark.parametrize("root", [None, *[ROOT] * bool(KEPT)], ids=lambda root: "docs" if root else "small")
-def test_the_page_is_what_its_own_command_makes(root, small_docs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [(None, "docs/results.md"), *[(ROOT, name) for name, runs in PAGES.items() if any(ROOT.glob(f"{runs}/*/*"))]],
+    ids=lambda given: given if isinstance(given, str) else "docs" if given else "small",
+)
+def test_the_page_is_what_its_own_command_makes(root, name, small_docs, tmp_path, monkeypatch):
     root = root or small_docs
-    page = (root / "docs/results.md").read_text(encoding="utf-8")
+    page = (root / name).read_text(encoding="utf-8")
     words = shlex.split(page.splitlines()[0].removeprefix("<!-- generated, do not edit: ").removesuffix(" -->"))
     assert words[:3] == ["python", "-m", "bdlm_jax.report"]
-    assert {folder.relative_to(root).as_posix() for folder in root.glob("docs/runs/*/*")} <= {*words}
+    assert {folder.relative_to(root).as_posix() for folder in root.glob(f"{PAGES[name]}/*/*")} <= {*words}
     monkeypatch.chdir(root)
     assert report.main([*words[3:], "--out", str(tmp_path / "again.md")]) == 0  # the last --out is taken
     assert (tmp_path / "again.md").read_text(encoding="utf-8").splitlines()[1:] == page.splitlines()[1:]

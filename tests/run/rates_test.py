@@ -20,7 +20,7 @@ CHOSEN = {"lm.learning_rate": 0.0, "lm.learning_rate_shared": 0.0, "mutual.learn
 
 @pytest.mark.parametrize(
     ("trains", "width", "wanted"),
-    [("full", 4096, 0.08 / 4096), ("lora", 4096, 0.8 / 4096), ("full", 128, 0.08 / 128), ("lora", 64, 1e-3)],
+    [("full", 4096, 0.04 / 4096), ("lora", 4096, 0.4 / 4096), ("full", 128, 0.04 / 128), ("lora", 64, 5e-4)],
 )
 def test_the_decoders_rate_goes_by_what_trains_and_by_the_width(trains, width, wanted):
     run = made(width, **CHOSEN, **{"lm.trains": trains})

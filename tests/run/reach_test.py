@@ -24,6 +24,7 @@ REACHED = {
     "ml100k": BOTH,
     "ml1m": ITEMS,  # <uid> is never shown, and rows are read as they stand
     "ml1m_llm": ITEMS,
+    "ml1m_own_lm": ITEMS,
     "ml1m_pool": ITEMS,
     "own_data": BOTH,
     "own_lm": BOTH,

@@ -128,6 +128,12 @@ def test_cards_read_every_item_once_without_naming_it(run):
     named = rows.card_rows(run, named=True)
     assert sorted(VOCABULARY.items_of(named.tokens).tolist()) == list(range(N_ITEMS))
     assert not (named.card_item >= 0).any()
+    assert (packed.text_target >= 0).any()
+    run.config.lm.path = "model"  # which must not come to expect titles behind <bos>
+    read, said = rows.card_rows(run), rows.card_rows(run, named=True)
+    np.testing.assert_array_equal(read.tokens, packed.tokens)
+    assert not (read.text_target >= 0).any()
+    np.testing.assert_array_equal(said.text_target, named.text_target)
 
 
 def test_mix_takes_whole_copies_and_a_drawn_part(run):
