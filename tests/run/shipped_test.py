@@ -82,7 +82,8 @@ def test_what_is_installed_runs_an_experiment_by_its_name_from_anywhere(tmp_path
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "Settings that differ from experiments/defaults.py" in text and "max_title_tokens" in text
+    assert "Settings that differ from experiments/defaults.py" in text
+    assert "max_title_tokens" in text.replace("<wbr>", "")  # where a long name may break
     done = subprocess.run(
         [*main, "--config", "tiny", "--dataset", "ml-2m"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
