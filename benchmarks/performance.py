@@ -122,9 +122,9 @@ same in both directions and each layer.
         "data_path.py run runs/shop",
         """
 The aim was five minutes and 8 GB on two cores. The data were made by `python benchmarks/data_path.py make runs/shop`.
-The seconds are of the clock while a dozen other processes shared the two cores; the processor's are 139. With `--lm`
-the language model's 156,439 rows of ids took another 87 of them, and the peak rose to 7.55 GB; that run ended there,
-by a fault of the script that is mended.
+The seconds are of the clock while a dozen other processes shared the two cores; the processor's are 139. The run went
+on with `--lm`: the language model's 156,439 rows of ids took another 87 of them, and the peak rose to 7.55 GB. There it
+ended, by a fault of the script that is mended, so that these rows were copied from its log.
 """,
     ),
 }
