@@ -25,7 +25,7 @@ from bdlm_jax.lm.causal_lm import init_lm
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.hf_folder import write_hf_folder
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, train_tokenizer
+from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
 from bdlm_jax.mutual import lm_step, sharing
 from bdlm_jax.mutual.optimizer import FROZEN, make_optimizer, make_schedule
 from bdlm_jax.mutual.options import LMWeights, Meeting
@@ -160,7 +160,7 @@ def _held_out(documents: list[str], settings: Settings) -> tuple[list[str], list
 def _vocabulary(folder: Path, documents: list[str], settings: Settings) -> Vocabulary:
     if not (folder / "tokenizer.json").exists():
         with replacing(folder) as partial:
-            train_tokenizer(documents, settings.vocab_size).save_pretrained(str(partial))
+            save_tokenizer(train_tokenizer(documents, settings.vocab_size), partial)
     return Vocabulary(load_tokenizer(folder), n_users=0, n_items=0)
 
 
