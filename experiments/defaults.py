@@ -126,6 +126,9 @@ def get_config() -> ml_collections.ConfigDict:
     prompts.user_token = "start"  # start | end | none
     prompts.user_dropout = 0.75  # how often training shows <user> in place of <uid>, to every LM alike
     prompts.read_named = False  # show <uid> when states are read
+    # What the LM is asked of an item in words that no item with interactions has, {} its title: "{} means", say; its
+    # answer is read on the item's card in the title's place (run/glosses.py). Empty: nothing is asked.
+    prompts.gloss = ""
     prompts.chat = "auto"  # auto | always | never: a history within the chat template; auto: of a model named instruct
     prompts.card_copies = 16.0  # text cards of every item in an epoch
 

@@ -17,6 +17,7 @@ VARIANTS = {
     # The LM without its general-text corpus (slice `knowledge`).
     "no_pretrain": {
         "models": ("lightgcn", "text_lm", "bdlm"), "pretrain.epochs": 0.0, "pretrain.replay_share": 0.0,
+        "prompts.gloss": "",
     },
 }  # fmt: skip
 
@@ -25,6 +26,7 @@ def get_config(arg="whole"):
     """Returns the defaults, or a variant of them."""
     c = defaults.get_config()
     c.tuned_on = (0,)
+    c.prompts.gloss = "{} means"
     c.update_from_flattened_dict(defaults.choose(VARIANTS, arg))
     return c
 

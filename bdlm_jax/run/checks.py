@@ -109,6 +109,7 @@ RULES = {
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),
+    "prompts.gloss": Rule(lambda v: not v or v.count("{}") == 1, "empty, or a text in which {} stands for the title"),
     "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "domain", "pool")),
@@ -250,6 +251,12 @@ def _check_models(config) -> None:
 
 def _check_lm(config, shape: LMConfig) -> None:
     lm, length = config.lm, config.prompts.length
+    reads = config.pretrain.epochs and (config.pretrain.corpus or config.data.kind == "twins")
+    if config.prompts.gloss and not (lm.path or reads):
+        raise InputError(
+            "config.prompts.gloss asks a language model that has read nothing; give lm.path or pretrain.corpus and "
+            "epochs, or leave it empty."
+        )
     if lm.path and lm.config:
         raise InputError("config.lm.path and lm.config are both set; the weights of a path have their own config.json.")
     if lm.accumulate > 1 and (align := config.mutual.align) in WHOLE_BATCH:

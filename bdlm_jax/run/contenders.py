@@ -16,6 +16,7 @@ from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.run import build, reading, served, stages, teachers
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
+from bdlm_jax.run.glosses import with_glosses
 from bdlm_jax.run.ranked import KNOWN
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Fitted
@@ -84,6 +85,7 @@ def make_entries(run: Run, word: str, decoder: Callable[[], Decoder]) -> Iterato
 def train_bdlm(run: Run, decoder: Callable[[], Decoder], word: str = "bdlm") -> Bdlm:
     """Trains BDLM or one of its controls: rounds, lessons, then the domain arm against its teacher at test time."""
     own = run if word == "bdlm" else run.variant(word, CONTROLS[word].settings(run.config))
+    own = with_glosses(own, decoder())
 
     def alone(own: Run) -> Params:
         return stages.train_domain(run.final if own.first else run, own.config.domain.model).params["domain"]

@@ -64,6 +64,7 @@ CONTROLS = {
         lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | NO_LESSONS | _start(config),
     ),
     "bdlm_headless": Control("what texts add to the LM's scores: nothing", _fixed({"mutual.text_head": "none"})),
+    "bdlm_unglossed": Control("what the LM says of unfamiliar words: titles alone", _fixed({"prompts.gloss": ""})),
     "bdlm_lm_teaches": Control(
         "does either know what the other does not? the LM alone teaches both arms", _fixed({"mutual.teacher": "lm"})
     ),

@@ -98,16 +98,24 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
     return {"text": text.source, "tokens": n, "before": before, "after": after}
 
 
+def own_tokens(run: Run) -> np.ndarray:
+    """Returns (V,), True for what the model may write: text and <eos>, none of the other specials."""
+    v = run.texts.vocabulary
+    allowed_V = np.arange(run.lm.vocab_size) < len(v.tokenizer)
+    allowed_V[[*v.tokenizer.all_special_ids, v.unnamed_user, v.unnamed_item]] = False
+    allowed_V[v.eos] = True
+    return allowed_V
+
+
 def _draw(run: Run, params: Params) -> np.ndarray:
     v, n, length = run.texts.vocabulary, run.config.pretrain.samples, run.config.prompts.length
     n = -(-n // _HELD_OUT) if run.config.lm.trains == "bridge" else n
-    allowed_V = np.arange(run.lm.vocab_size) < len(v.tokenizer)
-    allowed_V[[*v.tokenizer.all_special_ids, v.unnamed_user, v.unnamed_item]] = False
+    allowed_V = own_tokens(run)
     start_NP = np.full((n, 1), v.bos, np.int32)
     if v.bos >= count_tokens(tokenizer_folder(run.config)):
-        drawn_N = np.random.default_rng((run.config.seed, 11)).choice(np.flatnonzero(allowed_V), n)
+        words = np.flatnonzero(allowed_V & (np.arange(len(allowed_V)) != v.eos))
+        drawn_N = np.random.default_rng((run.config.seed, 11)).choice(words, n)
         start_NP = np.concatenate([start_NP, drawn_N[:, None].astype(np.int32)], axis=1)
-    allowed_V[v.eos] = True
     options = {"eos": v.eos, "pad": v.pad, "temperature": 1.0, "allowed_V": jnp.asarray(allowed_V)}
     made, params = [], lora.merge(params)
     size = 4 * run.config.lm.batch_rows  # writing holds no activations for a gradient

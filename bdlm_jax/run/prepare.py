@@ -72,6 +72,7 @@ class Texts(NamedTuple):
     titles: list[np.ndarray]
     contexts: list[np.ndarray] | None
     cut: frozenset[int] = frozenset()  # items whose title is longer
+    cards: list[np.ndarray] | None = None  # what is read of every item on its card; None: the titles (run/glosses.py)
 
 
 def prepare_data(config: ml_collections.ConfigDict, folder: Path) -> Data:

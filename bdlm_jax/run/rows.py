@@ -49,17 +49,17 @@ def reading_rows(run: Run, *, kind: str, part: str, behind: int = 0) -> Packed:
 
 
 def card_rows(run: Run, *, named: bool = False) -> Packed:
-    """Packs every item's card: its title, then the state that stands for what text says of it.
+    """Packs every item's card: its title, or the LM's gloss on it, then the state that stands for what text says of it.
 
     A model of `lm.path` reads the title and does not learn to say it: behind a <bos> it would come to expect titles in
     place of the texts that it knows (docs/experiments.md). Behind an item's token, in a named card, it learns to.
     """
-    (vocabulary, titles, _, cut), length = run.texts, run.config.prompts.length
+    texts, length = run.texts, run.config.prompts.length
     if named:
-        make = functools.partial(prompts.card_named_prompt, vocabulary, max_tokens=length)
-        return _pack(run, [make(item, title, cut=item in cut) for item, title in enumerate(titles)])
-    made, told = functools.partial(prompts.card_prompt, vocabulary, max_tokens=length), not run.config.lm.path
-    return _pack(run, [made(item, title, predict=told) for item, title in enumerate(titles)])
+        make = functools.partial(prompts.card_named_prompt, texts.vocabulary, max_tokens=length)
+        return _pack(run, [make(item, title, cut=item in texts.cut) for item, title in enumerate(texts.titles)])
+    made, told = functools.partial(prompts.card_prompt, texts.vocabulary, max_tokens=length), not run.config.lm.path
+    return _pack(run, [made(item, read, predict=told) for item, read in enumerate(texts.cards or texts.titles)])
 
 
 def corpus_rows(run: Run) -> Packed | None:
@@ -104,7 +104,7 @@ def text_prefixes(run: Run, *, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 def title_continuations(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Returns the (I, T) tokens and mask of every title with <eos> behind it, but for those that are cut."""
-    vocabulary, titles, _, cut = run.texts
+    titles, cut, vocabulary = run.texts.titles, run.texts.cut, run.texts.vocabulary
     ends = [np.array([] if item in cut else [vocabulary.eos], np.int32) for item in range(len(titles))]
     return _padded([np.concatenate(pair) for pair in zip(titles, ends)], vocabulary.pad)
 

@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _NEVER = r"""name models tuned_on runtime\..* dry_run\..* distributed\..* tokenizer\..* data\.(?!candidates_seed).*
     evaluate\.(protocols|text_protocols|cases) mutual\.teacher"""
 _ALONE = r"""domain\..* shared\.trained_by pretrain\.(corpus|epochs|learning_rate)
-    prompts\.(kind|titled_share|card_copies|max_title_tokens) """
+    prompts\.(kind|titled_share|card_copies|max_title_tokens|gloss) """
 _TAUGHT = r"lm_alone\..* pretrain\.(corpus|epochs|learning_rate) domain\.epochs evaluate\.text_history "
 # Those that a stage does not read besides; what is not named here is hashed.
 UNREAD = {
@@ -142,6 +142,7 @@ def _words(config: ml_collections.ConfigDict, data: Data, texts: Texts) -> dict:
     """What LM stages read beside interactions; the decoder's shape, too, for it may come from a file."""
     known = sorted(texts.vocabulary.tokenizer.get_vocab().items())
     tokens = {"titles": texts.titles, "contexts": texts.contexts or [], "cut": [np.array(sorted(texts.cut), np.int32)]}
+    tokens["cards"] = texts.cards or []
     return {
         "shape": repr(lm_shape(config, texts.vocabulary.n_text)),
         "vocabulary": json.dumps([texts.vocabulary.n_text, known]),
