@@ -53,9 +53,10 @@ UNREAD = {
 
 def is_read(config: ml_collections.ConfigDict, stage: str, key: str) -> bool:
     """Says whether a stage's training may read a setting; of the models' own sections it reads one at most."""
-    section, own = key.split(".")[0], stage if stage in MODELS else config.domain.model
-    if section in (*MODELS, *CLOSED_FORM) and section != own:
-        return False
+    section = key.split(".")[0]
+    if section in (*MODELS, *CLOSED_FORM) and section != stage:
+        if section != config.domain.model or stage in MODELS or not is_read(config, stage, "domain.model"):
+            return False
     return not any(re.fullmatch(pattern, key) for pattern in f"{_NEVER} {UNREAD.get(stage, '')}".split())
 
 

@@ -129,6 +129,14 @@ def test_what_a_stage_takes_from_others_counts_by_its_content(made):
     assert len({json.dumps(plain), *hashes}) == 1 + len(others)
 
 
+def test_an_lm_alone_is_the_same_whatever_the_domain_model_is(made):
+    on_items = {"domain.model": "itemgcn", "itemgcn.length": 7}
+    for stage in ("pretrain", "text_lm", "ids_lm"):
+        assert stage_hash(made, stage, on_items) == stage_hash(made, stage), stage
+    assert stage_hash(made, "bdlm", on_items) != stage_hash(made, "bdlm", on_items | {"itemgcn.length": 8})
+    assert stage_hash(made, "mf", on_items) == stage_hash(made, "mf")
+
+
 @pytest.mark.parametrize(
     ("what", "matters_to"),
     [
