@@ -54,9 +54,9 @@ UNREAD = {
 def is_read(config: ml_collections.ConfigDict, stage: str, key: str) -> bool:
     """Says whether a stage's training may read a setting; of the models' own sections it reads one at most."""
     section = key.split(".")[0]
-    if section in (*MODELS, *CLOSED_FORM) and section != stage:
-        if section != config.domain.model or stage in MODELS or not is_read(config, stage, "domain.model"):
-            return False
+    others = section in (*MODELS, *CLOSED_FORM) and section != stage
+    if others and (stage in MODELS or section != config.domain.model or not is_read(config, stage, "domain.model")):
+        return False
     return not any(re.fullmatch(pattern, key) for pattern in f"{_NEVER} {UNREAD.get(stage, '')}".split())
 
 
