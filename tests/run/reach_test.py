@@ -26,7 +26,7 @@ REACHED = {
     "ml1m_llm": ITEMS,
     "ml1m_own_lm": ITEMS,
     "ml1m_pool": ITEMS,
-    "own_data": BOTH,
+    "own_data": ITEMS,
     "own_lm": BOTH,
     "quickstart": BOTH,
     "tiny": BOTH,
