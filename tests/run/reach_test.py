@@ -22,6 +22,7 @@ REACHED = {
     "beauty_itemgcn": ITEMS,  # users are read from items: neither arm has rows of theirs
     "defaults": BOTH,
     "ml100k": BOTH,
+    "ml100k_pool": ITEMS,
     "ml1m": ITEMS,  # <uid> is never shown, and rows are read as they stand
     "ml1m_llm": ITEMS,
     "ml1m_own_lm": ITEMS,
