@@ -1,6 +1,6 @@
 """docs/runs: whoever has it can make every number of docs/results.md again, and here that is done.
 
-So it is with docs/runs_own_lm and docs/results_own_lm.md.
+So it is with docs/runs_own_lm and docs/results_own_lm.md, and with the other pages of `PAGES`.
 """
 
 import json
@@ -18,7 +18,8 @@ from bdlm_jax.report.finished_run import read_run
 from bdlm_jax.report.keep import recomputed_cells
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"docs/results.md": "docs/runs", "docs/results_own_lm.md": "docs/runs_own_lm"}
+PAGES = {"docs/results.md": "docs/runs"}
+PAGES |= {f"docs/results_{name}.md": f"docs/runs_{name}" for name in ("own_lm", "quickstart")}
 KEPT = sorted(path.parent for runs in PAGES.values() for path in ROOT.glob(f"{runs}/*/*/counts.npz"))
 
 
