@@ -13,12 +13,13 @@ from pathlib import Path
 import jax
 
 from bdlm_jax.domain.models import MODELS
-from bdlm_jax.run import build, trained
+from bdlm_jax.run import build, forecast, trained
 from bdlm_jax.run.build import Decoder, Run, Tables
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.runtime import checkpoint
+from bdlm_jax.runtime.files import damaged_file
 from bdlm_jax.runtime.fit import Phase
-from bdlm_jax.runtime.log import duration
+from bdlm_jax.runtime.log import duration, read_metrics
 
 _LOG = logging.getLogger(__name__)
 _UNITS = {"lm": "steps of the LM", "domain": "epochs of the domain arm"}
@@ -61,8 +62,7 @@ def _pretrain(run: Run) -> list[str]:
 def follow(run: Run) -> Run:
     """Tells the stages that are to come and what trains in BDLM, and returns the run that tells each as it begins.
 
-    With each it says how long the one before has taken. What is to come is of other kinds, which nobody has timed: how
-    long a stage still takes is told within it (`runtime.fit`).
+    With each it says how long the one before has taken, and about how long the training to come (`forecast`).
     """
     names = stage_names(run)
     done = [name for name in names if _finished(run.root / name)]
@@ -76,7 +76,18 @@ def follow(run: Run) -> Run:
     if any(name.endswith("bdlm") and name not in done for name in names):
         _LOG.info("what trains, by optimiser group:\n  %s", "\n  ".join(_bdlm_table(run)))
     told, started = set(done), time.monotonic()
-    at_work: list[tuple[str, float]] = []  # the stage that was trained last, and when it began
+    at_work: list[tuple[str, Path, float]] = []  # the stage that was trained last, where, and when it began
+    paces: dict[str, float] = {}
+    for name in done:
+        paces |= _pace(run, name, run.root / name)
+
+    def tell_rest(name: str, share: float) -> None:
+        """Says how long a stage, of which a share is left, and those behind it will train."""
+        if name in names and paces:
+            first, *others = (forecast.work(run, each) for each in names[names.index(name) :] if each not in done)
+            works = [{kind: share * n for kind, n in first.items()}, *others]
+            if rest := forecast.told(works, paces):
+                _LOG.info("  %s", rest)
 
     def begin(name: str, folder: Path, phases: Sequence[Phase]) -> None:
         if name in told:
@@ -84,8 +95,9 @@ def follow(run: Run) -> Run:
         told.add(name)
         now = time.monotonic()
         if at_work:
-            last, began = at_work.pop()
+            last, where, began = at_work.pop()
             words = last, duration(now - began), duration(now - started)
+            paces.update(_pace(run, last, where))
             _LOG.info("  %s took %s, with its test where it has one; so far the run has taken %s", *words)
         place = f"stage {names.index(name) + 1} of {len(names)}" if name in names else "stage"
         if _finished(folder):
@@ -98,7 +110,8 @@ def follow(run: Run) -> Run:
         behind = _units(folder)
         goes_on = f"; goes on behind {behind:,d} of {units.total():,d}" if behind else ""
         _LOG.info("%s: %s (%s%s)", place, name, work, goes_on)
-        at_work.append((name, now))
+        tell_rest(name, 1 - behind / max(1, units.total()))
+        at_work.append((name, folder, now))
 
     return dataclasses.replace(run, begin=begin)
 
@@ -110,6 +123,11 @@ def _finished(folder: Path) -> bool:
 def _units(folder: Path) -> int:
     """How many units of an unfinished stage are saved."""
     return max(checkpoint.steps(folder / "checkpoints"), default=0)
+
+
+def _pace(run: Run, name: str, folder: Path) -> dict[str, float]:
+    rows = [] if damaged_file(folder, "metrics.jsonl") else read_metrics(folder)
+    return forecast.pace(run, name, rows)
 
 
 def _bdlm_table(run: Run) -> list[str]:

@@ -67,6 +67,8 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
         argv = [argv[0], f"--config={found}", *_without_config(argv[1:])]  # config_flags wants it before its settings
         sys.argv = argv  # where config_flags looks for them
         sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
+    if twice := _twice(argv):
+        _leave(f"{twice} is given twice; give it once, several values as {twice}=\"('a', 'b')\".")
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # config_flags passes on whatever the config file or an override raises
@@ -80,6 +82,12 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
 def _without_config(words: list[str]) -> list[str]:
     pairs = zip(["", *words], words)
     return [word for before, word in pairs if not re.fullmatch("--?config(=.*)?", word) and before not in _CONFIG]
+
+
+def _twice(argv: list[str]) -> str | None:
+    """A setting that stands twice: of most the last would count, of a tuple ml_collections would join them."""
+    names = [word.partition("=")[0] for word in argv if re.match(r"--?config\.", word)]
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 def _given(argv: list[str]) -> dict[str, str]:
