@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 
 from bdlm_jax.domain.models import MODELS
-from bdlm_jax.run import build, forecast, trained
+from bdlm_jax.run import build, trained
 from bdlm_jax.run.build import Decoder, Run, Tables
 from bdlm_jax.run.controls import CONTROLS
+from bdlm_jax.run.forecast import Forecast
 from bdlm_jax.runtime import checkpoint
-from bdlm_jax.runtime.files import damaged_file
 from bdlm_jax.runtime.fit import Phase
-from bdlm_jax.runtime.log import duration, read_metrics
+from bdlm_jax.runtime.log import duration
 
 _LOG = logging.getLogger(__name__)
 _UNITS = {"lm": "steps of the LM", "domain": "epochs of the domain arm"}
@@ -62,7 +62,7 @@ def _pretrain(run: Run) -> list[str]:
 def follow(run: Run) -> Run:
     """Tells the stages that are to come and what trains in BDLM, and returns the run that tells each as it begins.
 
-    With each it says how long the one before has taken, and about how long the training to come (`forecast`).
+    With each it says how long the one before has taken, and about how long those to come will (`forecast`).
     """
     names = stage_names(run)
     done = [name for name in names if _finished(run.root / name)]
@@ -77,17 +77,7 @@ def follow(run: Run) -> Run:
         _LOG.info("what trains, by optimiser group:\n  %s", "\n  ".join(_bdlm_table(run)))
     told, started = set(done), time.monotonic()
     at_work: list[tuple[str, Path, float]] = []  # the stage that was trained last, where, and when it began
-    paces: dict[str, float] = {}
-    for name in done:
-        paces |= _pace(run, name, run.root / name)
-
-    def tell_rest(name: str, share: float) -> None:
-        """Says how long a stage, of which a share is left, and those behind it will train."""
-        if name in names and paces:
-            first, *others = (forecast.work(run, each) for each in names[names.index(name) :] if each not in done)
-            works = [{kind: share * n for kind, n in first.items()}, *others]
-            if rest := forecast.told(works, paces):
-                _LOG.info("  %s", rest)
+    ahead = Forecast(run, names, done)
 
     def begin(name: str, folder: Path, phases: Sequence[Phase]) -> None:
         if name in told:
@@ -97,7 +87,7 @@ def follow(run: Run) -> Run:
         if at_work:
             last, where, began = at_work.pop()
             words = last, duration(now - began), duration(now - started)
-            paces.update(_pace(run, last, where))
+            ahead.learn(last, where, now - began)
             _LOG.info("  %s took %s, with its test where it has one; so far the run has taken %s", *words)
         place = f"stage {names.index(name) + 1} of {len(names)}" if name in names else "stage"
         if _finished(folder):
@@ -110,7 +100,8 @@ def follow(run: Run) -> Run:
         behind = _units(folder)
         goes_on = f"; goes on behind {behind:,d} of {units.total():,d}" if behind else ""
         _LOG.info("%s: %s (%s%s)", place, name, work, goes_on)
-        tell_rest(name, 1 - behind / max(1, units.total()))
+        if rest := ahead.rest(name, 1 - behind / max(1, units.total())):
+            _LOG.info("  %s", rest)
         at_work.append((name, folder, now))
 
     return dataclasses.replace(run, begin=begin)
@@ -123,11 +114,6 @@ def _finished(folder: Path) -> bool:
 def _units(folder: Path) -> int:
     """How many units of an unfinished stage are saved."""
     return max(checkpoint.steps(folder / "checkpoints"), default=0)
-
-
-def _pace(run: Run, name: str, folder: Path) -> dict[str, float]:
-    rows = [] if damaged_file(folder, "metrics.jsonl") else read_metrics(folder)
-    return forecast.pace(run, name, rows)
 
 
 def _bdlm_table(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""How long the training of a run still takes: the units to come, by the seconds that their like took so far.
+"""How long a run still takes: the units to come, by the seconds that their like took so far.
 
 A step of the LM costs about the same in every stage of a run; an epoch of a domain model costs what it did alone, and
 another time where the LM teaches. What has not run yet has no seconds, and is named instead.
@@ -6,6 +6,7 @@ another time where the LM teaches. What has not run yet has no seconds, and is n
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,37 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.run.build import Run
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.run.prepare import training_setting
-from bdlm_jax.runtime.log import duration
+from bdlm_jax.runtime.files import damaged_file
+from bdlm_jax.runtime.log import duration, read_metrics
 
 LM = "steps of the LM"
+
+
+class Forecast:
+    """What a run has learned of its pace so far: from what is finished as it begins, then stage by stage."""
+
+    def __init__(self, run: Run, names: Sequence[str], done: Sequence[str]):
+        self._run, self._names, self._done = run, names, {*done}
+        self._paces: dict[str, float] = {}
+        self._besides: list[float] = []
+        for name in done:
+            self.learn(name, run.root / name)
+
+    def learn(self, name: str, folder: Path, took: float | None = None) -> None:
+        """Reads what a stage has written in a folder; `took` are its seconds with all that belongs to it."""
+        rows = [] if damaged_file(folder, "metrics.jsonl") else read_metrics(folder)
+        if found := pace(self._run, name, rows):
+            self._paces |= found
+            if took is not None:
+                self._besides.append(max(0.0, took - _trained(work(self._run, name), found)))
+
+    def rest(self, name: str, share: float) -> str:
+        """Says how long a stage, of which a share is left, and those behind it will take; "" where nobody knows."""
+        if name not in self._names or not self._paces:
+            return ""
+        ahead = [each for each in self._names[self._names.index(name) :] if each not in self._done]
+        first, *others = (work(self._run, each) for each in ahead)
+        return told([{kind: share * n for kind, n in first.items()}, *others], self._paces, besides=self._besides)
 
 
 def work(run: Run, name: str) -> dict[str, float]:
@@ -68,15 +97,23 @@ def pace(run: Run, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, fl
     return {kind: seconds[kind] / n for kind, n in units.items() if n}
 
 
-def told(works: Sequence[Mapping[str, float]], paces: Mapping[str, float]) -> str:
-    """Says how long stages will train, and what of them nobody has timed; nothing where that is all of it."""
+def told(works: Sequence[Mapping[str, float]], paces: Mapping[str, float], *, besides: Sequence[float] = ()) -> str:
+    """Says how long stages will take, and what of them nobody has timed; nothing where that is all of it.
+
+    `besides` are what earlier stages took beside their units, to compile and to be tested: each has the mean of them.
+    """
     whole = Counter()
     for each in works:
         whole.update({kind: n for kind, n in each.items() if n})
-    timed = sum(n * paces[kind] for kind, n in whole.items() if kind in paces)
+    timed = _trained(whole, paces)
     new = [kind for kind in whole if kind not in paces]
     beside = f", beside what has not run yet ({', '.join(new)})" if new else ""
-    return f"about {duration(timed)} of training to go{beside}" if timed else ""
+    timed += timed and len(works) * sum(besides) / max(1, len(besides))
+    return f"about {duration(timed)} to go{beside}" if timed else ""
+
+
+def _trained(work: Mapping[str, float], paces: Mapping[str, float]) -> float:
+    return sum(n * paces[kind] for kind, n in work.items() if kind in paces)
 
 
 def _own(run: Run, name: str) -> tuple[Run, str]:

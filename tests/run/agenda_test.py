@@ -96,7 +96,7 @@ def test_a_resumed_run_tells_what_it_goes_on_with_and_each_stage_what_the_one_be
         "  text_lm took 90 s, with its test where it has one; so far the run has taken 92 s",
         f"stage 3 of 4: ids_lm is finished, in {tmp_path / 'store' / 'ids_lm'}",
         "stage 4 of 4: lightgcn (120 steps of the LM, 3 epochs of the domain arm)",
-        "  about 3.0 min of training to go",
+        "  about 4.5 min to go",
     ]
 
 

@@ -41,7 +41,8 @@ def test_a_unit_takes_what_it_took_without_what_was_compiled():
 
 def test_what_was_timed_is_summed_and_what_was_not_is_named():
     works = [{LM: 100.0, "epochs of a": 3}, {"epochs of a": 2, "epochs of b": 0}]
-    assert forecast.told(works, {LM: 3.0, "epochs of a": 24.0}) == "about 7.0 min of training to go"
+    assert forecast.told(works, {LM: 3.0, "epochs of a": 24.0}) == "about 7.0 min to go"
     beside = ", beside what has not run yet (epochs of a)"
-    assert forecast.told(works, {LM: 3.0}) == "about 5.0 min of training to go" + beside
-    assert forecast.told(works, {"epochs of b": 1.0}) == ""
+    assert forecast.told(works, {LM: 3.0}) == "about 5.0 min to go" + beside
+    assert forecast.told(works, {LM: 3.0}, besides=(30.0, 90.0)) == "about 7.0 min to go" + beside
+    assert forecast.told(works, {"epochs of b": 1.0}, besides=(30.0,)) == ""
