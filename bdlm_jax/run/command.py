@@ -37,10 +37,12 @@ def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
     # At once: the imports below take seconds, and large data minutes.
     _LOG.info("bdlm_jax %s: %s, seed %s", __version__, argv[0], flags.FLAGS.config.get("seed"))
     from bdlm_jax.run import checks
-    from bdlm_jax.runtime.door import REFUSED, refuse
+    from bdlm_jax.runtime.door import REFUSED, memory_explained, refuse
 
+    remedy = "lower lm.batch_rows, raise lm.accumulate or set lm.remat; --dry_run counts what a config needs"
     try:
-        act(checks.name_config(flags.FLAGS.config, argv[0]))
+        with memory_explained(remedy):
+            act(checks.name_config(flags.FLAGS.config, argv[0]))
     except FloatingPointError as error:
         _leave(error, code=1)
     except REFUSED as error:

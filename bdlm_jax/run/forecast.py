@@ -89,7 +89,7 @@ def pace(run: Run, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, fl
         sort = next(key for key in row if "/" in key).split("/")
         kind = kinds.get(sort[0], kind)  # a validation counts for the phase before it
         sort = row.get("since"), *sort[: 1 if sort[0] in kinds else 2]
-        if sort in begun and before["since"] == row["since"]:
+        if sort in begun and before.get("since") == row.get("since"):
             seconds[kind] += row["time"] - before["time"]
             units[kind] += row["step"] - before["step"]
         begun.add(sort)

@@ -128,6 +128,12 @@ def test_a_slice_of_few_items_says_how_many_there_are(tmp_path, others, told):
     assert lines[lines.index("## Slice cold") + 2].endswith(told)
 
 
+def test_where_a_page_went_is_told(tmp_path, capsys):
+    page = str(tmp_path / "page.md")
+    assert report.main(["--collect", str(make_run(tmp_path / "run")), "--out", page]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+
+
 def test_phases_are_named_as_the_stage_runs_them():
     config = defaults.get_config().to_dict()
     config["mutual"] |= {"rounds": 2, "lm_epochs": 1.0, "domain_epochs_a_round": 0, "lm_epochs_a_round": 1.0}
