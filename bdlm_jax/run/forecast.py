@@ -124,7 +124,7 @@ def _own(run: Run, name: str) -> tuple[Run, str]:
 
 
 def _epochs(model: str, *, taught: bool = False) -> str:
-    return f"epochs of {model}" + (", taught" if taught else "")
+    return f"{'taught ' * taught}epochs of {model}"
 
 
 def _steps(run: Run, rows: float) -> float:

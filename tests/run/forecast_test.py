@@ -15,12 +15,12 @@ def test_a_stage_has_about_the_units_that_it_is_said_to_have(tiny_run):
     run = build.start_run(config, folder)
     said = {name: forecast.work(run, name) for name in agenda.stage_names(run)}
     assert said.pop("pretrain") == {"the steps of pretrain": 1}
-    assert said.pop("refresh")["epochs of lightgcn, taught"] >= read_metrics(folder / "refresh")[-1]["step"]
-    assert said["bdlm"]["epochs of lightgcn, taught"] == said["mf"]["epochs of mf"] == 2
+    assert said.pop("refresh")["taught epochs of lightgcn"] >= read_metrics(folder / "refresh")[-1]["step"]
+    assert said["bdlm"]["taught epochs of lightgcn"] == said["mf"]["epochs of mf"] == 2
     for name, units in said.items():
         assert sum(units.values()) == pytest.approx(read_metrics(folder / name)[-1]["step"], rel=0.2), name
     control = forecast.work(run, "bdlm_on_mf/bdlm")
-    assert control == {LM: said["bdlm"][LM], "epochs of mf, taught": 2}
+    assert control == {LM: said["bdlm"][LM], "taught epochs of mf": 2}
 
 
 def test_a_unit_takes_what_it_took_without_what_was_compiled():
@@ -33,8 +33,8 @@ def test_a_unit_takes_what_it_took_without_what_was_compiled():
     rows += [row(46, 21, "validation/lm"), row(90, 22, "domain"), row(93, 24, "domain")]
     rows += [row(1000, 31, "lm", since=970.0), row(1004, 41, "lm", since=970.0)]
     found = forecast.pace(run, "bdlm", rows)
-    assert found == {LM: (5 + 5 + 1 + 4) / 30, "epochs of lightgcn, taught": 3 / 2}
-    assert forecast.pace(run, "bdlm_on_mf/distill", rows).keys() == {LM, "epochs of mf, taught"}
+    assert found == {LM: (5 + 5 + 1 + 4) / 30, "taught epochs of lightgcn": 3 / 2}
+    assert forecast.pace(run, "bdlm_on_mf/distill", rows).keys() == {LM, "taught epochs of mf"}
     assert forecast.pace(run, "mf", rows).keys() == {LM, "epochs of mf"}
     assert forecast.pace(run, "mf", rows[:1]) == {}
 
