@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildWithExperiments},
     packages=find_packages(include=["bdlm_jax", "bdlm_jax.*"]),
-    package_data={"bdlm_jax.report": ["page.css", "page.js"]},
+    package_data={"bdlm_jax": ["py.typed"], "bdlm_jax.report": ["page.css", "page.js"]},
     install_requires=[
         "absl-py>=2.1",
         "filelock>=3.16",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from bdlm_jax.run.pretraining import Settings, pretrain
-from bdlm_jax.types import InputError
+from bdlm_jax.runtime.door import REFUSED, memory_explained, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,10 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     try:
-        facts = pretrain(corpus, out, Settings(**given))
-    except (InputError, FloatingPointError) as error:
+        with memory_explained("lower --batch_rows, --width or --layers"):
+            facts = pretrain(corpus, out, Settings(**given))
+    except FloatingPointError as error:
         print(f"bdlm_jax: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 1
+    except REFUSED as error:
+        return refuse(error)
     print(
         f"{out}: {facts['parameters']:,} parameters, perplexity {facts['perplexity']:.2f} a token on "
         f"{facts['held_out_tokens']:,} tokens held out (epoch {facts['epoch']} of {given['epochs']})"

@@ -95,6 +95,6 @@ def get_config(arg="short"):
 
 
 def get_hyper():
-    """Returns the seeds of docs/results.md, each without and with the LM hearing the domain arm's view of users."""
+    """Returns seeds that chose no setting, each without and with the LM hearing the domain arm's view of users."""
     heard = [{"mutual.lm.kl": weight, "mutual.lm.align_user": weight} for weight in (0.0, 0.01)]
     return defaults.product(heard, defaults.sweep("seed", range(2, 5)))

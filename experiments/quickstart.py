@@ -34,7 +34,7 @@ def get_config(arg="whole"):
 
 
 def get_hyper():
-    """Returns the seeds of docs/results.md, then ablations of what the two arms share and teach each other."""
+    """Returns the seeds of docs/results_2026-11.md, then ablations of what the two arms share and teach each other."""
     ablations = [
         {"mutual.lm.kl": 0.0, "mutual.lm.align_user": 0.0},
         {"mutual.lm.align_item": 0.0, "mutual.domain.align_item": 0.0},

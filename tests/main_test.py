@@ -25,6 +25,7 @@ def run(*words, cwd=ROOT):
         (["--wrokdir=x"], "workdir"),
         (["--config.tokenizer.path=nowhere"], "config.tokenizer.path: nowhere is not there"),
         (["config.seed=1"], "config.seed=1 is not understood"),
+        (["--config.models=mf", "--config.models=bdlm"], "--config.models is given twice; give it once, several"),
         (["--config", "experiments/nothing.py"], "experiments/nothing.py is no file"),
         (["--config", ""], "--config is missing"),
         (["--workdir", ""], "--workdir is missing"),

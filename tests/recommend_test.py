@@ -53,6 +53,7 @@ def test_the_lm_explains_in_generated_words(tiny_run, capsys):
         ("--all --out /dev/null/recs.csv", "--out /dev/null/recs.csv cannot be written"),
         ("--user u004 --explain --arm lm --temperature -1", "temperature is -1.0"),
         ("--user u004 --explain --arm lm --top_p 2", "top_p is 2.0"),
+        (f"--user u004 --explain --arm lm --seed {2**70}", "it must be at least 0 and below 2**32"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tiny_run, capsys, words, message):

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +19,7 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.hf_config import hf_config
 from bdlm_jax.lm.hf_weights import export_tensors, tensor_map
 from bdlm_jax.lm.vocabulary import Vocabulary, save_tokenizer
-from bdlm_jax.runtime.files import write_json
+from bdlm_jax.runtime.files import write_json, write_tensors
 from bdlm_jax.types import Array, InputError, Params
 
 
@@ -118,10 +116,7 @@ def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], *, shard_bytes: int) -> None:
     shard_of, total, n_shards = {}, 0, 0
     for n_shards, shard in enumerate(_shards(tensors, shard_bytes), start=1):
-        try:
-            save_file(shard, folder / f"model-{n_shards}", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise InputError(f"{folder} cannot be written ({error}); make room there.") from error
+        write_tensors(folder / f"model-{n_shards}", shard, metadata={"format": "pt"})
         shard_of |= dict.fromkeys(shard, n_shards)
         total += sum(value.nbytes for value in shard.values())
     if n_shards == 1:

@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(keep(folder, given.out or "docs/runs"))
         if given.collect:
             words = {"title": given.title, "head": given.head, "include": given.include, "html": given.html}
-            collect(given.collect, given.out or "docs/results.md", command=command, **words)
+            out = given.out or "docs/results.md"
+            collect(given.collect, out, command=command, **words)
+            print(out)
     except REFUSED as error:
         return refuse(error)
     return 0

@@ -73,6 +73,7 @@ def group_lines(
         lines += [f"{level} BDLM beside its controls", "", *shown, ""]
     for name, (words, metrics) in SLICES.items():
         if any(key[1] == name for key in runs[0].cells):
+            words += _fewer(runs[0], metrics[0].partition("/")[2])
             lines += [f"{level} Slice {name}", "", words, "", *_slice(runs, name, metrics), ""]
     lines += [TIES, "", pictures.get("slices", ""), ""]
     if chosen := [line for run in runs for line in _chosen(run)]:
@@ -137,6 +138,13 @@ def _hashes(data: Mapping) -> str:
     candidates = sorted((name.split("/"), sha) for name, sha in data["candidates"].items())
     of_test = [f"{name} `{sha[:8]}`" for (part, name), sha in candidates if part == "test"]
     return ", ".join([f"`{data['sha256'][:12]}`", *of_test])
+
+
+def _fewer(run: Finished, protocol: str) -> str:
+    """Says where the slice has fewer items than the name of its candidates says."""
+    held = [counts[protocol].others for counts in run.counts.values() if protocol in counts]
+    most = max((int(others_N.max(initial=0)) for others_N in held), default=0)
+    return f" Here there are {most}." if protocol in ("cold20", "knowledge20") and 0 < most < 19 else ""
 
 
 def _slice(runs: Sequence[Finished], part: str, metrics: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from bdlm_jax.domain.models import MODELS
 from bdlm_jax.run import build, trained
 from bdlm_jax.run.build import Decoder, Run, Tables
 from bdlm_jax.run.controls import CONTROLS
+from bdlm_jax.run.forecast import Forecast
 from bdlm_jax.runtime import checkpoint
 from bdlm_jax.runtime.fit import Phase
 from bdlm_jax.runtime.log import duration
@@ -61,8 +62,7 @@ def _pretrain(run: Run) -> list[str]:
 def follow(run: Run) -> Run:
     """Tells the stages that are to come and what trains in BDLM, and returns the run that tells each as it begins.
 
-    With each it says how long the one before has taken. What is to come is of other kinds, which nobody has timed: how
-    long a stage still takes is told within it (`runtime.fit`).
+    With each it says how long the one before has taken, and about how long those to come will (`forecast`).
     """
     names = stage_names(run)
     done = [name for name in names if _finished(run.root / name)]
@@ -76,7 +76,8 @@ def follow(run: Run) -> Run:
     if any(name.endswith("bdlm") and name not in done for name in names):
         _LOG.info("what trains, by optimiser group:\n  %s", "\n  ".join(_bdlm_table(run)))
     told, started = set(done), time.monotonic()
-    at_work: list[tuple[str, float]] = []  # the stage that was trained last, and when it began
+    at_work: list[tuple[str, Path, float]] = []  # the stage that was trained last, where, and when it began
+    ahead = Forecast(run, names, done)
 
     def begin(name: str, folder: Path, phases: Sequence[Phase]) -> None:
         if name in told:
@@ -84,8 +85,9 @@ def follow(run: Run) -> Run:
         told.add(name)
         now = time.monotonic()
         if at_work:
-            last, began = at_work.pop()
+            last, where, began = at_work.pop()
             words = last, duration(now - began), duration(now - started)
+            ahead.learn(last, where, now - began)
             _LOG.info("  %s took %s, with its test where it has one; so far the run has taken %s", *words)
         place = f"stage {names.index(name) + 1} of {len(names)}" if name in names else "stage"
         if _finished(folder):
@@ -98,7 +100,9 @@ def follow(run: Run) -> Run:
         behind = _units(folder)
         goes_on = f"; goes on behind {behind:,d} of {units.total():,d}" if behind else ""
         _LOG.info("%s: %s (%s%s)", place, name, work, goes_on)
-        at_work.append((name, now))
+        if rest := ahead.rest(name, 1 - behind / max(1, units.total())):
+            _LOG.info("  %s", rest)
+        at_work.append((name, folder, now))
 
     return dataclasses.replace(run, begin=begin)
 

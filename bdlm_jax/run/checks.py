@@ -40,7 +40,8 @@ from bdlm_jax.types import InputError
 SLICE_PROTOCOLS = ("pair", "cold20", "knowledge20")  # of the twins world
 SPLITS = ("leave_one_out", "global_time", "ratio", "cold_items")  # of data/splits.py
 SELECTABLE = ("hr@1", "ndcg@10")  # what validation computes
-_TOO_MANY = 2**31  # of anything that is counted: indices and numbers of steps are int32
+# Of anything that is counted: indices and numbers of steps are int32. Phases stand in a list, layers in one program.
+_BELOW = {r"layers|blocks": 1_000, r"epochs|rounds": 1_000_000, "": 2**31}
 _LARGEST_WORLD = 1_000_000  # users, sentences, …
 _DATA = ("twins", *READERS)
 _FREE = ("data.candidates.", "data.options.", "domain.options.")  # sections whose keys an experiment chooses
@@ -161,8 +162,9 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
         if not _holds(rule, settings[key]):
             raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}.")
         counts = isinstance(settings[key], int) or re.search("epochs|times|copies|share$", key)
-        if counts and settings[key] >= _TOO_MANY and not key.endswith("seed"):
-            raise InputError(f"config.{key} is {settings[key]!r}; it must be below 2**31.")
+        most = next(below for words, below in _BELOW.items() if re.search(words, key))
+        if counts and settings[key] >= most and not key.endswith("seed"):
+            raise InputError(f"config.{key} is {settings[key]!r}; it must be below {most:,d}.")
     _check_data(config.data, config.models)
     _check_models(config)
     _check_lm(config, lm_shape(config))

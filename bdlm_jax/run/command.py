@@ -37,10 +37,12 @@ def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
     # At once: the imports below take seconds, and large data minutes.
     _LOG.info("bdlm_jax %s: %s, seed %s", __version__, argv[0], flags.FLAGS.config.get("seed"))
     from bdlm_jax.run import checks
-    from bdlm_jax.runtime.door import REFUSED, refuse
+    from bdlm_jax.runtime.door import REFUSED, memory_explained, refuse
 
+    remedy = "lower lm.batch_rows, raise lm.accumulate or set lm.remat; --dry_run counts what a config needs"
     try:
-        act(checks.name_config(flags.FLAGS.config, argv[0]))
+        with memory_explained(remedy):
+            act(checks.name_config(flags.FLAGS.config, argv[0]))
     except FloatingPointError as error:
         _leave(error, code=1)
     except REFUSED as error:
@@ -67,6 +69,8 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
         argv = [argv[0], f"--config={found}", *_without_config(argv[1:])]  # config_flags wants it before its settings
         sys.argv = argv  # where config_flags looks for them
         sys.path.insert(0, str(file.resolve().parents[1]))  # experiments import their neighbours
+    if twice := _twice(argv):
+        _leave(f"{twice} is given twice; give it once, several values as {twice}=\"('a', 'b')\".")
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # config_flags passes on whatever the config file or an override raises
@@ -80,6 +84,12 @@ def _parse_flags(argv: list[str], *, needs: Sequence[str]) -> list[str]:
 def _without_config(words: list[str]) -> list[str]:
     pairs = zip(["", *words], words)
     return [word for before, word in pairs if not re.fullmatch("--?config(=.*)?", word) and before not in _CONFIG]
+
+
+def _twice(argv: list[str]) -> str | None:
+    """A setting that stands twice: of most the last would count, of a tuple ml_collections would join them."""
+    names = [word.partition("=")[0] for word in argv if re.match(r"--?config\.", word)]
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 def _given(argv: list[str]) -> dict[str, str]:

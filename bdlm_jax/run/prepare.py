@@ -194,8 +194,15 @@ def _chats(config: ml_collections.ConfigDict, tokenizer) -> bool:
     word = config.prompts.chat
     if word == "always" and not tokenizer.chat_template:
         raise InputError("config.prompts.chat is always, but the tokenizer has no chat template; set it to never.")
-    named = re.search(r"instruct|chat|[-_]it\b", config.lm.path, re.IGNORECASE)
+    name = _own_name(config.lm.path) if config.lm.path else ""
+    named = re.search(r"instruct|chat|[-_]it\b", name, re.IGNORECASE)
     return bool(tokenizer.chat_template) and (word == "always" or (word == "auto" and bool(named)))
+
+
+def _own_name(path: str) -> str:
+    """What a model is called: the end of its hub id or folder, or what the hub's cache calls a snapshot."""
+    folder = Path(path).absolute()
+    return folder.parents[1].name if folder.parent.name == "snapshots" else folder.name
 
 
 def encode_texts(config: ml_collections.ConfigDict, data: Data, vocabulary: Vocabulary) -> Texts:

@@ -31,7 +31,8 @@ from bdlm_jax.mutual.optimizer import FROZEN, make_optimizer, make_schedule
 from bdlm_jax.mutual.options import LMWeights, Meeting
 from bdlm_jax.run.build import DOT_ARM
 from bdlm_jax.run.rows import text_rows
-from bdlm_jax.runtime import parallel
+from bdlm_jax.run.workdir import hold
+from bdlm_jax.runtime import checkpoint, parallel
 from bdlm_jax.runtime.files import replacing, write_json
 from bdlm_jax.runtime.fit import Arm, Fitted, Phase, fit
 from bdlm_jax.runtime.log import StopSignal
@@ -67,11 +68,14 @@ class Settings:
     def __post_init__(self):
         whole = ("vocab_size", "width", "layers", "heads", "kv_heads", "length", "epochs", "batch_rows")
         for name in whole:
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+            most = 1_000 if name == "layers" else 2**31
+            if not 1 <= getattr(self, name) < most:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1 and below {most:,d}.")
         for name, most in (("weight_decay", 1.0), ("dropout", 1.0), ("learning_rate", 1.0), ("held_out", 0.5)):
             if not 0 <= getattr(self, name) < most:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below {most:g}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be at least 0 and below 2**32.")
         if self.length < 8:
             raise InputError(f"--length is {self.length}; a row needs at least 8 tokens.")
 
@@ -105,10 +109,16 @@ def pretrain(corpus: Sequence[str], out: str | os.PathLike, settings: Settings) 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         _refuse_other(out / FACTS, asked, f"{out} exists already")
         return json.loads((out / FACTS).read_text(encoding="utf-8"))
-    if training.exists():
-        _refuse_other(training / FACTS, asked, f"{training} was begun")
-    write_json(training / FACTS, asked)
+    with hold(training, flag="--out"):
+        _forget_other(training, asked)
+        write_json(training / FACTS, asked)
+        made = asked | _make(out, training, documents, asked, settings)
+        shutil.rmtree(training)
+    return made
 
+
+def _make(out: Path, training: Path, documents: list[str], asked: dict, settings: Settings) -> dict:
+    """Trains in one folder and writes the directory; returns what was reached."""
     held, rest = _held_out(documents, settings)
     vocabulary = _vocabulary(training / "tokenizer", rest, settings)
     shape = settings.shape(vocabulary.n_text)
@@ -131,8 +141,18 @@ def pretrain(corpus: Sequence[str], out: str | os.PathLike, settings: Settings) 
         write_hf_folder(folder, lm, shape, vocabulary, np.zeros((0, shape.width)), max_tokens=settings.length)
         shutil.copyfile(training / "metrics.jsonl", folder / "metrics.jsonl")
         write_json(folder / FACTS, asked | reached)
-    shutil.rmtree(training)
-    return asked | reached
+    return reached
+
+
+def _forget_other(training: Path, asked: dict) -> None:
+    """Refuses to go on with what other settings have trained; what they have only prepared goes."""
+    if (training / FACTS).exists():
+        try:
+            _refuse_other(training / FACTS, asked, f"{training} was begun")
+        except InputError:
+            if checkpoint.steps(training / "checkpoints"):
+                raise
+            shutil.rmtree(training / "tokenizer", ignore_errors=True)
 
 
 def _refuse_other(path: Path, asked: dict, where: str) -> None:

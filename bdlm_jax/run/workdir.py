@@ -31,17 +31,17 @@ _READ_BACK = (*_PREPARED, "config.json", "environment.json", *_NUMBERS)
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike) -> Iterator[Path]:
+def hold(workdir: str | os.PathLike, *, flag: str = "--workdir") -> Iterator[Path]:
     """Makes a run directory and holds it against other processes; the system lets go of one whose holder dies."""
     folder = Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / "lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(f"another run is at work in {folder}; wait for it, or choose another --workdir.") from None
+        raise InputError(f"another run is at work in {folder}; wait for it, or choose another {flag}.") from None
     except (OSError, ValueError, NotImplementedError) as error:  # ValueError: a path with a null byte
         why = getattr(error, "strerror", None) or error
-        raise InputError(f"{folder} cannot be a run directory ({why}); choose another --workdir.") from error
+        raise InputError(f"{folder} cannot be a run directory ({why}); choose another {flag}.") from error
     with held:
         yield folder
 

@@ -57,16 +57,24 @@ def save_safetensors(path: str | os.PathLike, tree: Any) -> None:
 
     Its metadata hold a checksum of names, types, shapes and values.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     flat: dict[str, np.ndarray] = {}
     _flatten(tree, "", flat)
     with replacing(path) as partial:
-        try:
-            save_file(flat, partial, metadata={"sha256": _digest(flat)})
-        except SafetensorError as error:
-            raise InputError(f"{path} cannot be written ({error}); make room there.") from error
+        write_tensors(partial, flat, metadata={"sha256": _digest(flat)})
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], *, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that others may read as the umask lets them: the library shuts them out."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise InputError(f"{path.with_suffix('')} cannot be written ({error}); make room there.") from error
+    path.chmod(mode)
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def recommend(
         raise InputError("give either users or histories, not both and not neither.")
     if k < 1:
         raise InputError(f"k is {k}, but at least one item must be asked for.")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, it must be at least 0 and below 2**32.")
     if explain and not isinstance(arm, ServedLM):
         raise InputError("a domain model has no words to explain with: ask a language model (--arm lm).")
     indices = None if users is None else [find_user(catalogue, user, exact=exact) for user in users]

@@ -153,8 +153,12 @@ def load_catalogue(workdir: str | os.PathLike) -> Catalogue:
 
 
 def find_arm(workdir: str | os.PathLike, name: str = "", *, kind: str = "") -> str:
-    """The name of an arm that is served: by default BDLM's, or else the first (of a kind, where one is given)."""
+    """The name of an arm that is served: by default BDLM's, or else the first (of a kind, where one is given).
+
+    An arm is also found by its name in the results.
+    """
     _, arms = _open(workdir)
+    name = next((arm for arm, facts in arms.items() if name and facts.get("row") == name), name)
     fitting = [arm for arm, facts in arms.items() if kind in ("", facts["kind"])]
     if not fitting:
         what = {"domain": "domain model", "lm": "language model"}[kind]

@@ -90,5 +90,3 @@ def _new_folder(out: str | os.PathLike) -> Iterator[Path]:
     with replacing(out) as folder:
         folder.mkdir()
         yield folder
-        for path in folder.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner alone

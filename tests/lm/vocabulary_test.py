@@ -24,6 +24,11 @@ def vocabulary(tokenizer):
     return Vocabulary(tokenizer, 12, 25)
 
 
+def test_a_word_without_end_teaches_no_more_than_its_beginning():
+    whole, cut = (train_tokenizer([*TEXTS, "ab" * n], 300).get_vocab() for n in (3000, 500))
+    assert whole == cut
+
+
 def test_id_tokens_stand_behind_the_rounded_text_vocabulary(vocabulary, tokenizer):
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     assert vocabulary.n_text % 8 == 0 and 0 <= vocabulary.n_text - n_tokens < 8

@@ -10,6 +10,7 @@ from made_run import make_run
 from bdlm_jax.evaluation.statistics import bootstrap_interval
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.report.finished_run import curve_notes, group_runs, phase_names, read_run, stage_seconds
+from bdlm_jax.report.tables import group_lines
 from experiments import defaults
 
 
@@ -115,6 +116,22 @@ def test_metrics_of_few_targets_are_counted_and_not_shown(tmp_path):
     assert "Too few targets to say anything (under 20): hr@1/pair (19), auc/pair (19)." in few
     assert (tmp_path / "20" / "plots" / "slices.png").exists()
     assert not (tmp_path / "19" / "plots" / "slices.png").exists()
+
+
+@pytest.mark.parametrize(("others", "told"), [(3, "19 other such items. Here there are 3."), (19, "other such items.")])
+def test_a_slice_of_few_items_says_how_many_there_are(tmp_path, others, told):
+    run = read_run(make_run(tmp_path / "run", models={"lightgcn": (20, 0)}))
+    counts = run.counts["lightgcn"]
+    counts["cold20"] = counts["cand100"]._replace(others=np.full(100, others))
+    run.cells["lightgcn", "cold", "hr@1/cold20"] = (0.2, 100)
+    lines = group_lines([run], {}, [], family=1)
+    assert lines[lines.index("## Slice cold") + 2].endswith(told)
+
+
+def test_where_a_page_went_is_told(tmp_path, capsys):
+    page = str(tmp_path / "page.md")
+    assert report.main(["--collect", str(make_run(tmp_path / "run")), "--out", page]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
 
 
 def test_phases_are_named_as_the_stage_runs_them():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from bdlm_jax.domain.models import MODELS
-from bdlm_jax.run import agenda, build, contenders, stages, teachers, trained
+from bdlm_jax.run import agenda, build, contenders, forecast, stages, teachers, trained
 from bdlm_jax.runtime.fit import Phase
 from experiments import tiny
 
@@ -78,6 +78,10 @@ def test_a_resumed_run_tells_what_it_goes_on_with_and_each_stage_what_the_one_be
     (tmp_path / "mf").mkdir()
     (tmp_path / "mf" / "done.json").write_text("{}")
     (tmp_path / "text_lm" / "checkpoints" / "40").mkdir(parents=True)
+    row = '{{"stage": "text_lm", "step": {}, "time": {}, "since": 0, "lm/loss": 1}}\n'
+    (tmp_path / "text_lm" / "metrics.jsonl").write_text(row.format(1, 7) + row.format(11, 27))  # 2 s a step
+    work = {"ids_lm": {"epochs of mf": 9}, "lightgcn": {forecast.LM: 90}, "text_lm": {}}
+    monkeypatch.setattr(forecast, "work", lambda _, name: work[name])
     (tmp_path / "store" / "ids_lm").mkdir(parents=True)
     (tmp_path / "store" / "ids_lm" / "done.json").write_text("{}")
     run = agenda.follow(make_run(("mf", "text_lm", "ids_lm", "lightgcn"), corpus=(), folder=tmp_path))
@@ -92,6 +96,7 @@ def test_a_resumed_run_tells_what_it_goes_on_with_and_each_stage_what_the_one_be
         "  text_lm took 90 s, with its test where it has one; so far the run has taken 92 s",
         f"stage 3 of 4: ids_lm is finished, in {tmp_path / 'store' / 'ids_lm'}",
         "stage 4 of 4: lightgcn (120 steps of the LM, 3 epochs of the domain arm)",
+        "  about 4.5 min to go",
     ]
 
 

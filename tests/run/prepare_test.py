@@ -260,7 +260,14 @@ def test_cut_titles_are_counted_and_remembered(config, tmp_path, caplog, monkeyp
 
 @pytest.mark.parametrize(
     ("word", "name", "wanted"),
-    [("always", "model", True), ("auto", "model-Instruct", True), ("auto", "model", False), ("never", "a-it", False)],
+    [
+        ("always", "model", True),
+        ("auto", "model-Instruct", True),
+        ("auto", "models--a--model-it/snapshots/0a1b", True),
+        ("auto", "model", False),
+        ("auto", "chats/instruct/model", False),
+        ("never", "a-it", False),
+    ],
 )
 def test_who_talks_by_the_template(config, tmp_path, word, name, wanted):
     own_lm.write_model(tmp_path / name, own_lm.LLAMA)

@@ -1,7 +1,10 @@
 """A small model from text: what it leaves, that a kill changes no bit of it, and that others read it."""
 
+import dataclasses
+import errno
 import json
 import math
+import os
 
 import pytest
 from safetensors.numpy import load_file
@@ -11,7 +14,7 @@ from bdlm_jax.evaluation.perplexity import perplexity
 from bdlm_jax.lm.hf_config import lm_config_from_hf
 from bdlm_jax.lm.hf_weights import check_folder, load_lm
 from bdlm_jax.lm.vocabulary import Vocabulary, load_tokenizer
-from bdlm_jax.run import pretraining
+from bdlm_jax.run import pretraining, workdir
 from bdlm_jax.run.pretraining import Settings, pretrain
 from bdlm_jax.run.rows import text_rows
 from bdlm_jax.types import InputError
@@ -107,6 +110,8 @@ def test_transformers_says_the_same_of_a_text(made):
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--held_out", "0.7"], "--held_out is 0.7"),
         (["--vocab_size", "10"], "vocab_size 10 cannot hold the bytes"),
+        (["--seed", str(2**70)], "it must be at least 0 and below 2**32"),
+        (["--out", "/proc/no/model"], "/proc/no/model.training cannot be a run directory"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(corpus, tmp_path, capsys, words, told):
@@ -115,3 +120,34 @@ def test_what_cannot_be_is_one_sentence(corpus, tmp_path, capsys, words, told):
     err = capsys.readouterr().err
     assert err.startswith("bdlm_jax: ") and err.count("\n") == 1 and told in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_trained_nothing_binds_nothing_and_of_two_at_once_the_second_is_refused(corpus, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="cannot hold the bytes"):
+        pretrain([corpus], tmp_path / "out", dataclasses.replace(SMALL, vocab_size=10))
+    training = tmp_path / "out.training"
+    (training / "tokenizer").mkdir()
+    with (
+        workdir.hold(training),
+        pytest.raises(
+            InputError, match=r"another run is at work in .*out\.training; wait for it, or choose another --out"
+        ),
+    ):
+        pretrain([corpus], tmp_path / "out", SMALL)
+
+    def make(*_):
+        assert not (training / "tokenizer").exists(), "of other settings"
+        return {}
+
+    monkeypatch.setattr(pretraining, "_make", make)
+    assert pretrain([corpus], tmp_path / "out", SMALL)["settings"] == dataclasses.asdict(SMALL)
+
+
+def test_a_full_disk_is_one_sentence(corpus, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "model.safetensors"))
+
+    monkeypatch.setattr(pretraining, "_make", full)
+    assert door.main(["--corpus", corpus, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bdlm_jax: ") and err.count("\n") == 1 and "No space left on device" in err

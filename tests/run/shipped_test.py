@@ -75,6 +75,7 @@ def test_what_is_installed_runs_an_experiment_by_its_name_from_anywhere(tmp_path
     command = [sys.executable, "setup.py", *map(str, words)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert {path.name for path in (built / "bdlm_jax/shipped/experiments").iterdir()} >= {"defaults.py", "models"}
+    assert (built / "bdlm_jax/py.typed").exists()  # else a reader of types takes none of ours
     environment = {**os.environ, "PYTHONPATH": str(built)}
     main = [sys.executable, "-m", "bdlm_jax.main", "--workdir", "run", "--config.models=('item_pop',)"]
     done = subprocess.run(

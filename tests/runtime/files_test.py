@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 
@@ -25,6 +26,15 @@ def test_a_tree_comes_back_with_its_types(tmp_path):
     for mine, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(tree)):
         assert (mine.dtype, mine.shape) == (wanted.dtype, wanted.shape)
         np.testing.assert_array_equal(mine, wanted)
+
+
+def test_a_table_is_for_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.save_safetensors(tmp_path / "table", {"a": np.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "table").stat().st_mode & 0o777 == 0o640
 
 
 def test_what_cannot_be_read_or_written_is_refused(tmp_path):

@@ -118,8 +118,8 @@ def test_records_come_back_as_they_were_written(tiny_run, tmp_path, monkeypatch)
 )
 def test_an_arm_is_found_by_name_and_bdlms_is_the_first(tiny_run, tmp_path, ask, message):
     folder = tiny_run[1]
-    found = [artefact.find_arm(folder, *who) for who in ((), ("lightgcn",), ("lm",))]
-    assert [*found, artefact.find_arm(folder, kind="lm")] == ["domain", "lightgcn", "lm", "lm"]
+    found = [artefact.find_arm(folder, *who) for who in ((), ("lightgcn",), ("lm",), ("bdlm_lm",))]
+    assert [*found, artefact.find_arm(folder, kind="lm")] == ["domain", "lightgcn", "lm", "lm", "lm"]
     with pytest.raises(InputError, match=message):
         artefact.find_arm(folder, **ask)
     artefact.write_arm(tmp_path, "mf", artefact.load_domain_arm(folder), artefact.load_catalogue(folder))
