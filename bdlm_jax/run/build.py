@@ -272,6 +272,7 @@ def make_lm_arm(
       trains: default `lm.trains`.
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
+    softmax_items = prepare.drawn_items(c.softmax_items, run.data.n_items, told="the LM" if weights.item else "")
     trains = trains or c.trains
     train_user, apart = trained.reaches_users(config, arm, reads=meeting.reads), trained.rows_apart(config, trains)
     rules = trained.lm_rules(trains, train_shared="shared" in rates, train_user=train_user, rows_apart=apart)
@@ -286,11 +287,11 @@ def make_lm_arm(
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
-        rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
+        rules=None if trains == "full" and train_user else rules, softmax_items=softmax_items,
         skip_text=bool(weights.item) and config.parallel == "jit",
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"known": _known(run, (TRAIN,))} if weights.kl else {})
-    if c.softmax_items:
+    if softmax_items:
         constants["warm_item_W"] = jnp.asarray(np.flatnonzero(run.warm_I))
 
     def batch(number):
@@ -351,7 +352,8 @@ def make_domain_arm(
     if arm.windows:  # a batch of few users, and so many steps: it hears the LM of as many as it learns from
         kl_users = min(kl_users, batch_size)
     kl_items = m.kl_items if weights.kl else 0
-    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c("softmax_items") or 0}
+    softmax_items = prepare.drawn_items(c("softmax_items") or 0, data.n_items, told=model) if arm.windows else 0
+    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": softmax_items}
     epoch = domain_epoch.make_domain_epoch(step, batch_size=batch_size, **drawn)
     slots = domain_epoch.make_slots(batch_size=batch_size, kl_users=kl_users)
     return Arm(_compile(run, epoch), optimizer, lambda number: slots, view=_nothing, constants=constants)

@@ -45,6 +45,7 @@ class ServedDomain:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model's settings
     dot: bool = True  # the score is the inner product of two rows
     reads_history: bool = False  # the model makes a new user's row of their history
+    search: Any = None  # of `index.make_index`, where items are looked for by one
 
     @property
     def items(self) -> np.ndarray:
