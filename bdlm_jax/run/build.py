@@ -24,7 +24,7 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import make_optimizer, make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import guards, prepare, store, trained
+from bdlm_jax.run import guards, prepare, store, trained, work
 from bdlm_jax.run.prepare import Data, Texts
 from bdlm_jax.run.ranked import KNOWN, PARTS
 from bdlm_jax.runtime import parallel
@@ -305,7 +305,12 @@ def make_lm_arm(
             unnamed_user=vocabulary.unnamed_user,
         )
 
-    return Arm(_compile(run, step), optimizer, batch, view=_nothing, constants=constants)
+    def rates_of(batch, seconds):
+        how = {"weights": weights, "trains": trains, "n_logits": softmax_items or run.data.n_items}
+        flops = work.step_flops(run.lm, batch, **how, adapters=_adapters(run) if trains == "lora" else 0)["model"]
+        return work.step_rates(flops, batch["tokens"].size, seconds, n_devices=_devices(run))
+
+    return Arm(_compile(run, step), optimizer, batch, view=_nothing, constants=constants, rates=rates_of)
 
 
 def make_domain_arm(
@@ -338,7 +343,7 @@ def make_domain_arm(
     guards.check_epoch(data.split, constants)
     if weights.kl:
         constants["known"] = _known(run, KNOWN[part])
-    n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
+    n = _devices(run)  # small data must still divide over them
     n_rows = len(constants.get("window_WL", user_E))
     batch_size = min(c("batch_size"), -(-n_rows // n) * n)
     if epochs and c("schedule"):
@@ -369,6 +374,18 @@ def _init_keys(run: Run, stage: str) -> jax.Array:
 
 def _compile(run: Run, step) -> parallel.Compiled:
     return parallel.compile_step(step, parallel=run.config.parallel, mesh=run.config.mesh.to_dict())
+
+
+def _devices(run: Run) -> int:
+    return 1 if run.config.parallel == "jit" else parallel.device_count()
+
+
+def _adapters(run: Run) -> int:
+    """The number of weights in the adapters of the layers."""
+    c, key = run.config.lm, jax.random.key(0)
+    options = {"rank": c.lora_rank, "targets": c.lora_targets, "alpha": c.lora_alpha}
+    made = jax.eval_shape(lambda: lora.init_lora(key, causal_lm.init_lm(key, config=run.lm), **options))
+    return sum(leaf.size for leaf in jax.tree.leaves(made.get(lora.BESIDE, {})))
 
 
 def _decoder_shardings(run: Run):

@@ -53,6 +53,13 @@ class ServedDomain:
         return self.item_ID
 
     @cached_property
+    def sieve(self):
+        """Of `sieve.make_sieve`, which copies the items' table in a byte a number."""
+        from bdlm_jax.serving.sieve import make_sieve
+
+        return make_sieve(self.item_ID)
+
+    @cached_property
     def rebuilt(self):
         """The model itself, which knows nobody: it reads and scores."""
         from bdlm_jax.domain.arm import Inputs

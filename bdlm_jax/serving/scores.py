@@ -13,6 +13,7 @@ import numpy as np
 from bdlm_jax.serving.artefact import Arm, ServedDomain, ServedLM
 from bdlm_jax.types import Array
 
+LARGE, FEW = 200_000, 2  # items from which a sieve is worth its bytes, and users for whom it is faster than one product
 LM_ROWS = 16  # packed rows that go through a language model at once
 
 
@@ -30,10 +31,13 @@ def best_items(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(items, scores) of the k best that each user has not had, best first, ties in catalogue order; of `arm_scores`.
 
-    An arm with an index scores what its index finds, and may lack an item.
+    An arm with an index scores what its index finds, and may lack an item. Of a large catalogue a user or two are
+    answered through its sieve: the answer is the same, after a reading of a quarter of the bytes.
     """
     if isinstance(arm, ServedDomain) and arm.search:
-        return _best_found(arm, histories, users=users, k=k)
+        return _best_found(arm, arm.search, histories, users=users, k=k)
+    if isinstance(arm, ServedDomain) and arm.dot and len(arm.item_ID) >= LARGE and len(histories) <= FEW:
+        return _best_found(arm, arm.sieve, histories, users=users, k=k)
     scores_BI = arm_scores(arm, histories, users=users)
     best = [top_items(scores_I, seen=had, k=k) for scores_I, had in zip(scores_BI, histories)]
     return [(items, scores_I[items]) for items, scores_I in zip(best, scores_BI)]
@@ -126,10 +130,10 @@ def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
 
 
-def _best_found(arm, histories, *, users, k):
+def _best_found(arm, search, histories, *, users, k):
     state_BD, had = domain_states(arm, histories, users=users), [np.unique(history) for history in histories]
     best = []
-    for state_D, found, seen in zip(state_BD, arm.search(state_BD, k + max(map(len, had))), had):
+    for state_D, found, seen in zip(state_BD, search(state_BD, k + max(map(len, had))), had):
         items = np.setdiff1d(found, [*seen, -1])  # sorted: ties stay in catalogue order
         scores_n = arm.item_ID[items] @ state_D
         first = np.argsort(-scores_n, kind="stable")[:k]
