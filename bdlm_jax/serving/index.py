@@ -14,14 +14,14 @@ from bdlm_jax.serving import scores
 from bdlm_jax.serving.artefact import Arm, ServedDomain
 from bdlm_jax.types import Array, InputError
 
-SEARCHED = 16  # of as many parts one is gone through
+SEARCHED = 16  # of as many parts one is gone through, where nothing else is said
 JUDGED = 200  # users on whom the recall is measured
 
 
-def make_index(item_ID: np.ndarray) -> Callable[[Array, int], np.ndarray]:
+def make_index(item_ID: np.ndarray, *, one_in: int = SEARCHED) -> Callable[[Array, int], np.ndarray]:
     """Parts the items and returns search(state_BD, n) -> (B, n) items of high inner product, -1 where it found fewer.
 
-    There are about √I parts, of which one in `SEARCHED` is gone through (ours).
+    There are about √I parts, of which `one_in` so many is gone through (ours).
     """
     try:
         import faiss
@@ -34,19 +34,21 @@ def make_index(item_ID: np.ndarray) -> Callable[[Array, int], np.ndarray]:
     rows_ID = np.ascontiguousarray(item_ID, np.float32)
     made.train(rows_ID)
     made.add(rows_ID)
-    made.nprobe = -(-n_parts // SEARCHED)
+    made.nprobe = -(-n_parts // one_in)
     return lambda state_BD, n: made.search(np.ascontiguousarray(state_BD, np.float32), min(n, n_items))[1]
 
 
-def with_index(arm: Arm) -> ServedDomain:
+def with_index(arm: Arm, *, one_in: int = SEARCHED) -> ServedDomain:
     """The same arm, which looks for its items by an index from now on.
 
     Raises:
-      InputError: another kind of arm than a domain model with inner products, no faiss.
+      InputError: another kind of arm than a domain model with inner products, less than one part, no faiss.
     """
+    if one_in < 1:
+        raise InputError(f"--index is {one_in}; it goes through one of so many parts, which is at least 1.")
     if not isinstance(arm, ServedDomain) or not arm.dot:
         raise InputError("an index is of a domain model whose score is an inner product: ask one without --index.")
-    return dataclasses.replace(arm, search=make_index(arm.item_ID))
+    return dataclasses.replace(arm, search=make_index(arm.item_ID, one_in=one_in))
 
 
 def measure_recall(arm: ServedDomain, *, k: int = 10) -> float:

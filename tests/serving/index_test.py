@@ -35,6 +35,9 @@ def test_an_index_finds_most_and_nothing_seen():
     tables = [DRAW.standard_normal((n, 8), np.float32) for n in (40, 2000)]
     arm = index.with_index(ServedDomain("mf", *tables, np.ones(2000)))
     assert 0.3 < index.measure_recall(arm) < 1, "one part of sixteen holds more than its share of the best, not all"
+    assert (
+        index.measure_recall(index.with_index(arm, one_in=1)) > 0.99
+    )  # all is looked at; eight bits may mistake a tie
     (first, _), (then, of_items) = (
         scores.best_items(arm, [had], users=[0], k=5)[0]
         for had in ([], scores.best_items(arm, [[]], users=[0], k=5)[0][0])
@@ -50,6 +53,8 @@ def test_what_an_index_needs_is_told(tiny_run, capsys, monkeypatch, arm, told):
     assert told in capsys.readouterr().err
 
 
-def test_a_model_with_a_score_of_its_own_has_no_index():
+def test_what_has_no_index_is_told():
     with pytest.raises(InputError, match="inner product"):
         index.with_index(dataclasses.replace(ARM, dot=False))
+    with pytest.raises(InputError, match="--index is 0; it goes through one of so many parts"):
+        index.with_index(ARM, one_in=0)
