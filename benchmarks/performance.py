@@ -143,7 +143,7 @@ same in both directions and each layer.
     ),
     "data_path": Part(
         "Twenty million interactions of a million users, from CSV to the first step",
-        "data_path.py run runs/shop --lm",
+        "data_path.py run runs/shop",
         """
 The aim was five minutes and 8 GB on two cores. The data were made by `python benchmarks/data_path.py make runs/shop`.
 The seconds are of the clock while a dozen other processes shared the two cores; the processor's are 139. The run went
