@@ -64,6 +64,7 @@ setup(
         "tune": ["optuna>=4.0"],
         "http": ["fastapi>=0.115", "uvicorn>=0.30"],
         "parquet": ["pyarrow>=18"],
+        "index": ["faiss-cpu>=1.10"],
         "test": [
             "fastapi>=0.115",
             "httpx>=0.27",

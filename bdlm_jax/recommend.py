@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import bdlm_jax
 from bdlm_jax.runtime.door import REFUSED, refuse
-from bdlm_jax.serving import answers, artefact
+from bdlm_jax.serving import answers, artefact, index
 from bdlm_jax.serving.all_users import write_all
 
 
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who.add_argument("--all", action="store_true", help="every user, into the file --out")
     parser.add_argument("--out", help="of --all: a new .csv or .parquet file (the latter with the extra parquet)")
     parser.add_argument("--arm", default="", help="domain or lm of BDLM, or another model of the run (default: domain)")
+    parser.add_argument(
+        "--index", type=int, nargs="?", const=index.SEARCHED, metavar="N",
+        help=f"look through one in N parts of the items (default {index.SEARCHED}; extra index: faiss)",
+    )  # fmt: skip
     parser.add_argument("-k", type=int, default=10, help="how many items (default 10)")
     parser.add_argument("--explain", action="store_true", help="the LM arm writes about each item (generated text)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of that text; 0 (default): the likeliest token")
@@ -38,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = bdlm_jax.load(given.workdir)
         catalogue, arm = run.catalogue, run.arm(given.arm)
+        if given.index is not None:
+            arm = index.with_index(arm, one_in=given.index)
+            print(index.describe_index(arm), file=sys.stderr)
         if given.all:
-            print(write_all(catalogue, arm, given.out, k=given.k, of=artefact.identity(given.workdir, given.arm)))
+            of = artefact.identity(given.workdir, given.arm) + (
+                f" by an index of one in {given.index}" if given.index else ""
+            )
+            print(write_all(catalogue, arm, given.out, k=given.k, of=of))
             return 0
         who = {"histories": [given.history]} if given.user is None else {"users": [given.user]}
         how = {name: getattr(given, name) for name in ("k", "explain", "temperature", "top_p", "seed")}

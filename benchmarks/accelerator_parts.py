@@ -21,10 +21,9 @@ from bdlm_jax.lm.causal_lm import init_lm, lm_hidden
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.mutual import sharing
 from bdlm_jax.mutual.losses import text_loss
-from bdlm_jax.run import plan
+from bdlm_jax.run import plan, work
 
 COUNTS = {"ml-1m": (6040, 3706, 988_129), "gowalla": (29_858, 40_981, 810_128)}  # users, items, training pairs
-KINDS = {"H200": "h200", "H100": "h100", "A100": "a100", "v5 lite": "tpu_v5e", "v5p": "tpu_v5p", "v6 lite": "tpu_v6e"}
 MFU_WANTED = {"135m": "≥ 50 %", "0.5b": "≥ 50 %", "1b": "≥ 50 %"}
 
 
@@ -35,10 +34,8 @@ def device() -> str:
 
 def peak_flops() -> tuple[float, str]:
     """FLOP/s against which utilisation is counted: the vendor's dense bfloat16, or a large product's as measured."""
-    kind = jax.devices()[0].device_kind
-    for word, name in KINDS.items():
-        if word in kind:
-            return plan.DEVICES[name].flops, f"of {plan.DEVICES[name].flops / 1e12:.0f} TFLOP/s, the vendor's"
+    if known := work.this_device():
+        return known.flops, f"of {known.flops / 1e12:.0f} TFLOP/s, the vendor's"
     import lm_step
 
     rate = lm_step.measure_matmul_rate("float32", size=1024)

@@ -99,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
     lm.clip_norm = 1.0
     lm.warmup_steps = 50
     lm.batch_rows = 16
-    lm.softmax_items = 0  # items drawn beside the targets for a batch's softmax; 0: the whole catalogue
+    lm.softmax_items = 0  # drawn beside a batch's targets for its softmax; 0: all items, 4,096 of over 50,000; -1: all
     lm.max_text_targets = 128  # of a row, drawn anew for every step
     lm.row_std = 0.1  # standard deviation of the <iid> rows as BDLM's LM first reads them; 0: as large as text rows
     lm.optimizer = "adamw"  # of the decoder (mutual/optimizer.py OPTIMIZERS); bridge and tables have adamw
@@ -170,7 +170,7 @@ def get_config() -> ml_collections.ConfigDict:
     sasrec.batch_size = 128  # windows
     sasrec.epochs = 40
     sasrec.evaluate_every = 2
-    sasrec.softmax_items = 0  # items drawn beside the target for a batch's softmax; 0: the whole catalogue
+    sasrec.softmax_items = 0  # as lm.softmax_items
 
     c.itemgcn = itemgcn = ml_collections.ConfigDict()
     itemgcn.length = 50  # items of a window
@@ -185,7 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
     itemgcn.batch_size = 256  # windows
     itemgcn.epochs = 20
     itemgcn.evaluate_every = 2
-    itemgcn.softmax_items = 0  # as sasrec.softmax_items
+    itemgcn.softmax_items = 0  # as lm.softmax_items
 
     c.item_knn = ml_collections.ConfigDict({"neighbours": 100, "shrink": 10.0})
     c.ease = ml_collections.ConfigDict({"l2": 250.0})

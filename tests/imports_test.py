@@ -102,7 +102,7 @@ def test_every_import_is_declared():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
     (requirements,) = re.findall(r"install_requires=\[(.*?)\]", text, re.S)
     declared = set(re.findall(r'"([\w-]+)>=', requirements)) | {"tensorboardX", "optuna", "wandb"}
-    declared |= {"fastapi", "pydantic", "uvicorn", "pyarrow"}  # of extras
+    declared |= {"fastapi", "pydantic", "uvicorn", "pyarrow", "faiss"}  # of extras
     used = {
         name.split(".")[0] for path in PACKAGE for name in imported(path.read_text(encoding="utf-8"), ("bdlm_jax",))
     }

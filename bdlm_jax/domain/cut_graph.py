@@ -1,7 +1,8 @@
 """A step of propagation cut over a mesh: every device sums into its own block of rows what all rows send there.
 
-The tables are gathered whole for a step, and given up again: N rows are less than the messages of E edges, which no
-device holds but its own. Â is symmetric, so that the gradient is the step itself, and nothing is scattered back.
+An edge lies on the device of its receiver alone. The tables are gathered whole for a step, and given up again: N rows
+are less than the messages of E edges, which no device holds but its own. Â is symmetric, so that the gradient is the
+step itself, and nothing is scattered back.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jraph
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from bdlm_jax.runtime import sharding
 from bdlm_jax.types import Array
 
 
@@ -36,7 +38,7 @@ def cut_propagate(
     def apply(user_UD, item_ID):
         sizes = (user_UD, block_U), (item_ID, block_I)
         padded = [jnp.pad(rows, ((0, mesh.size * block - len(rows)), (0, 0))) for rows, block in sizes]
-        user, item = cut(*padded, *edges)
+        user, item = cut(*padded, *sharding.own_part(edges))
         return user[: len(user_UD)], item[: len(item_ID)]
 
     return apply

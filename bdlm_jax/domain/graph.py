@@ -87,12 +87,18 @@ def make_propagate(
         backend = "gather" if jax.default_backend() == "cpu" else "segment"
     if backend == "auto":
         backend = choose_backend(n_users=n_users, n_items=n_items, n_edges=int(graph.n_edge[0]) // 2)
-    whole = _MAKE[backend](graph, n_users, n_items)
+    if backend == "gather":
+        _check_weights(graph)
     cut = functools.cache(lambda mesh: cut_propagate(graph, n_users=n_users, n_items=n_items, mesh=mesh))
+
+    @functools.cache
+    def whole():  # made where it is first used: on a mesh no device shall hold all edges
+        with jax.ensure_compile_time_eval():
+            return _MAKE[backend](graph, n_users, n_items)
 
     def apply(user_UD, item_ID):
         mesh = sharding.traced_mesh()
-        return (whole if mesh is None or mesh.size == 1 else cut(mesh))(user_UD, item_ID)
+        return (whole() if mesh is None or mesh.size == 1 else cut(mesh))(user_UD, item_ID)
 
     @jax.custom_vjp
     def propagate(user_UD, item_ID):
@@ -145,8 +151,6 @@ def _gather_backend(graph, n_users, n_items):
     """Sums neighbours as a tree: a list is cut into blocks of a few fixed widths, then so is the list of their sums."""
     senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
     scale_N = 1.0 / np.sqrt(np.bincount(receivers, minlength=n_users + n_items))
-    if not np.allclose(graph.edges, scale_N[senders] * scale_N[receivers], rtol=1e-5):
-        raise InputError("propagation backend 'gather' takes the weights of make_graph only: choose 'segment'.")
     levels, last_N = _neighbour_blocks(senders, receivers, n_users + n_items)
     levels, scale_N1 = jax.tree.map(jnp.asarray, levels), jnp.asarray(scale_N, jnp.float32)[:, None]
 
@@ -193,6 +197,12 @@ def _neighbour_blocks(senders, receivers, n_nodes):
         receivers, n_rows = np.repeat(np.arange(n_nodes), blocks_N), len(padded)
         if n_rows == n_nodes:
             return levels, senders
+
+
+def _check_weights(graph):
+    scale_N = 1.0 / np.sqrt(np.bincount(graph.receivers, minlength=int(graph.n_node[0])))
+    if not np.allclose(graph.edges, scale_N[graph.senders] * scale_N[graph.receivers], rtol=1e-5):
+        raise InputError("propagation backend 'gather' takes the weights of make_graph only: choose 'segment'.")
 
 
 def _checked(index, name, size):

@@ -24,7 +24,7 @@ from bdlm_jax.lm.packing import Packed
 from bdlm_jax.mutual import domain_epoch, lm_step, sharing
 from bdlm_jax.mutual.optimizer import make_optimizer, make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
-from bdlm_jax.run import guards, prepare, store, trained
+from bdlm_jax.run import guards, prepare, store, trained, work
 from bdlm_jax.run.prepare import Data, Texts
 from bdlm_jax.run.ranked import KNOWN, PARTS
 from bdlm_jax.runtime import parallel
@@ -272,6 +272,7 @@ def make_lm_arm(
       trains: default `lm.trains`.
     """
     config, c, vocabulary = run.config, run.config.lm, run.texts.vocabulary
+    softmax_items = prepare.drawn_items(c.softmax_items, run.data.n_items, told="the LM" if weights.item else "")
     trains = trains or c.trains
     train_user, apart = trained.reaches_users(config, arm, reads=meeting.reads), trained.rows_apart(config, trains)
     rules = trained.lm_rules(trains, train_shared="shared" in rates, train_user=train_user, rows_apart=apart)
@@ -286,11 +287,11 @@ def make_lm_arm(
     optimizer = make_optimizer(rules=rules, groups=groups, clip_norm=c.clip_norm)
     step = lm_step.make_lm_step(
         arm=arm, meeting=meeting, weights=weights, optimizer=optimizer, accumulate=c.accumulate,
-        rules=None if trains == "full" and train_user else rules, softmax_items=c.softmax_items,
+        rules=None if trains == "full" and train_user else rules, softmax_items=softmax_items,
         skip_text=bool(weights.item) and config.parallel == "jit",
     )  # fmt: skip
     constants = {"warm_I": jnp.asarray(run.warm_I)} | ({"known": _known(run, (TRAIN,))} if weights.kl else {})
-    if c.softmax_items:
+    if softmax_items:
         constants["warm_item_W"] = jnp.asarray(np.flatnonzero(run.warm_I))
 
     def batch(number):
@@ -304,7 +305,12 @@ def make_lm_arm(
             unnamed_user=vocabulary.unnamed_user,
         )
 
-    return Arm(_compile(run, step), optimizer, batch, view=_nothing, constants=constants)
+    def rates_of(batch, seconds):
+        how = {"weights": weights, "trains": trains, "n_logits": softmax_items or run.data.n_items}
+        flops = work.step_flops(run.lm, batch, **how, adapters=_adapters(run) if trains == "lora" else 0)["model"]
+        return work.step_rates(flops, batch["tokens"].size, seconds, n_devices=_devices(run))
+
+    return Arm(_compile(run, step), optimizer, batch, view=_nothing, constants=constants, rates=rates_of)
 
 
 def make_domain_arm(
@@ -337,7 +343,7 @@ def make_domain_arm(
     guards.check_epoch(data.split, constants)
     if weights.kl:
         constants["known"] = _known(run, KNOWN[part])
-    n = 1 if run.config.parallel == "jit" else parallel.device_count()  # small data must still divide over the devices
+    n = _devices(run)  # small data must still divide over them
     n_rows = len(constants.get("window_WL", user_E))
     batch_size = min(c("batch_size"), -(-n_rows // n) * n)
     if epochs and c("schedule"):
@@ -351,7 +357,8 @@ def make_domain_arm(
     if arm.windows:  # a batch of few users, and so many steps: it hears the LM of as many as it learns from
         kl_users = min(kl_users, batch_size)
     kl_items = m.kl_items if weights.kl else 0
-    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": c("softmax_items") or 0}
+    softmax_items = prepare.drawn_items(c("softmax_items") or 0, data.n_items, told=model) if arm.windows else 0
+    drawn = {"kl_users": kl_users, "kl_items": kl_items, "softmax_items": softmax_items}
     epoch = domain_epoch.make_domain_epoch(step, batch_size=batch_size, **drawn)
     slots = domain_epoch.make_slots(batch_size=batch_size, kl_users=kl_users)
     return Arm(_compile(run, epoch), optimizer, lambda number: slots, view=_nothing, constants=constants)
@@ -367,6 +374,18 @@ def _init_keys(run: Run, stage: str) -> jax.Array:
 
 def _compile(run: Run, step) -> parallel.Compiled:
     return parallel.compile_step(step, parallel=run.config.parallel, mesh=run.config.mesh.to_dict())
+
+
+def _devices(run: Run) -> int:
+    return 1 if run.config.parallel == "jit" else parallel.device_count()
+
+
+def _adapters(run: Run) -> int:
+    """The number of weights in the adapters of the layers."""
+    c, key = run.config.lm, jax.random.key(0)
+    options = {"rank": c.lora_rank, "targets": c.lora_targets, "alpha": c.lora_alpha}
+    made = jax.eval_shape(lambda: lora.init_lora(key, causal_lm.init_lm(key, config=run.lm), **options))
+    return sum(leaf.size for leaf in jax.tree.leaves(made.get(lora.BESIDE, {})))
 
 
 def _decoder_shardings(run: Run):

@@ -119,6 +119,7 @@ RULES = {
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),
     "mutual.align": _word(ALIGN), "evaluate.protocols": _words(1),
     "evaluate.text_protocols": _words(0),
+    **{f"{model}.softmax_items": _from(-1) for model in ("lm", "sasrec", "itemgcn")},
     "evaluate.cases": _from(-1), "runtime.log": _word(TRACKERS),
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
@@ -141,9 +142,9 @@ _MANY = {
         mutual.taught.domain_epochs mutual.taught.kl mutual.kl_items mutual.lm.item mutual.lm.text
         mutual.lm.align_user mutual.lm.align_item mutual.lm.kl mutual.domain.bpr mutual.domain.align_user
         mutual.domain.align_item mutual.domain.kl distributed.process dry_run.n_users dry_run.n_items
-        dry_run.n_interactions sasrec.warmup_steps sasrec.weight_decay sasrec.softmax_items itemgcn.n_layers
+        dry_run.n_interactions sasrec.warmup_steps sasrec.weight_decay itemgcn.n_layers
         itemgcn.text_neighbours
-        itemgcn.warmup_steps itemgcn.weight_decay itemgcn.softmax_items lm.softmax_items item_knn.shrink
+        itemgcn.warmup_steps itemgcn.weight_decay item_knn.shrink
         runtime.checkpoint_seconds""",
 }
 RULES |= {key: rule for rule, keys in _MANY.items() for key in keys.split()}

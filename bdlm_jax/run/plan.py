@@ -24,31 +24,14 @@ from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
 from bdlm_jax.run import build, checks, plan_graph
 from bdlm_jax.run.build import DOT_ARM, Decoder, Run, Tables
-from bdlm_jax.run.prepare import lm_shape, prepare_data
+from bdlm_jax.run.prepare import drawn_items, lm_shape, prepare_data
 from bdlm_jax.run.rates import lm_rates
+from bdlm_jax.run.work import DEVICES, Device, step_flops
 from bdlm_jax.runtime import parallel, sharding
 from bdlm_jax.runtime.fit import Arm
 from bdlm_jax.runtime.sharding import Layout
 from bdlm_jax.types import InputError, TrainState, leaf_name
 
-
-class Device(NamedTuple):
-    """A vendor's public numbers: memory in bytes, dense bfloat16 FLOP/s, link bytes/s in and out together."""
-
-    name: str
-    memory: float
-    flops: float
-    link: float
-
-
-DEVICES = {
-    "a100": Device("NVIDIA A100 80 GB", 80e9, 312e12, 600e9),
-    "h100": Device("NVIDIA H100 80 GB", 80e9, 989e12, 900e9),
-    "h200": Device("NVIDIA H200", 141e9, 989e12, 900e9),
-    "tpu_v5e": Device("TPU v5e", 16e9, 197e12, 200e9),
-    "tpu_v5p": Device("TPU v5p", 95e9, 459e12, 600e9),
-    "tpu_v6e": Device("TPU v6e", 32e9, 918e12, 448e9),
-}
 _GROUPS = (
     ("params/shared/", "shared tables (id rows)"),
     ("params/domain/", "domain arm"),
@@ -187,27 +170,12 @@ def bytes_per_device(plan: Plan) -> dict[str, float]:
 
 
 def flops_per_step(plan: Plan) -> dict[str, float]:
-    """Counts the multiplications and additions of matrix products in one step, over all devices.
-
-    A product of (n, a) and (a, b) is 2·n·a·b; the backward pass is two of them, or one where the weights are frozen;
-    attention is counted over the whole square, as it is computed. "model" is forward and backward, "hardware" also what
-    rematerialisation computes again.
-    """
-    c, lm, batch = plan.run.config, plan.run.lm, plan.batch
-    rows, length = batch["tokens"].shape
-    projections = (lm.n_heads + lm.n_kv_heads) * 2 * lm.head_dim  # query and output; key and value
-    layer = lm.width * (projections + (3 if lm.gated else 2) * lm.mlp_width)
-    tokens = lm.n_layers * rows * length
-    products, square = 2 * tokens * layer, 4 * tokens * length * lm.n_heads * lm.head_dim
+    """`work.step_flops` of the plan's step."""
     beside = [leaf.layout.shape for leaf in plan.leaves if leaf.name.startswith("params/lm/lora/layers/")]
-    thin = 2 * rows * length * sum(map(math.prod, beside))
-    items = rows * batch["item_target"].shape[1] * c.dry_run.n_items if c.mutual.lm.item else 0
-    texts = rows * batch["text_target"].shape[1] * lm.vocab_size if c.mutual.lm.text else 0
-    heads = 2 * lm.width * (items + texts)
-    backward = products * (2 if c.lm.trains == "full" else 1) + 2 * thin + 2 * square
-    model = products + thin + square + backward + 3 * heads
-    again = heads + (products + thin + square if lm.remat is True else 0)
-    return {"model": float(model), "hardware": float(model + again)}
+    c = plan.run.config
+    n_logits = drawn_items(c.lm.softmax_items, c.dry_run.n_items) or c.dry_run.n_items
+    how = {"weights": LMWeights(**c.mutual.lm.to_dict()), "trains": c.lm.trains, "n_logits": n_logits}
+    return step_flops(plan.run.lm, plan.batch, **how, adapters=sum(map(math.prod, beside)))
 
 
 def bytes_moved(plan: Plan) -> dict[str, float]:
@@ -215,19 +183,25 @@ def bytes_moved(plan: Plan) -> dict[str, float]:
 
     Over n devices an all-gather or a reduce-scatter of a whole of S bytes moves S·(n-1)/n, an all-reduce twice that.
     fsdp gathers weights in the forward and in the backward pass (with rematerialisation: for the recomputation), and
-    scatters gradients; data sums the gradients' shards; tensor sums each block's output, forward and backward.
+    scatters gradients, as all axes together do with the tables; data sums the gradients' shards; tensor sums each
+    block's output, forward and backward.
     """
     n, lm = plan.sizes, plan.run.lm
     share = {axis: (size - 1) / size for axis, size in n.items()}
-    sharded = [leaf for leaf in plan.leaves if "fsdp" in str(leaf.layout.spec)]
+    tables = [leaf for leaf in plan.leaves if leaf.name.startswith("params/shared/")]
+    sharded = [leaf for leaf in plan.leaves if "fsdp" in str(leaf.layout.spec) and leaf not in tables]
     gathered = sum(leaf.bytes for leaf in sharded) / n["tensor"]
     summed = sum(leaf.bytes for leaf in sharded if leaf.trained) / n["tensor"]
-    others = sum(leaf.bytes for leaf in plan.leaves if leaf.trained and leaf not in sharded)
+    others = sum(leaf.bytes for leaf in plan.leaves if leaf.trained and leaf not in [*sharded, *tables])
+    rows_whole, rows_scattered = (
+        sum(leaf.bytes for leaf in chosen) * (1 - 1 / math.prod(n.values()))
+        for chosen in (tables, [leaf for leaf in tables if leaf.trained])
+    )
     rows, length = plan.batch["tokens"].shape
     stream = rows * length * lm.width * jnp.dtype(lm.dtype).itemsize / (n["data"] * n["fsdp"])
     return {
-        "all-gather of weights": 2 * gathered * share["fsdp"],
-        "reduce-scatter of gradients": summed * share["fsdp"],
+        "all-gather of weights": 2 * (gathered * share["fsdp"] + rows_whole),
+        "reduce-scatter of gradients": summed * share["fsdp"] + rows_scattered,
         "all-reduce of gradients": 2 * share["data"] * (summed / n["fsdp"] + others) + 2 * share["fsdp"] * others,
         "all-reduce of activations": 2 * share["tensor"] * stream * lm.n_layers * (4 + 2 * (lm.remat is True)),
     }

@@ -28,6 +28,7 @@ from bdlm_jax.runtime.files import damaged_file, read_json, replacing, write_che
 from bdlm_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
+WHOLE_SOFTMAX, DRAWN = 50_000, 4096  # items
 
 HELD_OUT, _MOST_HELD_OUT = 20, 1000  # one document of so many, of an own model's corpus; so many at most
 UNTRAINED = ("item_pop", *CLOSED_FORM)
@@ -263,6 +264,19 @@ def training_setting(config: ml_collections.ConfigDict, model: str, name: str) -
     """How a domain model trains: by the section of its name, else by `config.domain`; None where neither says it."""
     found = config.get(model, {}).get(name)
     return config.domain.get(name) if found is None else found
+
+
+def drawn_items(asked: int, n_items: int, *, told: str = "") -> int:
+    """How many items a batch's softmax draws beside its targets; 0: it runs over the whole catalogue.
+
+    Asked for 0 it is the whole up to `WHOLE_SOFTMAX` items, and `DRAWN` above, which the log is `told`; -1 is the whole
+    whatever its size (ours).
+    """
+    if asked or n_items <= WHOLE_SOFTMAX:
+        return max(0, asked)
+    if told:
+        _LOG.info("%s: %d of the %d items are drawn for each batch's softmax", told, DRAWN, n_items)
+    return DRAWN
 
 
 def _read_config_json(path: str) -> dict:

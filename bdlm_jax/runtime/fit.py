@@ -46,6 +46,7 @@ class Arm(NamedTuple):
     view: params -> the other arm as constants, at the start of a phase.
     constants: what never changes, on the device.
     finish: params -> params, once at the end of each of its phases.
+    rates: None, or (batch, seconds of a unit) -> how fast that is, in words, for the log.
     """
 
     compiled: Compiled
@@ -54,6 +55,7 @@ class Arm(NamedTuple):
     view: Callable[[Params], Params]
     constants: Params
     finish: Callable[[Params], Params] = lambda params: params
+    rates: Callable[[Any, float], str] | None = None
 
 
 class Phase(NamedTuple):
@@ -187,6 +189,8 @@ class _Loop:
                     raise Stopped(self.stop.code)
         if phase.units > first + 1:
             self.pace[phase.arm] = (time.monotonic() - began) / (phase.units - first - 1)
+            if arm.rates:
+                _LOG.info("  %s: %s", phase.name, arm.rates(batch, self.pace[phase.arm]))
         self._put_back(phase.arm, state)
         del state
         self.tree["params"] = arm.finish(self.tree["params"])

@@ -27,12 +27,13 @@ class Compiled(NamedTuple):
     """A compiled step with the ways between host and devices.
 
     run: `(state, batch, *constants) -> (state, metrics)`; `state` is a placed one and used up; every leaf of
-        `batch` has its rows first; `constants` (the other arm's tables) are the same on every device.
+        `batch` has its rows first; `constants` (the other arm's tables) are the same for every device.
     place_state: always a copy, so that donation never eats the caller's arrays; with `in_parts` also `copy=False`,
         for a state that the caller gives up: what lies right already is not copied.
     fetch_state: a placed state, or any subtree of one, as NumPy arrays; typed keys stay keys. With `in_parts` also
         `to_host=False`: on its devices, without added rows.
-    place_constants, place_batch: what is placed once is not sent again by `run`, which takes both.
+    place_constants, place_batch: what is placed once is not sent again by `run`, which takes both. On a mesh long
+        constants (`sharding.LONG`) are cut by rows.
     in_parts: whether a state stays on its devices between phases ("mesh" of one process that cuts it into parts).
     abstract_state: pytree -> its shapes with shardings, to restore a checkpoint into ("mesh").
     lower: `(state, batch, *constants)` of shapes -> what XLA can compile and tell about without any array ("mesh").
@@ -167,7 +168,11 @@ def _compile_pmap(step: Callable, devices: list[jax.Device]) -> Compiled:
 def _compile_mesh(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Compiled:
     sizes = dict(mesh.shape)
     replicated, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+    by_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     layouts: dict[Any, Any] = {}  # by the placed state's structure and shapes
+    asked: list[Any] = []  # by the step's first trace, of `sharding.own_part`
+    parts: list[tuple] = []  # the same, placed
+    lengths: dict[Any, int] = {}  # of long constants, by name and placed shape
 
     def place(to):
         return NamedSharding(mesh, to.spec)
@@ -182,27 +187,48 @@ def _compile_mesh(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Compiled
     def layout_of(placed):
         return layouts.get((jax.tree.structure(placed), tuple(leaf.shape for leaf in jax.tree.leaves(placed))))
 
-    def sharded_step(state, batch, *constants):
+    def sharded_step(given, state, batch, *constants):
         layout = layout_of(state) or lay_out(state)
         state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.shape), state, layout)
-        with sharding.traced_on(mesh):
+        constants = jax.tree_util.tree_map_with_path(own_rows, constants)
+        with sharding.traced_on(mesh, asked, given):
             state, metrics = step(state, batch, *constants)
         state = jax.tree.map(lambda leaf, to: sharding.with_rows(leaf, to.padded), state, layout)
         # Without the constraint the compiler may choose another layout for the new state, and the next call recompiles.
         places = jax.tree.map(place, layout)
         return jax.lax.with_sharding_constraint((state, metrics), (places, replicated))
 
-    compiled = jax.jit(sharded_step, donate_argnums=0)
+    compiled = jax.jit(sharded_step, donate_argnums=1)
+
+    def with_parts(*arguments):
+        if not parts:
+            compiled.trace((), *arguments)  # it asks; a step that asks for nothing is not traced again
+            parts.append(tuple(jax.tree.map(lambda leaf: spread(leaf, by_all), tree) for tree in asked))
+        return parts[0], *arguments
 
     def place_batch(batch):
         _check_batch(batch, sizes["data"] * sizes["fsdp"])
         return jax.tree.map(lambda leaf: spread(leaf, by_rows), batch)
 
+    def constant(path, leaf):
+        """Where a constant lies, and its shape there; what has been placed stays as it is."""
+        word, shape = sharding.LONG.search(leaf_name(path)), np.shape(leaf)
+        if not word or getattr(leaf, "sharding", None) == by_all:
+            return by_all if word else replicated, shape
+        padded = -(-shape[0] // mesh.size) * mesh.size, *shape[1:]
+        if lengths.setdefault((word[1], padded), shape[0]) != shape[0]:
+            raise ValueError(f"one compiled step was given two {word[1]} of one padded shape; compile a step for each.")
+        return by_all, padded
+
+    def own_rows(path, leaf):
+        word = sharding.LONG.search(leaf_name(path))
+        return sharding.with_rows(leaf, (lengths[word[1], leaf.shape], *leaf.shape[1:])) if word else leaf
+
     def place_constants(constants):
-        return jax.tree.map(lambda leaf: spread(leaf, replicated), constants)
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: spread(leaf, *constant(path, leaf)), constants)
 
     def run(state, batch, *constants):
-        return compiled(state, place_batch(batch), *place_constants(constants))
+        return compiled(*with_parts(state, place_batch(batch), *place_constants(constants)))
 
     def place_state(state, *, copy=True):
         layout = lay_out(state)
@@ -226,9 +252,9 @@ def _compile_mesh(step: Callable, mesh: Mesh, rules: sharding.Rules) -> Compiled
     def lower(state, batch, *constants):
         _check_batch(batch, sizes["data"] * sizes["fsdp"])
         batch = jax.tree.map(lambda leaf: _shaped(leaf, by_rows), batch)
-        constants = jax.tree.map(lambda leaf: _shaped(leaf, replicated), constants)
+        constants = jax.tree_util.tree_map_with_path(lambda path, leaf: _shaped(leaf, *constant(path, leaf)), constants)
         state = jax.tree.map(lambda leaf, to: _shaped(leaf, place(to), to.padded), state, lay_out(state))
-        return compiled.lower(state, batch, *constants)
+        return compiled.lower(*with_parts(state, batch, *constants))
 
     in_parts = _keeps_parts(mesh)
     return Compiled(run, place_state, fetch_state, place_constants, place_batch, in_parts, abstract_state, lower)

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both: fsdp shards the rows as well as the weights
 Rules = Sequence[tuple[str, tuple[str | tuple[str, ...] | None, ...]]]
 
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_TRACED: contextvars.ContextVar["Traced | None"] = contextvars.ContextVar("traced", default=None)
 _INTO, _OUT_OF = "(q|k|v|gate|up)_proj", "(o|down)_proj"
 RULES: Rules = (
     # Layers are stacked, so that a kernel is (depth, in, out). A block's first matrices are split by columns over
@@ -39,8 +39,12 @@ RULES: Rules = (
     (rf"{_INTO}/bias$", (None, "tensor")),
     # Tables go by rows: a lookup and a softmax over the vocabulary then need no row on two devices.
     (r"lm/(embedding|head)$", (("fsdp", "tensor"), None)),
-    (r"shared/(user|item)$", ("fsdp", None)),
+    (r"shared/(user|item)$", (AXES, None)),
     # Norms, biases of the residual stream, learned positions, the bridge, the domain arm: replicated, they are small.
+)
+# Of a step's constants those with a row for each interaction, user or item lie by rows too.
+LONG = re.compile(
+    "(?:^|/)(edge_(?:user|item)_E|window_WL|unseen_below|(?:seen/|known/|state_|rows_|z_)?(?:user|item))$"
 )
 
 
@@ -106,19 +110,42 @@ def n_parts(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> in
     return math.prod(sizes[axis] for axis in _names(entry))
 
 
+class Traced(NamedTuple):
+    """What a step may ask of the mesh for which it is traced; `parts` are arguments of the program, as `asked` for."""
+
+    mesh: Mesh
+    asked: list[Any]
+    parts: Sequence[Any]
+
+
 @contextlib.contextmanager
-def traced_on(mesh: Mesh) -> Iterator[None]:
-    """Within it `traced_mesh` and `split_rows` know the mesh; around the trace of a step."""
-    before = _MESH.set(mesh)
+def traced_on(mesh: Mesh, asked: list[Any] | None = None, parts: Sequence[Any] = ()) -> Iterator[None]:
+    """Within it `traced_mesh`, `split_rows` and `own_part` know the mesh; around the trace of a step."""
+    before = _TRACED.set(Traced(mesh, [] if asked is None else asked, parts))
     try:
         yield
     finally:
-        _MESH.reset(before)
+        _TRACED.reset(before)
 
 
 def traced_mesh() -> Mesh | None:
     """The mesh for which a step is being traced."""
-    return _MESH.get()
+    traced = _TRACED.get()
+    return traced and traced.mesh
+
+
+def own_part(tree: Any) -> Any:
+    """Large constants (n, ...) of a step that is traced on a mesh of n devices, of which each shall hold its part.
+
+    What a step closes over is a part of its program, whole on every device. So a first trace only asks, for NumPy
+    arrays; they are placed, and in the next trace this returns them as arguments of the program
+    (`parallel.compile_step`).
+    """
+    traced = _TRACED.get()
+    at = next((n for n, known in enumerate(traced.asked) if known is tree), len(traced.asked))
+    if at == len(traced.asked):
+        traced.asked.append(tree)
+    return traced.parts[at] if at < len(traced.parts) else tree
 
 
 def pad_rows(x: jax.Array) -> jax.Array:
@@ -133,7 +160,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     Left alone, the compiler splits a residual stream by its width, as the weights lie, and then sums every product over
     the devices; told where the rows are, it gathers the weights instead, which are fewer.
     """
-    mesh = _MESH.get()
+    mesh = traced_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 

@@ -51,11 +51,10 @@ def recommend(
     for start in range(0, len(seen), AT_ONCE):
         part = slice(start, start + AT_ONCE)
         some = None if indices is None else indices[part]
-        scores_BI = scores.arm_scores(arm, seen[part], users=some)
-        best = [scores.top_items(scores_I, seen=had, k=k) for scores_I, had in zip(scores_BI, seen[part])]
-        answers += [_rows(catalogue, items, score=row[items].tolist()) for items, row in zip(best, scores_BI)]
+        best = scores.best_items(arm, seen[part], users=some, k=k)
+        answers += [_rows(catalogue, items, score=of_items.tolist()) for items, of_items in best]
         if explain:
-            for n, (had, items) in enumerate(zip(seen[part], best)):
+            for n, (had, (items, _)) in enumerate(zip(seen[part], best)):
                 how = {"user": some and some[n], "seed": seed, "temperature": temperature, "top_p": top_p}
                 for row, words in zip(answers[start + n], scores.lm_words(arm, had, items, **how)):
                     row["words"] = words

@@ -45,11 +45,19 @@ class ServedDomain:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model's settings
     dot: bool = True  # the score is the inner product of two rows
     reads_history: bool = False  # the model makes a new user's row of their history
+    search: Any = None  # of `index.make_index`, where items are looked for by one
 
     @property
     def items(self) -> np.ndarray:
         """Rows of the items, of which near ones are alike."""
         return self.item_ID
+
+    @cached_property
+    def sieve(self):
+        """Of `sieve.make_sieve`, which copies the items' table in a byte a number."""
+        from bdlm_jax.serving.sieve import make_sieve
+
+        return make_sieve(self.item_ID)
 
     @cached_property
     def rebuilt(self):

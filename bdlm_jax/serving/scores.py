@@ -13,6 +13,7 @@ import numpy as np
 from bdlm_jax.serving.artefact import Arm, ServedDomain, ServedLM
 from bdlm_jax.types import Array
 
+LARGE, FEW = 200_000, 2  # items from which a sieve is worth its bytes, and users for whom it is faster than one product
 LM_ROWS = 16  # packed rows that go through a language model at once
 
 
@@ -25,10 +26,37 @@ def arm_scores(arm: Arm, histories: Sequence[Array], *, users: Sequence[int] | N
     return score(arm, histories, users=users)
 
 
+def best_items(
+    arm: Arm, histories: Sequence[Array], *, users: Sequence[int] | None = None, k: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(items, scores) of the k best that each user has not had, best first, ties in catalogue order; of `arm_scores`.
+
+    An arm with an index scores what its index finds, and may lack an item. Of a large catalogue a user or two are
+    answered through its sieve: the answer is the same, after a reading of a quarter of the bytes.
+    """
+    if isinstance(arm, ServedDomain) and arm.search:
+        return _best_found(arm, arm.search, histories, users=users, k=k)
+    if isinstance(arm, ServedDomain) and arm.dot and len(arm.item_ID) >= LARGE and len(histories) <= FEW:
+        return _best_found(arm, arm.sieve, histories, users=users, k=k)
+    scores_BI = arm_scores(arm, histories, users=users)
+    best = [top_items(scores_I, seen=had, k=k) for scores_I, had in zip(scores_BI, histories)]
+    return [(items, scores_I[items]) for items, scores_I in zip(best, scores_BI)]
+
+
 def domain_scores(
     arm: ServedDomain, histories: Sequence[Array] = (), *, users: Sequence[int] | None = None
 ) -> np.ndarray:
-    """`arm_scores` of a domain model, which needs no history of a known user.
+    """`arm_scores` of a domain model, which needs no history of a known user."""
+    state_BD = domain_states(arm, histories, users=users)
+    if arm.dot:
+        return state_BD @ arm.item_ID.T
+    return np.asarray(arm.rebuilt.score(arm.domain, state_BD, arm.item_ID), np.float32)
+
+
+def domain_states(
+    arm: ServedDomain, histories: Sequence[Array] = (), *, users: Sequence[int] | None = None
+) -> np.ndarray:
+    """Rows (B, D) of known users, or of new ones by history.
 
     A new user stands where one propagation over the finished item table puts a new node:
         e_new = 1/√|h| · Σ_{i in h} e_i / √(deg_i + 1).
@@ -36,14 +64,10 @@ def domain_scores(
     new edges counted in the degrees; that the finished rows stand in for those of each layer, and the same rule for MF
     and NCF, is ours. A model that reads histories (SASRec) reads the new one, as it does for everybody.
     """
-    if users is None:
-        read = _read_history if arm.reads_history else _propagate_to
-        state_BD = np.stack([read(arm, np.asarray(history, np.int64)) for history in histories])
-    else:
-        state_BD = arm.user_UD[np.asarray(users, np.int64)]
-    if arm.dot:
-        return state_BD @ arm.item_ID.T
-    return np.asarray(arm.rebuilt.score(arm.domain, state_BD, arm.item_ID), np.float32)
+    if users is not None:
+        return arm.user_UD[np.asarray(users, np.int64)]
+    read = _read_history if arm.reads_history else _propagate_to
+    return np.stack([read(arm, np.asarray(history, np.int64)) for history in histories])
 
 
 def lm_scores(arm: ServedLM, histories: Sequence[Array], *, users: Sequence[int] | None = None) -> np.ndarray:
@@ -104,6 +128,17 @@ def top_items(scores_I: np.ndarray, *, seen: Array, k: int) -> np.ndarray:
     if least == -np.inf:  # some that are open have no better score than the seen
         items = np.setdiff1d(items, seen)
     return items[np.argsort(-scores_I[items], kind="stable")][:k]
+
+
+def _best_found(arm, search, histories, *, users, k):
+    state_BD, had = domain_states(arm, histories, users=users), [np.unique(history) for history in histories]
+    best = []
+    for state_D, found, seen in zip(state_BD, search(state_BD, k + max(map(len, had))), had):
+        items = np.setdiff1d(found, [*seen, -1])  # sorted: ties stay in catalogue order
+        scores_n = arm.item_ID[items] @ state_D
+        first = np.argsort(-scores_n, kind="stable")[:k]
+        best.append((items[first], scores_n[first]))
+    return best
 
 
 def _propagate_to(arm: ServedDomain, history: np.ndarray) -> np.ndarray:

@@ -64,11 +64,11 @@ def expected_parts(parallel, *, n_devices=8, mesh=None, rules=None):
         return {"shared/item": (1, 10, WIDTH)}
     if rules:
         return {"shared/item": (16 // 8, WIDTH)}
-    fsdp, tensor = (mesh["fsdp"], mesh["tensor"]) if mesh else (1, 1)
+    data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor")) if mesh else (n_devices, 1, 1)
     return {
         "gate_proj/kernel": (1, WIDTH // fsdp, INNER // tensor),
         "down_proj/kernel": (1, INNER // tensor, WIDTH // fsdp),
-        "shared/item": (-(-10 // fsdp), WIDTH),
+        "shared/item": (-(-10 // (data * fsdp * tensor)), WIDTH),
     }
 
 

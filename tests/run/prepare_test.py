@@ -287,3 +287,14 @@ def test_a_conversation_that_leaves_no_room_is_refused(config, tmp_path):
     config.lm.path = ""
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         prepare_vocabulary(config, data, tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_items", "drawn"),
+    [(0, 50_000, 0), (0, 50_001, 4096), (-1, 50_001, 0), (1024, 2000, 1024), (1024, 10**6, 1024)],
+)
+def test_a_softmax_is_drawn_where_it_is_asked_for_or_the_catalogue_is_large(caplog, asked, n_items, drawn):
+    with caplog.at_level("INFO"):
+        assert prepare.drawn_items(asked, n_items, told="sasrec") == drawn
+    told = "sasrec: 4096 of the 50001 items are drawn for each batch's softmax"
+    assert (told in caplog.text) == (drawn == 4096)

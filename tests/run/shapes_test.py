@@ -55,7 +55,6 @@ def run():
     config.shared.width = config.lm.width = WIDTH
     config.domain.backend = "auto"
     config.mutual.kl_users, config.mutual.kl_items = 256, 1024
-    config.lm.softmax_items = config.sasrec.softmax_items = config.itemgcn.softmax_items = 1024
     config.itemgcn.text_neighbours = 0  # which are found on the host, every pair being compared
     ids = np.arange(N).astype(str)
     user_E = np.repeat(np.arange(0, N, N // 8), 4).astype(np.int32)

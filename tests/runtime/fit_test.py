@@ -117,6 +117,15 @@ def whole(tmp_path_factory):
     return start(tmp_path_factory.mktemp("whole"), calls), calls
 
 
+def test_how_fast_a_phase_was_is_told_in_the_arms_words(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "bdlm_jax")
+    arms = {name: make_arm(name, []) for name in "ab"}
+    arms["a"] = arms["a"]._replace(rates=lambda batch, seconds: f"batch {batch}, {seconds > 0}")
+    start(tmp_path, [], arms=arms)
+    told = [record.getMessage().strip() for record in caplog.records if "batch" in record.getMessage()]
+    assert told == ["first: batch 2, True", "third: batch 4, True"]
+
+
 def test_with_keep_nothing_is_validated_and_the_named_phases_are_kept(tmp_path):
     fitted = start(tmp_path, [], keep={"a": 2, "b": 1}, validate=None)
     assert fitted.phase == {"a": 2, "b": 1}

@@ -70,7 +70,7 @@ def test_matrices_are_split_by_columns_then_rows_and_tables_by_rows():
     assert found["params/lm/embedding"].shard(SIZES) == (24 // 8, 16)
     assert found["params/lm/head"].spec == PartitionSpec(("fsdp", "tensor"))
     user = found["params/shared/user"]
-    assert (user.shape, user.padded, user.shard(SIZES)) == ((7, 4), (8, 4), (4, 4))
+    assert (user.shape, user.padded, user.shard(SIZES)) == ((7, 4), (16, 4), (1, 4))
     assert found["key"].spec == found["step"].spec == PartitionSpec()
 
 
