@@ -28,9 +28,10 @@ def with_glosses(run: Run, decoder: Decoder) -> Run:
 
     They are written once a run directory, to data/glosses.json. An empty one leaves the title where it is.
     """
-    asked, texts, told = run.config.prompts.gloss, run.texts, run.data.item_texts
-    items = unfamiliar_items(texts.titles, run.warm_I) if asked else []
-    if not len(items):
+    if not (asked := run.config.prompts.gloss):
+        return run
+    texts, told = run.texts, run.data.item_texts
+    if not len(items := unfamiliar_items(texts.titles, run.warm_I)):
         return run
     path = run.root / "data" / "glosses.json"
     if not path.exists():
