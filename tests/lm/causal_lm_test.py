@@ -70,8 +70,9 @@ def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params)
 
 def assert_same(left, right):
     # Two programs of other shapes sum in another order, so the unit is the largest number. Measured on jax 0.10 and
-    # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
-    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
+    # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64; 1.2e-5 once, in a gradient on jax
+    # 0.10 with XLA's optimisations.
+    np.testing.assert_allclose(left, right, rtol=0, atol=3e-5 * np.abs(right).max())
 
 
 def test_packing_and_padding_change_nothing(params):
