@@ -70,9 +70,8 @@ def test_gradients_reach_the_rows_that_stand_in_the_prompt_and_no_others(params)
 
 def assert_same(left, right):
     # Two programs of other shapes sum in another order, so the unit is the largest number. Measured on jax 0.10 and
-    # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64; 1.2e-5 once, in a gradient on jax
-    # 0.10 with XLA's optimisations.
-    np.testing.assert_allclose(left, right, rtol=0, atol=3e-5 * np.abs(right).max())
+    # 0.12: at most 2e-6 in float32, at most 1e-15 with the same decoder in float64.
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
 def test_packing_and_padding_change_nothing(params):
@@ -94,9 +93,11 @@ def test_eager_equals_jit_and_neither_remat_nor_jaxs_attention_changes_a_gradien
     rows = (*row([1, 40, 5, 9], [1, 3]), ROWS_XM)
     assert_same(lm_hidden(params, CONFIG, *rows), hidden_of(params, CONFIG, *rows))
     gradient = jax.jit(jax.grad(lambda params, config: (lm_hidden(params, config, *rows) ** 3).sum()), static_argnums=1)
-    plain = gradient(params, CONFIG)
+    # As drawn: three times as large, float32 leaves a gradient 1e-4 from float64's, and programs differ by 1.2e-5.
+    drawn = init_lm(jax.random.key(0), CONFIG)
+    plain = gradient(drawn, CONFIG)
     for option in ({"remat": True}, {"remat": "dots"}, {"attention": "xla"}):
-        again = gradient(params, dataclasses.replace(CONFIG, **option))
+        again = gradient(drawn, dataclasses.replace(CONFIG, **option))
         jax.tree.map(assert_same, again, plain)
 
 
