@@ -129,8 +129,8 @@ def _measure_language(run: Run, decoder) -> dict | None:
         return None
     path = run.folder / "language.json"
     if not path.exists():
-        write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm["lm"]))
-    return read_json(path, remedy="delete it and start the run again")
+        write_json(path, general.measure(run, decoder(), contenders.train_bdlm(run, decoder).lm["lm"]) or {})
+    return read_json(path, remedy="delete it and start the run again") or None
 
 
 def _tell(run: Run) -> None:

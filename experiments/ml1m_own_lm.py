@@ -17,9 +17,16 @@ As in experiments/ml1m.py the LM's loss reaches the item table alone.
 from experiments import defaults, ml1m, own_lm
 
 
-def get_config():
+def get_config(arg="short"):
+    """Returns the config: "short" has two epochs, "base" the 16 of experiments/ml1m.py for adapters that speak not."""
     c, own = ml1m.get_config(), own_lm.get_config()
     c.models = ("lightgcn", "bdlm")
+    c.lm.path = own.lm.path
+    if defaults.choose({"short": False, "base": True}, arg):
+        c.lm.trains, c.lm.speaks = "lora", "base"
+        c.lm.lora_rank, c.lm.lora_alpha = 64, 64.0
+        c.pretrain.samples = 1024
+        return c
     c.lm.update(own.lm)
     c.lm.batch_rows = 32
     c.lm.max_text_targets = 104  # all of a row

@@ -90,6 +90,11 @@ def merge(lm: Params) -> Params:
     return _add(base, adapters, adapters["alpha"])
 
 
+def without(lm: Params) -> Params:
+    """Returns the tree with its adapters taken off: the model as it came."""
+    return _split(lm)[0] if LORA in lm else lm
+
+
 def _split(lm: Params) -> tuple[Params, Params]:
     return {name: value for name, value in lm.items() if name != LORA}, lm[LORA]
 

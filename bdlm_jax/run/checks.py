@@ -107,7 +107,7 @@ RULES = {
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
-    "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
+    "lm.speaks": _word(("trained", "base")), "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),
     "prompts.gloss": Rule(lambda v: not v or v.count("{}") == 1, "empty, or a text in which {} stands for the title"),
@@ -269,6 +269,16 @@ def _check_lm(config, shape: LMConfig) -> None:
     if lm.trains == "lora":  # shapes alone: no weight is drawn or read
         options = {"rank": lm.lora_rank, "targets": lm.lora_targets, "alpha": lm.lora_alpha}
         jax.eval_shape(lambda key: lora.init_lora(key, causal_lm.init_lm(key, shape), **options), jax.random.key(0))
+    if lm.speaks == "base" and lm.trains != "lora":
+        raise InputError(
+            f"config.lm.speaks base takes adapters off, and lm.trains {lm.trains} has none; set lm.trains to lora, or "
+            "lm.speaks to trained."
+        )
+    if lm.speaks == "base" and config.pretrain.corpus:
+        raise InputError(
+            "config.lm.speaks base leaves plain text to the model as it came, so pretrain.corpus has nothing to train; "
+            "take it out, or set lm.speaks to trained."
+        )
     if lm.trains == "bridge" and lm.path and config.pretrain.corpus:
         raise InputError("config.lm.trains bridge freezes the decoder, so pretrain.corpus has nothing to train.")
     if shape.max_positions is not None:

@@ -45,7 +45,7 @@ def general_text(run: Run, decoder: Decoder) -> General:
         held_out = rows.text_rows(run.data.held_out, vocabulary, length) if run.data.held_out else None
         return General("the corpus", rows.corpus_rows(run), _first(held_out))
     samples = own_samples(run, decoder)
-    if run.config.lm.trains == "bridge":  # text alone reaches nothing that moves
+    if _stays(run):  # text alone reaches nothing that moves
         held_out, replay = samples, []
     else:
         held_out = samples[::_HELD_OUT]
@@ -55,16 +55,23 @@ def general_text(run: Run, decoder: Decoder) -> General:
 
 
 def spoken(run: Run, text: General, lm: Params) -> dict[str, float]:
-    """Reads {"perplexity"} on what is held out; nothing where nothing is."""
+    """Reads {"perplexity"} of what speaks, as `lm.speaks` says, on what is held out; nothing where nothing is."""
     if text.held_out is None:
         return {}
+    if run.config.lm.speaks == "base":
+        lm = lora.without(lm)
     return {"perplexity": perplexity(lm, run.lm, text.held_out, batch_rows=run.config.lm.batch_rows)}
+
+
+def _stays(run: Run) -> bool:
+    """Whether what writes plain text is the model as it came."""
+    return run.config.lm.trains == "bridge" or run.config.lm.speaks == "base"
 
 
 def own_samples(run: Run, decoder: Decoder) -> list[np.ndarray]:
     """Returns `pretrain.samples` texts that the model writes, <bos> and <eos> included; drawn once a run directory.
 
-    A frozen model needs those alone that its perplexity is read on. Temperature 1 and every text token: its own
+    A model that stays as it came needs those alone that its perplexity is read on. Temperature 1 and every text token: its own
     distribution. Behind a <bos> of ours, which the model never saw, the first token is drawn evenly.
     """
     path = run.root / "data" / "samples.safetensors"
@@ -109,7 +116,7 @@ def own_tokens(run: Run) -> np.ndarray:
 
 def _draw(run: Run, params: Params) -> np.ndarray:
     v, n, length = run.texts.vocabulary, run.config.pretrain.samples, run.config.prompts.length
-    n = -(-n // _HELD_OUT) if run.config.lm.trains == "bridge" else n
+    n = -(-n // _HELD_OUT) if _stays(run) else n
     allowed_V = own_tokens(run)
     start_NP = np.full((n, 1), v.bos, np.int32)
     if v.bos >= count_tokens(tokenizer_folder(run.config)):

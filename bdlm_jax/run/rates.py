@@ -1,10 +1,11 @@
 """How fast the parts of an LM arm learn: as the config says or, where it says 0, by what trains and how large that is.
 
 No one number suits language models of width 64 and 4096 whose rows are of other sizes. What is chosen for 0:
-  decoder  full: .04 / width, adapters: ten times that, 5e-4 at most. By 1 / width since that is how Adam's step in a
-           matrix scales (Yang et al. 2022, µP, table 3); .04 is 1e-5 at 4096, the lower of the usual steps of a 7B
-           model's tuning, and adapters want ten times the step of full tuning (Schulman et al. 2025, LoRA Without
-           Regret). Twice as much was too much for a small model's language (docs/experiments.md).
+  decoder  full: .04 / width, adapters: ten times that, 5e-4 at most where plain text goes through them (`lm.speaks`).
+           By 1 / width since that is how Adam's step in a matrix scales (Yang et al. 2022, µP, table 3); .04 is 1e-5
+           at 4096, the lower of the usual steps of a 7B model's tuning, and adapters want ten times the step of full
+           tuning (Schulman et al. 2025, LoRA Without Regret). Twice as much was too much for a small model's language
+           (docs/experiments.md).
   tables   .03 of a row's standard deviation as the LM reads it, whatever that is: 3e-3 of the small decoders' .1.
   bridge   .02 of the standard deviation of its entries, for the same reason (both ours).
 """
@@ -14,14 +15,14 @@ from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.prepare import domain_settings
 
 OVER_WIDTH = {"full": 0.04, "lora": 0.4, "bridge": 0.4}  # by lm.trains; a frozen decoder's is the others' measure only
-MOST = 5e-4
+MOST_OF = {"trained": 5e-4, "base": 3e-3}  # by lm.speaks
 OF_ROWS, OF_BRIDGE = 0.03, 0.02
 
 
 def decoder_rate(run: Run) -> float:
     """The peak rate of what trains within the decoder."""
     c = run.config.lm
-    return c.learning_rate or min(MOST, OVER_WIDTH[c.trains] / run.lm.width)
+    return c.learning_rate or min(MOST_OF[c.speaks], OVER_WIDTH[c.trains] / run.lm.width)
 
 
 def schedule(run: Run, phases: list):
