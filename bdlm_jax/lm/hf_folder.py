@@ -30,6 +30,7 @@ def write_hf_folder(
     vocabulary: Vocabulary,
     id_rows_XM: Array,
     *,
+    scored_IM: Array | None = None,
     max_tokens: int | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -41,11 +42,12 @@ def write_hf_folder(
     Args:
         params: the tree of `init_lm`; adapters are merged before.
         id_rows_XM: rows of <uid> and <iid>, through the bridge.
+        scored_IM: rows of <iid> in the output head, where they differ from those that are read: it is untied then.
         max_tokens: the longest row that it was trained on, written where the config names none.
         shard_bytes: above this size the weights are cut into several files.
     """
     folder, tokenizer = Path(folder), id_tokenizer(vocabulary)
-    if config.scale_embedding and config.tie_embeddings:
+    if config.tie_embeddings and (config.scale_embedding or scored_IM is not None):
         params = {**params, "head": params["embedding"]}
         config = dataclasses.replace(config, tie_embeddings=False)
     special = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
@@ -55,7 +57,8 @@ def write_hf_folder(
     write_json(folder / "config.json", hf_config(config) | changed)
     # Plain text holds no user and no item. A forward pass, which ranks, is not touched by it.
     write_json(folder / "generation_config.json", special | {"suppress_tokens": _never_written(vocabulary)})
-    _write_shards(folder, _tensors(params, config, np.asarray(id_rows_XM, np.float32)), shard_bytes=shard_bytes)
+    rows_XM = np.asarray(id_rows_XM, np.float32)
+    _write_shards(folder, _tensors(params, config, rows_XM, scored_IM), shard_bytes=shard_bytes)
     save_tokenizer(tokenizer, folder)
     _tell_every_version(folder / "tokenizer_config.json")
 
@@ -103,9 +106,13 @@ def _tell_every_version(path: Path) -> None:
     write_json(path, kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _tensors(params: Params, config: LMConfig, rows_XM: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    params: Params, config: LMConfig, rows_XM: np.ndarray, scored_IM: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
     scale = np.float32(config.width**0.5) if config.scale_embedding else np.float32(1)
     behind = {"embedding": rows_XM / scale, "head": rows_XM}
+    if scored_IM is not None:
+        behind["head"] = np.concatenate([rows_XM[: -len(scored_IM)], scored_IM])
     leaves = {name: tensor.leaves[0] for name, tensor in tensor_map(config).items()}
     for name, value in export_tensors(params, config):
         if leaves[name] in behind:

@@ -107,7 +107,8 @@ RULES = {
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
-    "lm.speaks": _word(("trained", "base")), "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
+    "evaluate.cold_lift": _word(("none", "validation")), "lm.speaks": _word(("trained", "base")),
+    "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),
     "prompts.gloss": Rule(lambda v: not v or v.count("{}") == 1, "empty, or a text in which {} stands for the title"),
@@ -291,6 +292,11 @@ def _check_lm(config, shape: LMConfig) -> None:
 
 
 def _check_evaluation(config) -> None:
+    if config.evaluate.cold_lift != "none" and config.mutual.text_head != "none":
+        raise InputError(
+            "config.evaluate.cold_lift and mutual.text_head are both set, and no LM is served with both; set either to "
+            "none."
+        )
     protocols = (*config.data.candidates, "full")
     for key, allowed in (("protocols", protocols), ("text_protocols", protocols[:-1])):
         for name in config.evaluate[key]:

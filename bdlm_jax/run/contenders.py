@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from bdlm_jax.data.splits import TRAIN
 from bdlm_jax.domain.closed_form import CLOSED_FORM, interaction_matrix
 from bdlm_jax.domain.models import MODELS
@@ -17,6 +19,7 @@ from bdlm_jax.run import build, reading, served, stages, teachers
 from bdlm_jax.run.build import Decoder, Run
 from bdlm_jax.run.controls import CONTROLS, UNALIGNED
 from bdlm_jax.run.glosses import with_glosses
+from bdlm_jax.run.lifts import Lifted, Pair, is_lifted
 from bdlm_jax.run.ranked import KNOWN
 from bdlm_jax.runtime.files import write_json
 from bdlm_jax.runtime.fit import Fitted
@@ -59,9 +62,14 @@ class Bdlm(NamedTuple):
     refreshed: Fitted
     texts: TextHead | None
 
+    @property
+    def chosen_in(self) -> Run:
+        """The run whose validation chose it."""
+        return self.run.first or self.run
+
     def reader(self, *, chosen: bool = False, behind: int = 0) -> reading.Reader:
         """Reads the LM arm for its test, or for the validation that chose it."""
-        run, part = (self.run.first or self.run, "validation") if chosen else (self.run, "test")
+        run, part = (self.chosen_in, "validation") if chosen else (self.run, "test")
         return reading.bdlm_reader(run, part, behind=behind, texts=self.texts)
 
     @property
@@ -105,8 +113,21 @@ def _bdlm(run: Run, decoder, word: str) -> Iterator[Entry]:
     lm = Served("lm", "lm", lambda: served.lm_fields(made.run, made.reader(), made.lm, kind=kind))
     domain = Served("domain", "domain", lambda: served.domain_fields(made.run, model, made.domain))
     own = word == "bdlm"
-    yield Entry(f"{word}_lm", lambda: made.reader().scorer(made.run, made.lm), served=lm if own else None)
-    yield Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain), served=domain if own else None)
+
+    def lm_pair(*, chosen: bool) -> Pair:
+        reader = made.reader(chosen=chosen)
+        return _lm_pair(made.chosen_in if chosen else made.run, reader, made.chosen.params["lm"] if chosen else made.lm)
+
+    yield from _entries(
+        made.run, Entry(f"{word}_lm", lambda: made.reader().scorer(made.run, made.lm), served=lm if own else None),
+        at_validation=lambda: lm_pair(chosen=True), at_test=lambda: lm_pair(chosen=False),
+    )  # fmt: skip
+    yield from _entries(
+        made.run,
+        Entry(f"{word}_domain", lambda: _domain_scorer(made.run, model, made.domain), served=domain if own else None),
+        at_validation=lambda: _domain_pair(made.chosen_in, model, made.distilled.params["domain"], part="validation"),
+        at_test=lambda: _domain_pair(made.run, model, made.domain, part="test"),
+    )
     if own:
         unrefreshed = made.distilled.params["domain"]
         yield Entry("bdlm_domain_unrefreshed", lambda: _domain_scorer(made.run, model, unrefreshed))
@@ -129,21 +150,30 @@ def _closed_form(run: Run, decoder, model: str) -> Iterator[Entry]:
 
 
 def _domain_alone(run: Run, model: str) -> Iterator[Entry]:
-    params = _train(run, lambda run: stages.train_domain(run, model)).params["domain"]
+    chosen, params = (fitted.params["domain"] for fitted in _train(run, lambda run: stages.train_domain(run, model)))
     tables = Served(model, "domain", lambda: served.domain_fields(run.final, model, params))
-    yield Entry(model, lambda: _domain_scorer(run.final, model, params), served=tables)
+    yield from _entries(
+        run.final, Entry(model, lambda: _domain_scorer(run.final, model, params), served=tables),
+        at_validation=lambda: _domain_pair(run, model, chosen, part="validation"),
+        at_test=lambda: _domain_pair(run.final, model, params, part="test"),
+        lifts=build.make_arm(run, model).dot,
+    )  # fmt: skip
 
 
 def _text_lm(run: Run, decoder) -> Iterator[Entry]:
-    fitted = _train(run, lambda run: stages.train_text_lm(run, decoder()))
+    _, fitted = _train(run, lambda run: stages.train_text_lm(run, decoder()))
     lm = fitted.params["lm"]["lm"]
     yield Entry("text_lm", lambda: stages.text_lm_scorer(run, lm, "test"), run.config.evaluate.text_protocols)
 
 
 def _ids_lm(run: Run, decoder) -> Iterator[Entry]:
-    lm = _train(run, lambda run: stages.train_ids_lm(run, decoder())).params["lm"]
+    chosen, lm = (fitted.params["lm"] for fitted in _train(run, lambda run: stages.train_ids_lm(run, decoder())))
     own = Served("ids_lm", "lm", lambda: served.lm_fields(run, reading.ids_reader(run, "test"), lm, kind="ids"))
-    yield Entry("ids_lm", lambda: reading.ids_reader(run, "test").scorer(run, lm), served=own)
+    yield from _entries(
+        run.final, Entry("ids_lm", lambda: reading.ids_reader(run, "test").scorer(run, lm), served=own),
+        at_validation=lambda: _lm_pair(run, reading.ids_reader(run, "validation"), chosen),
+        at_test=lambda: _lm_pair(run, reading.ids_reader(run, "test"), lm),
+    )  # fmt: skip
 
 
 def _ids_lm_distilled(run: Run, decoder) -> Iterator[Entry]:
@@ -216,10 +246,34 @@ def _weighted(run: Run, name: str, at_validation, at_test) -> Entry:
     return Entry(name, scorer)
 
 
-def _train(run: Run, train: Callable[[Run], Fitted]) -> Fitted:
-    """Trains where the choice is made and, where another run is tested, there; returns what is tested."""
+def _train(run: Run, train: Callable[[Run], Fitted]) -> tuple[Fitted, Fitted]:
+    """Trains where the choice is made and, where another run is tested, there; returns what is chosen and tested."""
     fitted = train(run)
-    return fitted if run.final is run else train(run.final)
+    return fitted, fitted if run.final is run else train(run.final)
+
+
+def _entries(
+    run: Run, entry: Entry, *, at_validation: Callable[[], Pair], at_test: Callable[[], Pair], lifts: bool = True
+) -> Iterator[Entry]:
+    """A model's row or, with `evaluate.cold_lift`, that of the model with its cold items lifted and that without."""
+    if not (lifts and is_lifted(run)):
+        yield entry
+        return
+    lifted, own = Lifted(run, entry.name, at_validation=at_validation, at_test=at_test), entry.served
+    if own:
+        own = own._replace(fields=lambda: entry.served.fields() | {"lift": lifted.lift})
+    for (name, scorer), its in zip(lifted.scorers(), (own, None)):
+        yield Entry(name, scorer, served=its)
+
+
+def _domain_pair(run: Run, model: str, params: Params, *, part: str) -> Pair:
+    parts = KNOWN["validation"] if part == "validation" else build.parts_at_test(run.config)
+    view = scorers.domain_view(build.make_arm(run, model, parts=parts), params)
+    return np.asarray(view["user"]), np.asarray(view["item"])
+
+
+def _lm_pair(run: Run, reader: reading.Reader, params: Params) -> Pair:
+    return reader.widen(reader.read(run, params, reader.users))
 
 
 def _domain_scorer(run: Run, model: str, params: Params) -> CatalogueScorer:

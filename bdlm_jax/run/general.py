@@ -71,8 +71,8 @@ def _stays(run: Run) -> bool:
 def own_samples(run: Run, decoder: Decoder) -> list[np.ndarray]:
     """Returns `pretrain.samples` texts that the model writes, <bos> and <eos> included; drawn once a run directory.
 
-    A model that stays as it came needs those alone that its perplexity is read on. Temperature 1 and every text token: its own
-    distribution. Behind a <bos> of ours, which the model never saw, the first token is drawn evenly.
+    A model that stays as it came needs those alone that its perplexity is read on. Temperature 1 and every text token:
+    its own distribution. Behind a <bos> of ours, which the model never saw, the first token is drawn evenly.
     """
     path = run.root / "data" / "samples.safetensors"
     if not path.exists() and run.config.pretrain.samples:

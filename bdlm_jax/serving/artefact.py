@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bdlm_jax.evaluation.lift import Lift
 from bdlm_jax.runtime.files import (
     damaged_file,
     file_sha256,
@@ -45,19 +46,20 @@ class ServedDomain:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model's settings
     dot: bool = True  # the score is the inner product of two rows
     reads_history: bool = False  # the model makes a new user's row of their history
+    lift: Any = None  # `Lift`, where cold items' rows are moved
     search: Any = None  # of `index.make_index`, where items are looked for by one
 
-    @property
+    @cached_property
     def items(self) -> np.ndarray:
-        """Rows of the items, of which near ones are alike."""
-        return self.item_ID
+        """Rows of the items as they are scored, of which near ones are alike."""
+        return self.lift.move(self.item_ID) if self.lift else self.item_ID
 
     @cached_property
     def sieve(self):
         """Of `sieve.make_sieve`, which copies the items' table in a byte a number."""
         from bdlm_jax.serving.sieve import make_sieve
 
-        return make_sieve(self.item_ID)
+        return make_sieve(self.items)
 
     @cached_property
     def rebuilt(self):
@@ -80,12 +82,14 @@ class ServedLM:
     contexts: list[np.ndarray] | None  # tokens of every user
     prompts: Any  # `PromptOptions`
     texts: Any = None  # `TextHead`, where items' texts weigh in the scores
+    lift: Any = None  # `Lift`, where cold items' rows are moved
 
-    @property
+    @cached_property
     def items(self) -> np.ndarray:
-        """Rows of the items' tokens, of which near ones are alike."""
+        """Rows of the items' tokens as they are scored, of which near ones are alike."""
         first = self.vocabulary.item_tokens.start - self.vocabulary.n_text
-        return np.asarray(self.id_rows_XM[first : first + len(self.titles)])
+        rows_IM = np.asarray(self.id_rows_XM[first : first + len(self.titles)])
+        return self.lift.move(rows_IM) if self.lift else rows_IM
 
     @cached_property
     def placed(self) -> tuple[Params, Array]:
@@ -195,7 +199,8 @@ def load_domain_arm(workdir: str | os.PathLike, name: str = "") -> ServedDomain:
     tree = _read(folder / f"{name}.safetensors")
     with _shaped(folder / "serving.json", "domain model"):
         tables = {"user_UD": tree["user"], "item_ID": tree["item"], "degree_I": tree["degree"]}
-        return ServedDomain(**tables, domain=tree.get("domain", {}), **{fact: arms[name][fact] for fact in _FACTS})
+        more = {"domain": tree.get("domain", {}), "lift": _lift(tree)}
+        return ServedDomain(**tables, **more, **{fact: arms[name][fact] for fact in _FACTS})
 
 
 def load_lm_arm(workdir: str | os.PathLike, name: str = "") -> ServedLM:
@@ -222,11 +227,13 @@ def load_lm_arm(workdir: str | os.PathLike, name: str = "") -> ServedLM:
             contexts=_cut(tree["contexts"]) if "contexts" in tree else None,
             prompts=PromptOptions(**facts["prompts"]),
             texts=TextHead(tree["content"], **facts["texts"]) if facts.get("texts") else None,
+            lift=_lift(tree),
         )
 
 
 def _domain(arm: ServedDomain) -> tuple[dict, dict]:
     tensors = {"user": arm.user_UD, "item": arm.item_ID, "degree": arm.degree_I, "domain": arm.domain}
+    tensors |= {"lift": arm.lift._asdict()} if arm.lift else {}
     return {"kind": "domain", **{fact: getattr(arm, fact) for fact in _FACTS}}, tensors
 
 
@@ -234,6 +241,7 @@ def _lm(arm: ServedLM) -> tuple[dict, dict]:
     tensors = {"lm": arm.params, "id_rows": arm.id_rows_XM, "titles": _joined(arm.titles)}
     tensors |= {"contexts": _joined(arm.contexts)} if arm.contexts else {}
     tensors |= {"content": arm.texts.content_IC} if arm.texts else {}
+    tensors |= {"lift": arm.lift._asdict()} if arm.lift else {}
     facts = {
         "kind": "lm",
         "config": dataclasses.asdict(arm.config),
@@ -242,6 +250,10 @@ def _lm(arm: ServedLM) -> tuple[dict, dict]:
         "texts": {"last": arm.texts.last, "mean": arm.texts.mean} if arm.texts else None,
     }
     return facts, tensors
+
+
+def _lift(tree: dict) -> Lift | None:
+    return Lift(**tree["lift"]) if "lift" in tree else None
 
 
 def _joined(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:

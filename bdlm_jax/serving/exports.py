@@ -31,7 +31,7 @@ def export_domain(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: st
             "export a model whose score is (--arm), or use bdlm_jax.recommend."
         )
     with _new_folder(out) as folder:
-        save_safetensors(folder / "embeddings.safetensors", {"user": served.user_UD, "item": served.item_ID})
+        save_safetensors(folder / "embeddings.safetensors", {"user": served.user_UD, "item": served.items})
         save_safetensors(folder / "seen.safetensors", {"indptr": catalogue.indptr, "item": catalogue.item})
         (folder / "ids.json").write_text(json.dumps(catalogue.names), encoding="utf-8")
         shutil.copyfile(EXAMPLE, folder / "recommend.py")
@@ -70,7 +70,8 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
         names["title_tokens"] = [title.tolist() for title in served.titles]
     with _new_folder(out) as folder:
         own = served.params, served.config, served.vocabulary, served.id_rows_XM
-        write_hf_folder(folder, *own, max_tokens=served.prompts.max_tokens)
+        scored_IM = served.items if served.lift else None
+        write_hf_folder(folder, *own, scored_IM=scored_IM, max_tokens=served.prompts.max_tokens)
         if served.texts:
             head = {name: np.asarray(value, np.float32) for name, value in served.texts._asdict().items()}
             save_safetensors(folder / "text_head.safetensors", head | {"content": head.pop("content_IC")})

@@ -48,7 +48,7 @@ def with_index(arm: Arm, *, one_in: int = SEARCHED) -> ServedDomain:
         raise InputError(f"--index is {one_in}; it goes through one of so many parts, which is at least 1.")
     if not isinstance(arm, ServedDomain) or not arm.dot:
         raise InputError("an index is of a domain model whose score is an inner product: ask one without --index.")
-    return dataclasses.replace(arm, search=make_index(arm.item_ID, one_in=one_in))
+    return dataclasses.replace(arm, search=make_index(arm.items, one_in=one_in))
 
 
 def measure_recall(arm: ServedDomain, *, k: int = 10) -> float:

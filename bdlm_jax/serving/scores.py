@@ -49,7 +49,7 @@ def domain_scores(
     """`arm_scores` of a domain model, which needs no history of a known user."""
     state_BD = domain_states(arm, histories, users=users)
     if arm.dot:
-        return state_BD @ arm.item_ID.T
+        return state_BD @ arm.items.T
     return np.asarray(arm.rebuilt.score(arm.domain, state_BD, arm.item_ID), np.float32)
 
 
@@ -135,7 +135,7 @@ def _best_found(arm, search, histories, *, users, k):
     best = []
     for state_D, found, seen in zip(state_BD, search(state_BD, k + max(map(len, had))), had):
         items = np.setdiff1d(found, [*seen, -1])  # sorted: ties stay in catalogue order
-        scores_n = arm.item_ID[items] @ state_D
+        scores_n = arm.items[items] @ state_D
         first = np.argsort(-scores_n, kind="stable")[:k]
         best.append((items[first], scores_n[first]))
     return best

@@ -20,6 +20,7 @@ BOTH, ITEMS = {"user", "item"}, {"item"}
 REACHED = {
     "beauty": BOTH,  # <uid> is never shown, but an item's propagated row is made of its users' rows
     "beauty_itemgcn": ITEMS,  # users are read from items: neither arm has rows of theirs
+    "cold_items": ITEMS,
     "defaults": BOTH,
     "ml100k": BOTH,
     "ml100k_pool": ITEMS,

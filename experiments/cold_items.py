@@ -1,0 +1,34 @@
+"""Items that nobody has had: a drawn tenth of all items is known by its text alone, and asked for among all others.
+
+python -m bdlm_jax.main --config experiments/cold_items.py:beauty --workdir runs/cold_beauty --config.data.path=FOLDER
+python -m bdlm_jax.main --config experiments/cold_items.py:ml1m --workdir runs/cold_ml1m --config.data.path=FOLDER
+
+Beauty's settings are those of experiments/beauty_itemgcn.py, MovieLens-1M's those of experiments/ml1m_pool.py, and none
+was chosen for cold items. Every interaction with a cold item is a case ("cold"); what a user had of the others is left
+one out ("warm"). Trained as ever, every model ranks cold items behind all others, for a softmax over items and BPR
+alike make rows short that are never the answer: `evaluate.cold_lift` moves the rows of cold items, of every model
+alike, by what validation chooses over both kinds of cases. A row "_unlifted" is the model without it. Beware of
+hr@10/cand100 of cold targets by itself: where cold items are lifted far, their hundred candidates hold ten cold ones,
+and any order of them will do. hr@1/cold20, the target among twenty cold items, no lift can move.
+
+As in the two experiments, the LM's loss reaches the item table alone.
+"""
+
+from experiments import beauty_itemgcn, defaults, ml1m_pool
+
+
+def get_config(arg="beauty"):
+    """Returns the config of one data set."""
+    c = defaults.choose({"beauty": beauty_itemgcn, "ml1m": ml1m_pool}, arg).get_config()
+    c.models = ("lightgcn", "itemgcn", "ids_lm", "bdlm")
+    c.data.split = "cold_items"
+    c.evaluate.cold_lift = "validation"
+    c.select = "ndcg@10/cand100"
+    if arg == "ml1m":
+        c.itemgcn.length = 100
+    return c
+
+
+def get_hyper():
+    """Returns the seeds of docs/results.md."""
+    return defaults.sweep("seed", range(3))
