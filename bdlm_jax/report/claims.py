@@ -13,6 +13,7 @@ from bdlm_jax.report.finished_run import Finished, is_control, sorted_models
 from bdlm_jax.types import InputError
 
 ARMS = ("bdlm_domain", "bdlm_lm")
+UNLIFTED = "_unlifted"  # behind a model's name: its cold items as they were trained (run/lifts.py)
 MARGIN_METRICS = ("hr@1/cand100", "ndcg@10/cand100", "ndcg@10/full")
 CONTROL_METRIC = "ndcg@10/full"  # one, so that a page makes no more claims than it has questions
 LEVEL = 0.05
@@ -59,7 +60,8 @@ class Claim(NamedTuple):
 def main_pairs(runs: Sequence[Finished]) -> list[tuple[str, str, str]]:
     """(arm, baseline, metric): both arms against every model that has nothing of BDLM, but for popularity."""
     rows = sorted_models(runs)
-    baselines = [row for row in rows if row != "item_pop" and not is_control(row) and not row.startswith("bdlm_")]
+    none = ("item_pop", *(row for row in rows if row.endswith(UNLIFTED)))  # a weaker form of the baseline is none
+    baselines = [row for row in rows if row not in none and not is_control(row) and not row.startswith("bdlm_")]
     return [pair for pair in itertools.product(ARMS, baselines, MARGIN_METRICS) if pair[0] in rows]
 
 
@@ -164,6 +166,8 @@ def _claim(runs, pair: tuple[str, str, str], margin: Margin, users: int, chance:
 
 def _counterparts(control: str, rows: Sequence[str]) -> list[str]:
     """The rows of the whole BDLM that a control's row is held against: of the same arm, and of the same staleness."""
+    if control.endswith(UNLIFTED):
+        return [control.removesuffix(UNLIFTED)]
     arms = ARMS if control.startswith("pool") else ARMS[1:] if control.endswith("_lm") else ARMS[:1]
     if control == "cached_1":  # which has read no more than the LM that the unrefreshed domain arm learned from
         arms = ("bdlm_domain_unrefreshed", *arms)

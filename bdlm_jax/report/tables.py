@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bdlm_jax.report.claims import LEVEL, Claim
+from bdlm_jax.report.claims import LEVEL, UNLIFTED, Claim
 from bdlm_jax.report.finished_run import (
     BDLM,
     FEWEST_TARGETS,
@@ -224,6 +224,8 @@ def _weights(runs: Sequence[Finished]) -> list[str]:
 def control_word(row: str) -> str:
     """The word of `config.models` that a control's row belongs to."""
     word, _, end = row.rpartition("_")
+    if row.endswith(UNLIFTED):
+        return end
     return word if end in ("lm", "domain") or word == "cached" else row
 
 

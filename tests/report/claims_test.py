@@ -119,6 +119,15 @@ def test_every_control_stands_beside_the_same_arm_of_bdlm_with_what_it_answers(t
     assert "| bdlm_warm_domain |" not in text.split("All targets")[1].split("Margins")[0]
 
 
+def test_a_model_without_its_lift_is_a_control_of_that_model_and_no_baseline(tmp_path):
+    unlifted = {"bdlm_lm_unlifted": (10, 0), "bdlm_domain_unlifted": (20, 0), "lightgcn_unlifted": (5, 0)}
+    runs = read(tmp_path, models=MODELS | unlifted)
+    claims = page_claims(group_runs(runs))["twins"]
+    pairs = {(claim.model, claim.against) for claim in claims if claim.against in unlifted}
+    assert pairs == {("bdlm_lm", "bdlm_lm_unlifted"), ("bdlm_domain", "bdlm_domain_unlifted")}
+    assert "\n".join(group_lines(runs, {}, claims, family=9)).count(ANSWERS["unlifted"]) == 1
+
+
 def test_a_seed_whose_table_was_in_view_is_left_out(tmp_path):
     runs = read(tmp_path, seeds=(0, 1, 2), tuned_on=(0,))
     assert [run.seed for run in group_runs(runs)["twins"]] == [1, 2]
