@@ -150,6 +150,22 @@ Seconds of the clock, beside one run of another experiment on one of the cores. 
 five rows took 503 seconds of it (the processor's were as many as here), and the peak was 7.47 GB.
 """,
     ),
+    "batches": Part(
+        "The language model's batches, beside Grain",
+        "batches.py",
+        """
+Ours takes a batch's rows from arrays by one index each, and a step by its number, so that a run resumes where it was by
+computing nothing; Grain makes a dict a row and stacks them, which is right where a row must be read or decoded. So the
+seekable batches stay.
+""",
+    ),
+    "end_to_end_beauty": Part(
+        "Standard Beauty end to end: LightGCN, SASRec, ItemGCN, the ids-only LM and BDLM with both its lessons",
+        "end_to_end.py --config experiments/beauty_itemgcn.py --path data/amazon-beauty-standard --workdir runs/e2e_beauty",
+        """
+The aim was half of the 64 minutes that experiments/beauty.py took on two cores, with fewer models.
+""",
+    ),
 }
 
 

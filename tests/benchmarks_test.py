@@ -170,6 +170,34 @@ def test_weights_are_written_and_loaded(tmp_path, monkeypatch):
     assert size == total and 0 < before <= peak
 
 
+def test_batches_are_timed_beside_grains_where_it_is_installed(capsys, monkeypatch):
+    import batches
+
+    monkeypatch.setattr(sys, "argv", ["batches.py", "--rows", "64", "--length", "32", "--batches", "10"])
+    batches.main()
+    assert "| packing.Packed.batch | " in capsys.readouterr().out
+
+
+def test_a_whole_experiment_is_timed(tmp_path, capsys, monkeypatch, tiny_run):
+    import shutil
+    import subprocess
+
+    import end_to_end
+
+    def run(command, **_):  # it is trained once a session
+        shutil.copytree(tiny_run[1], command[command.index("--workdir") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    words = ["--config", "tiny", "--workdir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *words])
+    monkeypatch.setattr(subprocess, "run", run)
+    end_to_end.main()
+    told = capsys.readouterr().out
+    assert "| bdlm | " in told and "| **together** | " in told and "Of the processor" in told
+    with pytest.raises(SystemExit):  # what is there would be resumed
+        end_to_end.main()
+
+
 def test_answers_are_timed(tmp_path):
     import serving
 
