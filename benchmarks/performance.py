@@ -161,7 +161,7 @@ seekable batches stay.
     ),
     "end_to_end_beauty": Part(
         "Standard Beauty end to end: LightGCN, SASRec, ItemGCN, the ids-only LM and BDLM with both its lessons",
-        "end_to_end.py --config experiments/beauty_itemgcn.py --path data/amazon-beauty-standard --workdir runs/e2e_beauty",
+        "end_to_end.py --config experiments/beauty_itemgcn.py --path data/amazon-beauty-standard --workdir runs/beauty",
         """
 The aim was half of the 64 minutes that experiments/beauty.py took on two cores, with fewer models.
 """,
