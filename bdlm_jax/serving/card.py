@@ -56,8 +56,8 @@ logits = model(torch.tensor([prompt])).logits[0, -1, {first}:{stop}].detach()
 for i in logits.topk({k}).indices.tolist():
     print(ids["item_ids"][i], ids["titles"][i])
 {write}"""
-_CARD_APART = """The adapters in `recommends/` (for PEFT: `pip install peft`) recommend and do not write: without them, as
-within `disable_adapter`, the model is the one that it was made from, and writes what that wrote{measured}."""
+_CARD_APART = """The adapters in `recommends/` (for PEFT: `pip install peft`) recommend and do not write. Without them,
+as within `disable_adapter`, the model is the one that it was made from, and writes what that wrote{measured}."""
 _CARD_LOAD = """model = PeftModel.from_pretrained(model, f"{folder}/recommends")
 """
 _CARD_WRITE = """with model.disable_adapter():  # plain text, as the model wrote before
