@@ -60,7 +60,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.20"],
-        "parity": ["torch>=2.6"],
+        "parity": ["torch>=2.6", "peft>=0.21"],
         "tune": ["optuna>=4.0"],
         "http": ["fastapi>=0.115", "uvicorn>=0.30"],
         "parquet": ["pyarrow>=18"],

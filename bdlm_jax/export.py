@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = FORMATS[given.format](workdir=given.workdir, out=given.out, arm=given.arm)
     except REFUSED as error:
         return refuse(error)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>14,}  {path}")
     return 0
 

@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
     lm.path = ""  # a Hugging Face directory or hub id, whose weights and shape replace the sizes below
     lm.config = ""  # a Hugging Face config.json: that shape, trained from scratch
     lm.trains = "full"  # full | lora | bridge (the decoder frozen); the bridge and the shared tables train in all
-    lm.speaks = "trained"  # trained | base: who writes plain text; base, of lora: the model as it came, adapters off
+    lm.speaks = "trained"  # trained | base: who writes plain text; base, with lora: the model without its adapters
     lm.lora_rank = 8
     lm.lora_alpha = 16.0
     lm.lora_targets = r".*_proj/kernel"  # whole paths in the decoder's tree

@@ -20,6 +20,7 @@ FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 ARGUMENTS = {
     "quickstart": ["whole", "no_pretrain"],
     "ml1m_llm": ["vicuna_7b", "qwen_0_5b"],
+    "ml1m_own_lm": ["short", "base"],
     **{name: ["short", "table"] for name in ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "ml1m_pool")},
 }
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]

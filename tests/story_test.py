@@ -1,6 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
+import own_lm
 import pytest
 
+from bdlm_jax import story
 from bdlm_jax.data import twins
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain.closed_form import ease, interaction_matrix
@@ -35,3 +39,12 @@ def test_closed_forms_learn_from_training_and_score_what_is_known_at_test(tmp_pa
     user, item = split.cases(TEST)
     better = np.sum(scores_UI[user] > scores_UI[user, item][:, None], axis=1)
     np.testing.assert_array_equal(load_counts(tmp_path / "per_user" / "ease.npz")["full"].better, better)
+
+
+def test_an_own_model_without_general_text_has_no_perplexity_and_the_run_goes_on(tmp_path, monkeypatch):
+    own_lm.write_model(tmp_path / "model", own_lm.LLAMA)
+    run = own_lm.make_run(tmp_path / "run", path=str(tmp_path / "model"))
+    run.config.models, run.config.pretrain.samples = ("bdlm",), 0
+    monkeypatch.setattr(story.contenders, "train_bdlm", lambda run, decoder: SimpleNamespace(lm={"lm": {}}))
+    for _ in range(2):  # measured, and read back
+        assert story._measure_language(run, lambda: None) is None

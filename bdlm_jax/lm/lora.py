@@ -1,8 +1,9 @@
 """Low-rank adapters beside frozen weights: W + alpha/rank · A·B, chosen by path patterns.
 
 Training computes x·W + (x·A)·B beside each other, so that no merged copy and no gradient as large as W is ever held;
-what is served and exported is merged. The adapters are a subtree, params["lm"]["lora"], that mirrors the decoder's; the
-base leaves stay as they were loaded. Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), equation 3.
+what is served and exported is merged (where plain text is the base's, exported apart: hf_adapters). The adapters are a
+subtree, params["lm"]["lora"], that mirrors the decoder's; the base leaves stay as they were loaded. Source: Hu et al.
+2021 (LoRA, arXiv 2106.09685), equation 3.
 """
 
 import re

@@ -126,6 +126,7 @@ def _language(run: Finished) -> str:
     return (
         f"* Seed {run.seed}: the language model's perplexity on {text['text']} held out ({text['tokens']:,} tokens) is "
         f"{after:.2f}, and was {before:.2f} before BDLM ({after / before - 1:+.1%})."
+        + (f" With the adapters left on it would be {text['adapters']:.2f}." if "adapters" in text else "")
     )
 
 

@@ -269,7 +269,13 @@ def _check_lm(config, shape: LMConfig) -> None:
         raise InputError(f"config.lm.batch_rows {lm.batch_rows} does not divide into lm.accumulate {lm.accumulate}.")
     if lm.trains == "lora":  # shapes alone: no weight is drawn or read
         options = {"rank": lm.lora_rank, "targets": lm.lora_targets, "alpha": lm.lora_alpha}
-        jax.eval_shape(lambda key: lora.init_lora(key, causal_lm.init_lm(key, shape), **options), jax.random.key(0))
+        init = functools.partial(lora.init_lora, **options)
+        made = jax.eval_shape(lambda key: init(key, causal_lm.init_lm(key, shape)), jax.random.key(0))
+        if lm.speaks == "base" and (beyond := sorted({*made} - {"alpha", lora.BESIDE})):
+            raise InputError(
+                f"config.lm.lora_targets matches {beyond[0]}, and lm.speaks base exports adapters of the layers alone; "
+                "narrow the pattern, to layers/.*_proj/kernel, say."
+            )
     if lm.speaks == "base" and lm.trains != "lora":
         raise InputError(
             f"config.lm.speaks base takes adapters off, and lm.trains {lm.trains} has none; set lm.trains to lora, or "

@@ -13,6 +13,7 @@ import numpy as np
 
 from bdlm_jax.data.splits import TRAIN
 from bdlm_jax.domain.models import MODELS
+from bdlm_jax.run import general
 from bdlm_jax.run.build import Run
 from bdlm_jax.run.controls import CONTROLS
 from bdlm_jax.run.prepare import training_setting
@@ -149,7 +150,7 @@ def _bdlm_rows(run: Run) -> float:
 
 def _replayed(run: Run, rows: float) -> float:
     config = run.config
-    own = config.lm.path and config.lm.trains != "bridge" and config.pretrain.samples
+    own = config.lm.path and not general.stays(config) and config.pretrain.samples
     return config.pretrain.replay_share * rows if run.data.corpus or own else 0.0
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from bdlm_jax.evaluation.perplexity import perplexity
@@ -45,7 +46,7 @@ def general_text(run: Run, decoder: Decoder) -> General:
         held_out = rows.text_rows(run.data.held_out, vocabulary, length) if run.data.held_out else None
         return General("the corpus", rows.corpus_rows(run), _first(held_out))
     samples = own_samples(run, decoder)
-    if _stays(run):  # text alone reaches nothing that moves
+    if stays(run.config):  # text alone reaches nothing that moves
         held_out, replay = samples, []
     else:
         held_out = samples[::_HELD_OUT]
@@ -58,14 +59,12 @@ def spoken(run: Run, text: General, lm: Params) -> dict[str, float]:
     """Reads {"perplexity"} of what speaks, as `lm.speaks` says, on what is held out; nothing where nothing is."""
     if text.held_out is None:
         return {}
-    if run.config.lm.speaks == "base":
-        lm = lora.without(lm)
-    return {"perplexity": perplexity(lm, run.lm, text.held_out, batch_rows=run.config.lm.batch_rows)}
+    return {"perplexity": _perplexity(run, text, lora.without(lm) if run.config.lm.speaks == "base" else lm)}
 
 
-def _stays(run: Run) -> bool:
-    """Whether what writes plain text is the model as it came."""
-    return run.config.lm.trains == "bridge" or run.config.lm.speaks == "base"
+def stays(config: ml_collections.ConfigDict) -> bool:
+    """Says whether what writes plain text is the model as it came."""
+    return config.lm.trains == "bridge" or config.lm.speaks == "base"
 
 
 def own_samples(run: Run, decoder: Decoder) -> list[np.ndarray]:
@@ -88,7 +87,8 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
     """Reads the perplexity of an own model on general text held out, before BDLM and after it, and says what it finds.
 
     Returns:
-        {"text", "tokens", "before", "after"}, or None where there is no such model or text.
+        {"text", "tokens", "before", "after"}, with `lm.speaks` base also "adapters": what it would be with the adapters
+        left on; or None where there is no such model or text.
     """
     if not run.config.lm.path or (text := general_text(run, decoder)).held_out is None:
         return None
@@ -102,7 +102,11 @@ def measure(run: Run, decoder: Decoder, lm: Params) -> dict | None:
             "the language model lost language: its perplexity on %s rose by %.0f %%; raise pretrain.replay_share or "
             "mutual.lm.text, lower lm.learning_rate, or let lm.trains be bridge.", text.source, 100 * growth,
         )  # fmt: skip
-    return {"text": text.source, "tokens": n, "before": before, "after": after}
+    told = {"text": text.source, "tokens": n, "before": before, "after": after}
+    if run.config.lm.speaks == "base":
+        told["adapters"] = _perplexity(run, text, lm)
+        _LOG.info("with the adapters left on, which recommend and do not write, it would be %.2f", told["adapters"])
+    return told
 
 
 def own_tokens(run: Run) -> np.ndarray:
@@ -114,9 +118,13 @@ def own_tokens(run: Run) -> np.ndarray:
     return allowed_V
 
 
+def _perplexity(run: Run, text: General, lm: Params) -> float:
+    return perplexity(lm, run.lm, text.held_out, batch_rows=run.config.lm.batch_rows)
+
+
 def _draw(run: Run, params: Params) -> np.ndarray:
     v, n, length = run.texts.vocabulary, run.config.pretrain.samples, run.config.prompts.length
-    n = -(-n // _HELD_OUT) if _stays(run) else n
+    n = -(-n // _HELD_OUT) if stays(run.config) else n
     allowed_V = own_tokens(run)
     start_NP = np.full((n, 1), v.bos, np.int32)
     if v.bos >= count_tokens(tokenizer_folder(run.config)):

@@ -47,15 +47,17 @@ def domain_fields(run: Run, model: str, params: Params) -> dict:
 
 
 def lm_fields(run: Run, reader: Reader, params: Params, *, kind: str) -> dict:
-    """The decoder with its adapters merged, the rows of the id tokens, what makes prompts, and what texts add.
+    """The decoder, the rows of the id tokens, what makes prompts, and what texts add.
 
+    Adapters are merged, but stay beside the decoder where that writes plain text without them (`lm.speaks`).
     `reader` is how its states are read for the test, of prompts of that kind.
     """
     id_rows = jax.jit(sharing.id_rows, static_argnames=("meeting", "arm"))
     meeting = dataclasses.replace(reader.meeting, shows_users=True)
     rows_XM, _ = id_rows(params, meeting=meeting, arm=reader.arm)
+    lm = params["lm"] if run.config.lm.speaks == "base" else lora.merge(params["lm"])
     return {
-        "params": {name: value for name, value in lora.merge(params["lm"]).items() if name != "bridge"},
+        "params": {name: value for name, value in lm.items() if name != "bridge"},
         "config": run.lm,
         "id_rows_XM": np.asarray(rows_XM, np.float32),
         "vocabulary": run.texts.vocabulary,

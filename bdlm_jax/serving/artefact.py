@@ -74,7 +74,7 @@ class ServedDomain:
 class ServedLM:
     """A language model: decoder, rows of the id tokens, and how its prompts are made."""
 
-    params: Params
+    params: Params  # with adapters beside the decoder where they are not to touch plain text
     config: Any  # `LMConfig`
     id_rows_XM: Array  # of <uid> and <iid>
     vocabulary: Any  # `Vocabulary`
@@ -93,10 +93,12 @@ class ServedLM:
 
     @cached_property
     def placed(self) -> tuple[Params, Array]:
-        """Decoder and rows where JAX computes, put there once."""
+        """Decoder, with adapters merged, and rows where JAX computes, put there once."""
         import jax
 
-        return jax.device_put((self.params, self.id_rows_XM))
+        from bdlm_jax.lm import lora
+
+        return jax.device_put((lora.merge(self.params), self.id_rows_XM))
 
 
 Arm = ServedDomain | ServedLM

@@ -57,8 +57,11 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
     `out`, new or empty, holds config.json, generation_config.json, model.safetensors (or shards and their index), the
     tokenizer with a token for every user and item, ids.json (raw ids and titles; item i is <iid_i>), README.md with the
     way to prompt it, and text_head.safetensors where the items' texts weigh in the scores. It loads with transformers'
-    AutoModelForCausalLM and AutoTokenizer. The default arm is BDLM's, or else the first.
+    AutoModelForCausalLM and AutoTokenizer. Of a run with `lm.speaks` base the weights are those that the model came
+    with, and recommends/ holds the adapters by which it ranks, for PEFT. The default arm is BDLM's, or else the first.
     """
+    from bdlm_jax.lm import lora
+    from bdlm_jax.lm.hf_adapters import FOLDER, write_adapters
     from bdlm_jax.lm.hf_folder import write_hf_folder
     from bdlm_jax.serving.card import model_card
 
@@ -69,9 +72,11 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
         # Tokens, not text: some tokenizers split a text otherwise behind another token than alone.
         names["title_tokens"] = [title.tolist() for title in served.titles]
     with _new_folder(out) as folder:
-        own = served.params, served.config, served.vocabulary, served.id_rows_XM
+        own = lora.without(served.params), served.config, served.vocabulary, served.id_rows_XM
         scored_IM = served.items if served.lift else None
         write_hf_folder(folder, *own, scored_IM=scored_IM, max_tokens=served.prompts.max_tokens)
+        if lora.LORA in served.params:
+            write_adapters(folder / FOLDER, served.params, served.config)
         if served.texts:
             head = {name: np.asarray(value, np.float32) for name, value in served.texts._asdict().items()}
             save_safetensors(folder / "text_head.safetensors", head | {"content": head.pop("content_IC")})

@@ -111,8 +111,16 @@ def test_scored_continuations_read_the_adapters(params):
     assert np.abs(got - run(params, CONFIG, *arguments)).max() > 0.1
 
 
+def test_without_adapters_the_model_is_what_it_was(params):
+    lm = with_lora({**params, "bridge": {}}, trained=True, targets=".*_proj/kernel|embedding")
+    bare = lora.without(lm)
+    assert bare.keys() == {*params, "bridge"} and lora.LORA in lm
+    assert all(bare[name] is params[name] for name in params)
+
+
 def test_what_has_no_adapters_is_left_as_it_is(params):
     lm = with_lora(params)
+    assert lora.without(params) is params
     assert lora.merge(params) is params
     assert lora.variables(params)["params"] is params and set(lora.variables(params)) == {"params"}
     assert lora.merge_tables(params) is params and lora.merge_tables(lm) is lm

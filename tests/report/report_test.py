@@ -56,6 +56,17 @@ def test_the_page_of_one_run_says_what_the_counts_say(tmp_path):
         assert (folder / name).stat().st_size < 100_000
 
 
+def test_the_page_says_how_well_an_own_model_still_speaks(tmp_path):
+    path = make_run(tmp_path / "run") / "results.json"
+    results = json.loads(path.read_text())
+    told = {"text": "the corpus", "tokens": 1234, "before": 20.0, "after": 21.0}
+    path.write_text(json.dumps(results | {"language": told}))
+    line = "perplexity on the corpus held out (1,234 tokens) is 21.00, and was 20.00 before BDLM (+5.0%).\n"
+    assert line in page_of(path.parent)
+    path.write_text(json.dumps(results | {"language": told | {"adapters": 30.0}}))
+    assert f"{line[:-1]} With the adapters left on it would be 30.00.\n" in page_of(path.parent)
+
+
 def test_the_page_is_called_by_the_data_and_begins_with_five_lines(tmp_path):
     folder = make_run(tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())

@@ -120,6 +120,16 @@ def test_a_config_without_a_setting_is_refused(key, tmp_path):
         ({"lm__dropout": 1.0}, "below 1"),
         ({"prompts__user_dropout": 1.5}, "at most 1"),
         ({"lm__trains": "lora", "lm__lora_targets": "nothing"}, "'nothing' matches no leaf of the decoder"),
+        ({"lm__speaks": "base"}, "config.lm.speaks base takes adapters off, and lm.trains full has none"),
+        ({"lm__speaks": "base", "lm__trains": "bridge"}, "and lm.trains bridge has none; set lm.trains to lora"),
+        (
+            {"lm__speaks": "base", "lm__trains": "lora", "pretrain__corpus": "text.txt"},
+            "config.lm.speaks base leaves plain text to the model as it came, so pretrain.corpus has nothing to train",
+        ),
+        (
+            {"lm__speaks": "base", "lm__trains": "lora", "lm__lora_targets": ".*_proj/kernel|embedding"},
+            "config.lm.lora_targets matches embedding, and lm.speaks base exports adapters of the layers alone",
+        ),
         ({"data__min_user": 3}, "config.data.min_user is 3, but data of the kind twins come as they are"),
         ({"seed": 2**40}, "below 2**32"),
         ({"seed": 2**70}, "below 2**32"),

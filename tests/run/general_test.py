@@ -7,8 +7,8 @@ import numpy as np
 import own_lm
 import pytest
 
-from bdlm_jax.lm import vocabulary
-from bdlm_jax.run import build, general, stages
+from bdlm_jax.lm import lora, vocabulary
+from bdlm_jax.run import build, forecast, general, stages
 from bdlm_jax.run.build import Decoder
 
 
@@ -71,6 +71,34 @@ def test_a_model_that_lost_language_is_warned_of(run, caplog, monkeypatch):
     assert "lost language" in caplog.records[-1].getMessage()
     run.config.lm.path = ""
     assert general.measure(run, decoder, other) is None
+
+
+def test_where_the_base_speaks_nothing_is_replayed_and_its_perplexity_stays_to_the_bit(run, caplog, monkeypatch):
+    monkeypatch.setattr(general._LOG, "propagate", True)
+    run.config.lm.speaks = "base"
+    loaded = build.load_decoder(run)
+    decoder = build.make_decoder(run, {**loaded, "head": 30 * loaded["head"]})  # has language to lose
+    text = general.general_text(run, decoder)
+    assert text.replay is None and len(general.own_samples(run, decoder)) == -(-11 // 8)
+    start = build.init_tables(run, "lightgcn", build.make_arm(run, "lightgcn"))
+    monkeypatch.setattr(build.Run, "fit", lambda self, stage, **arguments: arguments)
+    rows = [stages.train_bdlm(run, decoder, start)["phases"][0].units, forecast.work(run, "bdlm")]
+    run.config.pretrain.replay_share = 0.0
+    assert rows == [stages.train_bdlm(run, decoder, start)["phases"][0].units, forecast.work(run, "bdlm")]
+
+    adapters = lora.init_lora(jax.random.key(0), decoder.params, rank=2, targets=".*_proj/kernel", alpha=400.0)
+    moved = {**decoder.params, "bridge": {}, "lora": jax.tree.map(lambda leaf: leaf + 0.5, adapters)}
+    with caplog.at_level("INFO", logger="bdlm_jax"):
+        told = general.measure(run, decoder, moved)
+    assert told["before"] == told["after"] == general.spoken(run, text, moved)["perplexity"]
+    run.config.lm.speaks = "trained"
+    assert told["adapters"] == general.spoken(run, text, moved)["perplexity"] > 1.1 * told["before"]
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        said[-1] == f"with the adapters left on, which recommend and do not write, it would be {told['adapters']:.2f}"
+    )
+    assert not any("lost language" in line for line in said)
+    assert "adapters" not in general.measure(run, decoder, moved)
 
 
 def test_replay_is_of_the_general_text(run, monkeypatch):

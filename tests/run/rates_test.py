@@ -28,6 +28,12 @@ def test_the_decoders_rate_goes_by_what_trains_and_by_the_width(trains, width, w
     assert rates.decoder_rate(made(width, **{"lm.learning_rate": 5e-4, "lm.trains": trains})) == 5e-4
 
 
+@pytest.mark.parametrize(("width", "wanted"), [(4096, 0.4 / 4096), (256, 0.4 / 256), (64, 3e-3)])
+def test_adapters_through_which_no_plain_text_goes_may_learn_faster(width, wanted):
+    run = made(width, **CHOSEN, **{"lm.trains": "lora", "lm.speaks": "base"})
+    assert rates.decoder_rate(run) == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("width", [16, 256])
 def test_tables_and_bridge_move_by_a_share_of_their_own_size(width):
     run, decoder = made(width, **CHOSEN, **{"lm.trains": "lora"}), Decoder(None, row_std=0.04)
