@@ -201,7 +201,9 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.learning_rate_bridge = 3e-3  # lower where tables are large: their size multiplies what it moves; 0: by it
     mutual.align = "mse"  # mutual/losses.py ALIGN
     mutual.temperature = 1.0
-    mutual.text_head = "none"  # none | words: whether likeness of texts weighs in the LM's scores (lm/text_head.py)
+    # none | words | graph: whether likeness of items, by their texts or by the domain model's rows as it was alone,
+    # weighs in the LM's scores (lm/text_head.py)
+    mutual.text_head = "none"
     mutual.text_width = 128  # dimensions of a text
     # lm | domain | pool: who teaches after the rounds, the LM as it is, the domain model as it was alone, or their sum
     mutual.teacher = "lm"

@@ -64,10 +64,13 @@ def _tables(run: Finished) -> dict[str, np.ndarray] | None:
     if not {"domain arm after", "LM arm after"} <= found.keys():
         return None
     tables, m = {}, run.config["mutual"]
-    texts = m["text_width"] if m.get("text_head", "none") != "none" else 0  # the last columns of the LM's rows
+    # Behind the LM's own columns stand those of what is added to its scores, and of a domain model that teaches too.
+    width = run.config["shared"]["width"]
+    added = {"words": m["text_width"], "graph": width}.get(m.get("text_head"), 0)
+    added += width * (m.get("teacher") == "pool")
     for name, tree in found.items():
         rows = tree.get("rows_item")
-        table = rows[:, : rows.shape[1] - texts] if name == "LM arm after" else tree["shared"]["item"]
+        table = rows[:, : rows.shape[1] - added] if name == "LM arm after" else tree["shared"]["item"]
         tables[name] = table @ tree["lm"]["bridge"]["into"] if name == "LM arm before" else table
     return tables
 

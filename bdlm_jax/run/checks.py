@@ -114,7 +114,7 @@ RULES = {
     "prompts.gloss": Rule(lambda v: not v or v.count("{}") == 1, "empty, or a text in which {} stands for the title"),
     "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
-    "mutual.text_head": _word(("none", "words")), "mutual.teacher": _word(("lm", "domain", "pool")),
+    "mutual.text_head": _word(("none", "words", "graph")), "mutual.teacher": _word(("lm", "domain", "pool")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),

@@ -63,7 +63,7 @@ CONTROLS = {
         "is it only the text? the warm start and the items' text, no mutual term for the LM",
         lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | NO_LESSONS | _start(config),
     ),
-    "bdlm_headless": Control("what texts add to the LM's scores: nothing", _fixed({"mutual.text_head": "none"})),
+    "bdlm_headless": Control("no likeness of items in the LM's scores", _fixed({"mutual.text_head": "none"})),
     "bdlm_unglossed": Control("what the LM says of unfamiliar words: titles alone", _fixed({"prompts.gloss": ""})),
     "bdlm_lm_teaches": Control(
         "does either know what the other does not? the LM alone teaches both arms", _fixed({"mutual.teacher": "lm"})

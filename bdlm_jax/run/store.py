@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 # Settings that no training reads, as patterns of keys. Data, candidates, words and teachers are hashed by content.
 _NEVER = r"""name models tuned_on runtime\..* dry_run\..* distributed\..* tokenizer\..* data\.(?!candidates_seed).*
-    evaluate\.(protocols|text_protocols|cases) mutual\.teacher"""
+    evaluate\.(protocols|text_protocols|cases|cold_lift) mutual\.teacher"""
 _ALONE = r"""domain\..* shared\.trained_by pretrain\.(corpus|epochs|learning_rate)
     prompts\.(kind|titled_share|card_copies|max_title_tokens|gloss) """
 _TAUGHT = r"lm_alone\..* pretrain\.(corpus|epochs|learning_rate) domain\.epochs evaluate\.text_history "

@@ -1,4 +1,4 @@
-"""Who teaches the arms at length: the LM, and what texts and the domain model alone add, by validation."""
+"""Who teaches the arms at length: the LM, and what likeness of items and the domain model alone add, by validation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class Teacher(NamedTuple):
 
 def choose_teacher(run: Run, lm: Params, alone: Callable[[Run], Params], *, name: str = "teacher.json") -> Teacher:
     """Makes the teacher of which the LM is part; what is chosen for it is chosen on validation, and kept by `name`."""
-    texts = weigh_texts(run, lm)
+    texts = weigh_texts(run, lm, alone)
     return Teacher(texts, weigh_domain(run, lm, alone(run), texts, name=name), alone)
 
 
@@ -78,15 +78,15 @@ def learn_together(run: Run, decoder: Decoder, alone: Callable[[Run], Params], t
     return fitted
 
 
-def weigh_texts(run: Run, lm: Params) -> TextHead | None:
-    """Chooses on validation how much the items' texts weigh beside the LM, where `mutual.text_head` reads them.
+def weigh_texts(run: Run, lm: Params, alone: Callable[[Run], Params]) -> TextHead | None:
+    """Chooses on validation how much likeness of items weighs beside the LM, where `mutual.text_head` reads it.
 
     One weight after the other, twice; what each pair reached is kept in text_head.json.
     """
     c = run.config.mutual
     if c.text_head == "none":
         return None
-    content_IC = run.content_IC
+    content_IC = run.content_IC if c.text_head == "words" else domain_content(run, alone(run))
     reader = reading.bdlm_reader(run, "validation", texts=TextHead(content_IC))
     states, reached = reader.read(run, lm, reader.users), {}
 
@@ -104,6 +104,13 @@ def weigh_texts(run: Run, lm: Params) -> TextHead | None:
     tried = [{"last": a, "mean": b, run.config.select: reached[a, b]} for a, b in sorted(reached)]
     write_json(run.folder / "text_head.json", {"last": last, "mean": mean, "validation": tried})
     return TextHead(content_IC, last, mean)
+
+
+def domain_content(run: Run, alone: Params) -> np.ndarray:
+    """The domain model's rows of items (I, D) as it was alone, over their root mean square norm: of training alone."""
+    view = scorers.domain_view(build.make_arm(run, run.config.domain.model, parts=KNOWN["validation"]), alone)
+    rows_ID = np.asarray(view["item"], np.float32)
+    return rows_ID / np.sqrt(np.mean(np.sum(np.square(rows_ID[run.warm_I]), axis=1)))
 
 
 def weigh_domain(

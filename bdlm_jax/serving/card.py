@@ -64,7 +64,7 @@ _CARD_WRITE = """with model.disable_adapter():  # plain text, as the model wrote
     text = model.generate(tokenizer("The", return_tensors="pt").input_ids, max_new_tokens=16)
 print(tokenizer.decode(text[0]))
 """
-_CARD_TEXTS = """# What the items' texts add, which no weight of the model holds:
+_CARD_TEXTS = """# What likeness of items adds, which no weight of the model holds:
 texts = safetensors.torch.load_file(f"{folder}/text_head.safetensors")
 said = texts["content"][history]
 logits += texts["content"] @ (texts["last"] * said[-1] + texts["mean"] * said.mean(0))

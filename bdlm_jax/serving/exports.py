@@ -56,9 +56,10 @@ def export_hf(*, workdir: str | os.PathLike, out: str | os.PathLike, arm: str = 
 
     `out`, new or empty, holds config.json, generation_config.json, model.safetensors (or shards and their index), the
     tokenizer with a token for every user and item, ids.json (raw ids and titles; item i is <iid_i>), README.md with the
-    way to prompt it, and text_head.safetensors where the items' texts weigh in the scores. It loads with transformers'
-    AutoModelForCausalLM and AutoTokenizer. Of a run with `lm.speaks` base the weights are those that the model came
-    with, and recommends/ holds the adapters by which it ranks, for PEFT. The default arm is BDLM's, or else the first.
+    way to prompt it, and text_head.safetensors where likeness of items weighs in the scores. It loads with
+    transformers' AutoModelForCausalLM and AutoTokenizer. Of a run with `lm.speaks` base the weights are those that the
+    model came with, and recommends/ holds the adapters by which it ranks, for PEFT. The default arm is BDLM's, or else
+    the first.
     """
     from bdlm_jax.lm import lora
     from bdlm_jax.lm.hf_adapters import FOLDER, write_adapters

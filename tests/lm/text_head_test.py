@@ -12,6 +12,12 @@ def test_what_texts_add_is_the_last_items_likeness_and_the_mean_of_all():
     assert not head.read([]).any()
 
 
+def test_a_row_of_a_domain_model_needs_no_length_of_one():
+    content_IC = 3.0 * CONTENT_IC  # products, and no cosines
+    head = TextHead(content_IC, last=1.0, mean=0.0)
+    assert np.allclose(content_IC @ head.read([2, 0]), content_IC @ content_IC[0])
+
+
 def test_widened_products_are_the_scores_and_what_texts_add():
     head, generator = TextHead(CONTENT_IC, last=1.0, mean=3.0), np.random.default_rng(0)
     state_UM, rows_IM = generator.normal(size=(2, 4)), generator.normal(size=(3, 4))

@@ -63,6 +63,21 @@ def test_a_pool_is_the_sum_of_both_scores_and_its_weight_the_best_on_validation(
     np.testing.assert_allclose(plain, scorers.state_scorer(states["user"], states["rows_item"]).score(every), rtol=1e-5)
 
 
+def test_a_graph_head_asks_the_domain_model_how_alike_items_are(trained):
+    run, lm, alone = trained
+    config = run.config.copy_and_resolve_references()
+    config.mutual.text_head = "graph"
+    run = dataclasses.replace(run, config=config)
+    head = teachers.weigh_texts(run, lm, lambda _: alone)
+    told = json.loads((run.folder / "text_head.json").read_text())
+    reached = {(tried["last"], tried["mean"]): tried[config.select] for tried in told["validation"]}
+    assert reached[head.last, head.mean] == max(reached.values()) and len(reached) > 10
+    item_ID = np.asarray(build.make_arm(run, "lightgcn").encode(*(alone[name] for name in ("shared", "domain")))[1])
+    content_IC = np.asarray(head.content_IC)
+    np.testing.assert_allclose(content_IC / content_IC[0, 0], item_ID / item_ID[0, 0], rtol=1e-3, atol=1e-4)
+    assert np.mean(np.sum(content_IC[run.warm_I] ** 2, axis=1)) == pytest.approx(1, rel=1e-4)
+
+
 def test_at_test_the_domain_model_knows_the_validation_item(trained):
     run, _, alone = trained
     teacher = teachers.Teacher(None, 1.0, lambda _: alone)

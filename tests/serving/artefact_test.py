@@ -47,7 +47,7 @@ def test_the_lm_arm_scores_as_the_evaluator_does_on_all_that_is_known(run):
     split = Split(run.data.split.interactions, np.full_like(run.data.split.part_E, TRAIN))
     past = dataclasses.replace(run, data=run.data._replace(split=split))
     users = rows.reading_rows(past, kind=config.prompts.kind, part="test")
-    texts = teachers.weigh_texts(run, params)
+    texts = teachers.weigh_texts(run, params, None)
     assert texts.last or texts.mean
     reader = reading.bdlm_reader(run, "test", texts=texts)
     reader = reader._replace(users=users, histories=rows.known_histories(past, "test"))
