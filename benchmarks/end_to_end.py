@@ -39,7 +39,7 @@ def main():
     total, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     trained = read_run(given.workdir).facts["seconds"]
     rows = [*trained.items(), ("data, tests, report", total - sum(trained.values())), ("**together**", total)]
-    print(f"{' '.join(command[3:])}; {cores()} cores\n\n| stage | seconds |\n|---|---:|")
+    print(f"{' '.join(command[3:])}; cores used: {cores()}\n\n| stage | seconds |\n|---|---:|")
     print("\n".join(f"| {name} | {seconds:,.0f} |" for name, seconds in rows))
     cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6
     print(f"\nOf the processor {cpu:,.0f} seconds; at its peak {peak:.1f} GB.")
