@@ -165,7 +165,7 @@ seekable batches stay.
         """
 The aim was half of the 64 minutes that experiments/beauty.py took on two cores, with fewer models; another run had the
 other core. On MovieLens-1M LightGCN, SASRec, the ids-only LM and BDLM of experiments/ml1m_pool.py took 3,422 seconds of
-one core the same day in the same company (seed 3; SASRec 19 minutes, the ids-only LM 13, BDLM's LM 19): the aim there,
+one core the same day in the same company (seed 3; SASRec 18 minutes, the ids-only LM 13, BDLM's LM 19): the aim there,
 half of 36 to 55 minutes on two cores, is not shown.
 """,
     ),
