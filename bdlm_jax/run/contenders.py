@@ -156,7 +156,7 @@ def _domain_alone(run: Run, model: str) -> Iterator[Entry]:
         run.final, Entry(model, lambda: _domain_scorer(run.final, model, params), served=tables),
         at_validation=lambda: _domain_pair(run, model, chosen, part="validation"),
         at_test=lambda: _domain_pair(run.final, model, params, part="test"),
-        lifts=build.make_arm(run, model).dot,
+        dot=lambda: build.make_arm(run, model).dot,
     )  # fmt: skip
 
 
@@ -253,10 +253,13 @@ def _train(run: Run, train: Callable[[Run], Fitted]) -> tuple[Fitted, Fitted]:
 
 
 def _entries(
-    run: Run, entry: Entry, *, at_validation: Callable[[], Pair], at_test: Callable[[], Pair], lifts: bool = True
+    run: Run, entry: Entry, *, at_validation: Callable[[], Pair], at_test: Callable[[], Pair], dot=lambda: True
 ) -> Iterator[Entry]:
-    """A model's row or, with `evaluate.cold_lift`, that of the model with its cold items lifted and that without."""
-    if not (lifts and is_lifted(run)):
+    """A model's row or, with `evaluate.cold_lift`, that of the model with its cold items lifted and that without.
+
+    `dot()` says whether its scores are inner products.
+    """
+    if not (is_lifted(run) and dot()):
         yield entry
         return
     lifted, own = Lifted(run, entry.name, at_validation=at_validation, at_test=at_test), entry.served
