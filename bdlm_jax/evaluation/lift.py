@@ -3,9 +3,7 @@
 A softmax over items makes rows long whose items are often the answer, and an item that never is stays short whatever
 its text says: it is ranked well among its like, and behind all others. Its row is moved in the one direction that means
 the same to everybody, v with state·v ≈ 1, so that all scores of such items rise alike; how far is chosen on validation
-(`run.lifts`). A row stays a row: what is served and exported is an inner product as before. Ours; that the bias
-towards popular items lies in the rows' norms is known (Steck et al. 2024, "Is cosine-similarity of embeddings really
-about similarity?").
+(`run.lifts`). A row stays a row: what is served and exported is an inner product as before. Ours.
 """
 
 from typing import NamedTuple

@@ -10,10 +10,10 @@ import numpy as np
 from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.evaluation.statistics import Margin, beats, case_chance, holm, paired_margins
 from bdlm_jax.report.finished_run import Finished, is_control, sorted_models
+from bdlm_jax.run.controls import UNLIFTED
 from bdlm_jax.types import InputError
 
 ARMS = ("bdlm_domain", "bdlm_lm")
-UNLIFTED = "_unlifted"  # behind a model's name: its cold items as they were trained (run/lifts.py)
 MARGIN_METRICS = ("hr@1/cand100", "ndcg@10/cand100", "ndcg@10/full")
 CONTROL_METRIC = "ndcg@10/full"  # one, so that a page makes no more claims than it has questions
 LEVEL = 0.05

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bdlm_jax.report.claims import LEVEL, UNLIFTED, Claim
+from bdlm_jax.report.claims import LEVEL, Claim
 from bdlm_jax.report.finished_run import (
     BDLM,
     FEWEST_TARGETS,
@@ -21,7 +21,7 @@ from bdlm_jax.report.finished_run import (
     phase_names,
     sorted_models,
 )
-from bdlm_jax.run.controls import ANSWERS
+from bdlm_jax.run.controls import ANSWERS, UNLIFTED
 from bdlm_jax.runtime.log import duration
 
 MAIN_METRICS = (

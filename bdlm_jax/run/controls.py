@@ -98,10 +98,11 @@ CONTROLS = {
         "the domain model is ItemGCN, at the learning rate that it has alone", lambda config: _on("itemgcn", config)
     ),
 }
+UNLIFTED = "_unlifted"  # behind a model's name: its cold items as they were trained (lifts.py)
 ANSWERS = {word: control.asks for word, control in CONTROLS.items()} | {
     "ids_lm_distilled": "is it only the distillation? ids_lm's scores distilled into the domain model, nothing mutual",
     "cached": "is the domain arm more than a cache? BDLM's LM states, read 1, 2 and 5 items ago, with no training",
     "pool": "is anything left to teach? the two arms' scores summed, the weight chosen on validation",
-    "unlifted": "what are cold items' moved rows worth? the same model with its rows as they were trained",
+    UNLIFTED.lstrip("_"): "what are cold items' moved rows worth? the same model with its rows as they were trained",
     "pool_alone": "is there anything to teach? the domain model alone and ids_lm, summed likewise",
 }

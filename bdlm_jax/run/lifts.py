@@ -10,6 +10,7 @@ from bdlm_jax.evaluation.evaluate import CatalogueScorer
 from bdlm_jax.evaluation.lift import Lift, make_lift
 from bdlm_jax.run import stages
 from bdlm_jax.run.build import Run
+from bdlm_jax.run.controls import UNLIFTED
 from bdlm_jax.runtime.files import write_json
 
 LIFTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # tried; in deviations of a score
@@ -47,7 +48,7 @@ class Lifted:
     def scorers(self) -> Iterator[tuple[str, Callable[[], CatalogueScorer]]]:
         """(row of the table, its scorer): the model, and what it is without its lift."""
         yield self.name, lambda: _scorer(self.pair(), self.lift)
-        yield f"{self.name}_unlifted", lambda: scorers.state_scorer(*self.pair())
+        yield f"{self.name}{UNLIFTED}", lambda: scorers.state_scorer(*self.pair())
 
 
 def is_lifted(run: Run) -> bool:
