@@ -85,10 +85,25 @@ def text_logits(params: Params, config: LMConfig, hidden: Array) -> Array:
     """
     table_VM = params["embedding"] if config.tie_embeddings else params["head"]
     dtype = jnp.dtype(config.dtype)
-    logits = jnp.einsum(
-        "...m,vm->...v", hidden.astype(dtype), table_VM.astype(dtype), preferred_element_type=jnp.float32
-    )
-    return soft_cap(logits, config.logit_softcap)
+    return soft_cap(wide_product(hidden.astype(dtype), table_VM.astype(dtype)), config.logit_softcap)
+
+
+@jax.custom_vjp
+def wide_product(state: Array, table_VM: Array) -> Array:
+    """state (..., M)·tableᵀ, summed in float32 and left so; its gradient comes back in the dtype of its arguments.
+
+    Left to itself a bfloat16 product with a float32 result has float32 products as its gradient, twice as slow on GPUs.
+    """
+    return jnp.einsum("...m,vm->...v", state, table_VM, preferred_element_type=jnp.float32)
+
+
+def _wide_product_backward(arguments, gradient):
+    state, table_VM = arguments
+    gradient = gradient.astype(state.dtype)
+    return jnp.einsum("...v,vm->...m", gradient, table_VM), jnp.einsum("...v,...m->vm", gradient, state)
+
+
+wide_product.defvjp(lambda *arguments: (wide_product(*arguments), arguments), _wide_product_backward)
 
 
 def read_prefix(

@@ -111,10 +111,10 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, mask, prefix, prefix_mask, slot):
-        c = self.config
+        c, rows = self.config, _rows(x)
 
         def heads(n, name):
-            projected = _dense(c, n * c.head_dim, name=name, use_bias=c.attention_bias)(x)
+            projected = _dense(c, n * c.head_dim, name=name, use_bias=c.attention_bias)(rows)
             return projected.reshape(*x.shape[:-1], n, c.head_dim)
 
         q, k, v = heads(c.n_heads, "q_proj"), heads(c.n_kv_heads, "k_proj"), heads(c.n_kv_heads, "v_proj")
@@ -140,12 +140,12 @@ class _MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        c = self.config
+        c, rows = self.config, _rows(x)
         dense = partial(_dense, c, use_bias=c.mlp_bias)
-        inner = _ACTIVATIONS[c.activation](dense(c.mlp_width, name="gate_proj" if c.gated else "up_proj")(x))
+        inner = _ACTIVATIONS[c.activation](dense(c.mlp_width, name="gate_proj" if c.gated else "up_proj")(rows))
         if c.gated:
-            inner = inner * dense(c.mlp_width, name="up_proj")(x)
-        return dense(c.width, name="down_proj", residual=True)(inner)
+            inner = inner * dense(c.mlp_width, name="up_proj")(rows)
+        return dense(c.width, name="down_proj", residual=True)(inner).reshape(x.shape)
 
 
 class _Layer(nn.Module):
@@ -173,8 +173,13 @@ class _Layer(nn.Module):
 def _remat(config):
     if not config.remat:
         return _Layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    return nn.remat(_Layer, prevent_cse=False, policy=policy)
+    return nn.remat(_Layer, prevent_cse=False, policy=_keep_products if config.remat == "dots" else None)
+
+
+def _keep_products(primitive, *avals, **params):
+    """Keeps products with weights, and what cuDNN's attention returns, which costs as much and is as small."""
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    return products or primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _choose(config, is_local, general, local):
@@ -218,13 +223,18 @@ def _dropout(x, key_B, rate, *place):
     return jnp.where(levels < kept_levels, x * (_DROPOUT_LEVELS / kept_levels), 0).astype(x.dtype)
 
 
+def _rows(x):
+    """As one matrix, made once: what several products read is then kept once for the backward pass."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class _Dense(nn.Dense):
     """x·W, and beside it (x·A)·B where the kernel has adapters: no merged copy, and no gradient as large as W."""
 
     @nn.compact
     def __call__(self, x):
         # As one matrix: the gradient of a product with two leading axes is copied, transposed, first (a fifth on CPU).
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         out = super().__call__(rows)
         if self.has_variable(LORA, "kernel"):
             adapters = self.get_variable(LORA, "kernel")

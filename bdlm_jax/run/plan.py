@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from bdlm_jax.data.splits import TRAIN
+from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.lm.packing import LISTS
 from bdlm_jax.mutual import lm_step
 from bdlm_jax.mutual.options import LMWeights
@@ -330,18 +331,37 @@ def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def _activation_bytes(plan: Plan) -> float:
     """What the backward pass keeps, and the largest set alive beside it: one layer, or the logits of a chunk."""
-    lm, n = plan.run.lm, plan.sizes
-    size, t = jnp.dtype(lm.dtype).itemsize, n["tensor"]
+    n, c = plan.sizes, plan.run.config.lm
     rows, length = plan.batch["tokens"].shape
-    rows = math.ceil(rows / (n["data"] * n["fsdp"] * plan.run.config.lm.accumulate))
-    stream = rows * length * lm.width * size
-    heads = rows * length * (lm.n_heads + 2 * lm.n_kv_heads) * lm.head_dim * size / t
-    scores = rows * lm.n_heads * length**2 * (4 + size) / t  # float32 scores and their weights
-    inner = rows * length * (3 if lm.gated else 2) * lm.mlp_width * size / t
-    layer = 6 * stream + 2 * heads + scores + inner
-    kept = {True: stream, "dots": 2 * stream + heads + inner, False: layer}[lm.remat] * lm.n_layers
-    text = min(lm_step.TEXT_CHUNK, rows * plan.batch["text_target"].shape[1]) * lm.vocab_size * 4
-    return kept + max(2 * layer, 2 * text)
+    rows = math.ceil(rows / (n["data"] * n["fsdp"] * c.accumulate))
+    kept, layer = layer_bytes(plan.run.lm, rows, length, trains=c.trains == "full", parts=n["tensor"])
+    kept *= plan.run.lm.n_layers
+    if plan.run.lm.remat is False:  # and the weights in the compute type, where they are kept in another
+        dtype = jnp.dtype(plan.run.lm.dtype)
+        cast = [x for x in plan.leaves if x.name.startswith("params/lm/layers/") and x.dtype != dtype]
+        kept += sum(math.prod(x.layout.shape) for x in cast) * dtype.itemsize / (n["fsdp"] * n["tensor"])
+    text = min(lm_step.TEXT_CHUNK, rows * plan.batch["text_target"].shape[1]) * plan.run.lm.vocab_size * 4
+    return kept + max(layer, 2 * text)
+
+
+def layer_bytes(lm: LMConfig, rows: int, length: int, *, trains: bool, parts: int = 1) -> tuple[float, float]:
+    """Counts what one layer keeps of so many rows for the backward pass, and what it holds while that runs, in bytes.
+
+    What `jax.vjp` returns of it, but for a few numbers a token. `trains`: the norms' scales train too; `parts`: of the
+    tensor axis, over which heads and the MLP's inner width are cut.
+    """
+    tokens, size = rows * length, jnp.dtype(lm.dtype).itemsize
+    stream, inner = tokens * lm.width * size, tokens * lm.mlp_width * size / parts
+    head = tokens * lm.head_dim * size / parts
+    projected = (lm.n_heads + 2 * lm.n_kv_heads) * head + (2 if lm.gated else 1) * inner
+    flash = lm.attention == "cudnn"  # it makes scores again, and never holds them
+    scores = 0 if flash else rows * lm.n_heads * length**2 * (4 + size) / parts
+    # In float32, whatever the compute type: each norm's input, and what its own scale is trained by.
+    norms = (2 + 2 * lm.post_norms) * (1 + trains) * tokens * lm.width * 4
+    # What products read, what attention returns, and what the activation's derivative takes beside its input.
+    layer = projected + 3 * stream + lm.n_heads * head + scores + norms + 4 * inner
+    dots = projected + 2 * stream + flash * lm.n_heads * head
+    return {True: stream, "dots": dots, False: layer}[lm.remat], layer
 
 
 def _gb(value: float) -> str:

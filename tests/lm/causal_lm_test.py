@@ -1,15 +1,17 @@
 import dataclasses
 import json
 import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 from scipy.special import log_softmax
 
-from bdlm_jax.lm import causal_lm
+from bdlm_jax.lm import causal_lm, decoder
 from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden, text_logits
 from bdlm_jax.lm.decoder import _dropout, _embed
 from bdlm_jax.types import InputError
@@ -99,6 +101,30 @@ def test_eager_equals_jit_and_neither_remat_nor_jaxs_attention_changes_a_gradien
     for option in ({"remat": True}, {"remat": "dots"}, {"attention": "xla"}):
         again = gradient(drawn, dataclasses.replace(CONFIG, **option))
         jax.tree.map(assert_same, again, plain)
+
+
+def test_the_heads_gradient_is_a_product_in_the_compute_type(params):
+    narrow = dataclasses.replace(CONFIG, dtype="bfloat16")
+    states = jax.random.normal(jax.random.key(2), (5, CONFIG.width))
+
+    def gradient(config):
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(text_logits(p, config, x))), argnums=(0, 1))
+
+    def plain(p, x):
+        return jnp.sum(jnp.sin(jnp.einsum("nm,vm->nv", x, p["embedding"], precision="highest")))
+
+    jax.tree.map(assert_same, gradient(CONFIG)(params, states), jax.grad(plain, argnums=(0, 1))(params, states))
+    text = str(jax.make_jaxpr(gradient(narrow))(params, states))
+    products = re.findall(r":(\w+)\[[\d,]+\] = dot_general", text)
+    assert sorted(products) == ["bf16", "bf16", "f32"]  # the logits alone are float32
+
+
+def test_products_kept_are_attentions_too():
+    product, kernel = jax.lax.dot_general_p, core.Primitive("dot_product_attention_fwd_wrapper")
+    weights = {"dimension_numbers": (((1,), (0,)), ((), ()))}
+    assert decoder._keep_products(product, **weights) and decoder._keep_products(kernel)
+    assert not decoder._keep_products(jax.lax.exp_p)
+    assert not decoder._keep_products(product, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
 
 
 def test_remat_keeps_less_of_a_short_stack_too(monkeypatch):

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden
 from bdlm_jax.run import plan as dry_run
 from bdlm_jax.run.plan_graph import propagation_needs
 from bdlm_jax.types import InputError
@@ -46,11 +49,32 @@ def test_eight_h200_full_fine_tuning(eight_h200):
     assert (found["parameters"], found["gradients"]) == (4 * one, 4 * trained)
     assert found["optimiser state"] == pytest.approx(2 * 4 * trained, abs=64)  # two moments, and the steps' counters
     assert found["gathered weights of two layers"] == pytest.approx(2 * 4 * (KERNELS + 2 * DEPTH * M) / DEPTH)
-    # 8 rows of 512 tokens a device: the stream of each layer in bfloat16, and twice what one layer holds.
+    # 8 rows of 512 tokens a device: the stream of each layer in bfloat16, and what one layer holds: what products read,
+    # queries, keys, values and what attention returns, both norms twice in float32, scores, and the MLP.
     tokens = 8 * 512
-    layer = 6 * tokens * M * 2 + 2 * tokens * 3 * M * 2 + 8 * 32 * 512**2 * (4 + 2) + tokens * 3 * F * 2
-    assert found["activations"] == DEPTH * tokens * M * 2 + 2 * layer
+    layer = tokens * (7 * M * 2 + 4 * M * 4 + 6 * F * 2) + 8 * 32 * 512**2 * (4 + 2)
+    assert found["activations"] == DEPTH * tokens * M * 2 + layer
     assert sum(found.values()) < 141e9
+
+
+@pytest.mark.parametrize("remat", [False, "dots", True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_layer_keeps_is_what_its_vjp_returns(remat, dtype, monkeypatch):
+    monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)
+    sizes = {"width": 128, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "mlp_width": 352}
+    lm = LMConfig(32, **sizes, dtype=dtype, remat=remat)
+    params = jax.eval_shape(lambda: init_lm(jax.random.key(0), lm))
+    tokens = jnp.zeros((4, 64), jnp.int32)
+    row = tokens, jnp.broadcast_to(jnp.arange(64), (4, 64)), jnp.ones_like(tokens), None
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: lm_hidden(p, lm, *row), p)[1], params)
+    bytes_of = {  # stacked over layers, as weights are
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.shape[:1] == (6,))
+        for name, tree in (("kept", kept), ("weights", params["layers"]))
+    }
+    weights = bytes_of["weights"] / (2 if dtype == "bfloat16" and remat is False else 1)
+    counted, layer = dry_run.layer_bytes(lm, 4, 64, trains=True)
+    assert 6 * counted == pytest.approx(bytes_of["kept"] - weights, rel=0.06)
+    assert counted == layer or counted < layer / 3
 
 
 def test_flops_and_bytes_of_a_step(eight_h200):
