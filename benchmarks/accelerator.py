@@ -5,7 +5,7 @@
     python benchmarks/accelerator.py --out runs/tiny --size tiny          # every part on a CPU, to see that it works
 
 Each part is a process of its own and writes OUT/PART.json after every row; OUT/results.md is made anew after each part.
-A part that is out of time keeps its rows. Without `--data` graphs of the same sizes are drawn, and what needs the real
+A part that is out of time keeps its rows. `--table` writes the page anew of rows and notes (notes.json) that were kept. Without `--data` graphs of the same sizes are drawn, and what needs the real
 interactions is left out. Torch's side is measured where torch sees the same device.
 """
 
@@ -81,7 +81,8 @@ def versions() -> dict[str, str]:
 
 def write_table(out: Path, notes: dict[str, str]) -> None:
     """Makes results.json and results.md of what the parts have written so far."""
-    found = {name: json.loads(path.read_text()) for name in LIMITS if (path := out / f"{name}.json").exists()}
+    names = [*LIMITS, *(name for name in notes if name not in LIMITS)]  # parts of other days are kept beside today's
+    found = {name: json.loads(path.read_text()) for name in names if (path := out / f"{name}.json").exists()}
     lines = ["# What was measured on an accelerator", "", f"`{' '.join(['python', *sys.argv])}`"]
     for name, rows in found.items():
         first, *rest = rows
@@ -106,12 +107,16 @@ def main(words=None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=KIND=PATH", help="kinds of load_source")
     parser.add_argument("--here", action="store_true", help="the parts in this process, without their time limits")
+    parser.add_argument("--table", action="store_true", help="measures nothing: OUT/results.md of what lies in OUT")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)  # of the one part of a process
     arguments = parser.parse_args(words)
     names = arguments.parts.split(",")
     if unknown := [name for name in names if name not in LIMITS]:
         parser.error(f"there is no part {unknown[0]}; there are {', '.join(LIMITS)}.")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.table:
+        kept = arguments.out / "notes.json"
+        return write_table(arguments.out, json.loads(kept.read_text()) if kept.exists() else {})
     data = {name: (kind, path) for name, kind, path in (entry.split("=", 2) for entry in arguments.data)}
     options = {"size": arguments.size, "data": data}
     if arguments.seconds:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_every_part_is_a_process_of_its_own(tmp_path):
 
     accelerator.main(["--out", str(tmp_path), "--size", "tiny", "--minutes", "30"])
     assert check_page(tmp_path, accelerator.LIMITS)["epochs"] == 4
+
+
+def test_the_kept_page_is_what_its_rows_and_notes_make(tmp_path):
+    import accelerator
+
+    kept = ROOT / "docs" / "performance" / "h200"
+    shutil.copytree(kept, tmp_path / "h200")
+    accelerator.main(["--out", str(tmp_path / "h200"), "--table"])
+    made, page = ((folder / "results.md").read_text().splitlines()[3:] for folder in (tmp_path / "h200", kept))
+    assert made == page and len(page) > 50
 
 
 def test_a_part_without_time_is_told_and_not_begun(tmp_path):
