@@ -4,9 +4,10 @@
         [--data ml-1m=movielens=DIR] [--data gowalla=adjacency=DIR]
     python benchmarks/accelerator.py --out runs/tiny --size tiny          # every part on a CPU, to see that it works
 
-Each part is a process of its own and writes OUT/PART.json after every row; OUT/results.md is made anew after each part.
-A part that is out of time keeps its rows. `--table` writes the page anew of rows and notes (notes.json) that were kept. Without `--data` graphs of the same sizes are drawn, and what needs the real
-interactions is left out. Torch's side is measured where torch sees the same device.
+Each part is a process of its own and writes OUT/PART.json after every row; OUT/results.md is made anew after each part,
+and by `--table` alone, of rows and notes (notes.json) that were kept. A part that is out of time keeps its rows.
+Without `--data` graphs of the same sizes are drawn, and what needs the real interactions is left out. Torch's side is
+measured where torch sees the same device.
 """
 
 import argparse
