@@ -11,6 +11,10 @@ alike, by what validation chooses over both kinds of cases. A row "_unlifted" is
 hr@10/cand100 of cold targets by itself: where cold items are lifted far, their hundred candidates hold ten cold ones,
 and any order of them will do. hr@1/cold20, the target among twenty cold items, no lift can move.
 
+Beauty, test, seeds 0 to 2 (docs/results_cold.md): HR@1/cold20 .26, .26, .24 of the LM arm and .24, .23, .22 of the
+domain arm (chance .05), HR@10/cand100 of cold targets .46, .85, .71 and .56, .66, .63 (chance .10); 26 minutes of one
+core a seed.
+
 As in the two experiments, the LM's loss reaches the item table alone.
 """
 

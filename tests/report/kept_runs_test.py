@@ -19,7 +19,7 @@ from bdlm_jax.report.keep import recomputed_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"docs/results.md": "docs/runs"}
-PAGES |= {f"docs/results_{name}.md": f"docs/runs_{name}" for name in ("own_lm", "own_data", "quickstart")}
+PAGES |= {f"docs/results_{name}.md": f"docs/runs_{name}" for name in ("own_lm", "own_data", "quickstart", "cold")}
 KEPT = sorted(path.parent for runs in PAGES.values() for path in ROOT.glob(f"{runs}/*/*/counts.npz"))
 
 
