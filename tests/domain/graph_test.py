@@ -126,6 +126,12 @@ def test_auto_weighs_the_matrix_against_the_edges():
         assert choose_backend(n_users=1000, n_items=1000, n_edges=10**3) == "gather"
 
 
+def test_a_gpu_gets_no_large_matrix_in_its_programs(monkeypatch):
+    monkeypatch.setattr("bdlm_jax.domain.graph.jax.default_backend", lambda: "gpu")
+    assert choose_backend(n_users=6040, n_items=3706, n_edges=988_129) == "segment"  # MovieLens-1M
+    assert choose_backend(n_users=300, n_items=200, n_edges=9000) == "dense"
+
+
 @pytest.mark.parametrize(
     ("edges", "options", "words"),
     [
