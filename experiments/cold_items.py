@@ -14,7 +14,8 @@ and any order of them will do. hr@1/cold20, the target among twenty cold items, 
 Beauty, test, seeds 0 to 2 (docs/results_cold.md): HR@1/cold20 .26, .26, .24 of the LM arm and .24, .23, .22 of the
 domain arm (chance .05), HR@10/cand100 of cold targets .46, .85, .71 and .56, .66, .63 (chance .10); 26 minutes of one
 core a seed. MovieLens-1M, seed 2: .11 and .15 (ItemGCN .15), .91 and .88 at the cost of all other targets, for 88 % of
-its cases are cold and the choice is by all cases: do not serve that lift. 51 minutes.
+its cases are cold and the choice is by all cases: do not serve that lift. 51 minutes of one core,
+shared at the end.
 
 As in the two experiments, the LM's loss reaches the item table alone.
 """

@@ -126,7 +126,7 @@ def make_arm(run: Run) -> Arm:
 
 
 def make_state(run: Run, arm: Arm) -> TrainState:
-    """Draws the state in which a plan's step starts: for its shapes, or to run it (`benchmarks/accelerator.py`)."""
+    """Draws the state in which a plan's step starts; only its shapes are asked for."""
     tables = Tables(build.init_tables(run, "bdlm", DOT_ARM), read_std=1.0, out_std=1.0)
     params = build.init_params(run, "bdlm", tables, Decoder(None, row_std=1.0))
     return TrainState(params, arm.optimizer.init(params), jnp.int32(0), run.key)
