@@ -230,8 +230,9 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.text_protocols = ("cand20", "cand100")  # of text_lm, whose cost grows with the candidates
     evaluate.cases = -1  # of a part that are judged, a fixed draw; 0: all; -1: all up to 10^10 scores of a model
     evaluate.validation_users = 10_000  # cases of validation's full ranking at most, a fixed draw; 0: all
-    # none | validation: whether items without a training interaction rank higher by as much as validation chooses, in
-    # every model whose scores are inner products alike (run/lifts.py)
+    # none | validation | kinds: whether items without a training interaction rank higher by as much as validation
+    # chooses, in every model whose scores are inner products alike (run/lifts.py); by the mean over all cases, or
+    # (kinds) by that over warm targets and that over cold ones, weighed alike
     evaluate.cold_lift = "none"
     evaluate.chunk = 512
     evaluate.text_history = 8  # titles that text_lm reads

@@ -13,6 +13,7 @@ from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.types import Array, Params
 
 NEVER = -1e9  # the logit of an item that cannot be the answer
+MOST_NEGATIVES = 1024  # rows of a batch that a row is told apart from by InfoNCE
 Term = tuple[Array, Array]  # (sum, weight)
 
 
@@ -128,16 +129,22 @@ def cosine_align(student_ND: Array, teacher_ND: Array, **_) -> Array:
 def infonce_align(
     student_ND: Array, teacher_ND: Array, *, weight_N: Array, axis_name: str | None = None, temperature: float = 0.1
 ) -> Array:
-    """Cross-entropy of cos(s, t)/temperature, the negatives the teachers of all devices' other rows above weight 0."""
+    """Cross-entropy of cos(s, t)/temperature, the negatives the teachers of all devices' other rows above weight 0.
+
+    Of a batch of more than `MOST_NEGATIVES` rows every second, third, … is a negative, for all rows alike: what it
+    costs would grow with the square of the batch.
+    """
     negatives, allowed, offset = _unit(teacher_ND), weight_N > 0, 0
+    own_N = jnp.sum(_unit(student_ND) * negatives, axis=-1)
     if axis_name is not None:
         negatives = jax.lax.all_gather(negatives, axis_name, tiled=True)
         allowed = jax.lax.all_gather(allowed, axis_name, tiled=True)
         offset = jax.lax.axis_index(axis_name) * student_ND.shape[0]
-    logits = _unit(student_ND) @ negatives.T / temperature
-    own = jnp.arange(student_ND.shape[0]) + offset
-    allowed = allowed[None, :] | (own[:, None] == jnp.arange(negatives.shape[0])[None, :])
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.where(allowed, logits, NEVER), own)
+    row_M = jnp.arange(0, len(negatives), -(-len(negatives) // MOST_NEGATIVES))
+    others_NM = allowed[row_M] & (row_M != jnp.arange(student_ND.shape[0])[:, None] + offset)
+    logits_NM = jnp.where(others_NM, _unit(student_ND) @ negatives[row_M].T / temperature, NEVER)
+    own_N = own_N / temperature
+    return jax.nn.logsumexp(jnp.concatenate([own_N[:, None], logits_NM], axis=1), axis=1) - own_N
 
 
 # Each gives a loss for every row, (student_ND, teacher_ND, *, weight_N, axis_name) -> (N,).

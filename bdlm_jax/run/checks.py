@@ -107,7 +107,7 @@ RULES = {
     "lm.dropout": _from(0, below=1), "lm.dtype": _TYPES, "lm.param_dtype": _TYPES,
     "lm.remat_keeps": _word(("nothing", "dots")), "lm.attention": _word(("einsum", "xla", "cudnn")),
     "lm.trains": _word(("full", "lora", "bridge")), "lm.optimizer": _word(OPTIMIZERS), "lm.schedule": _word(SCHEDULES),
-    "evaluate.cold_lift": _word(("none", "validation")), "lm.speaks": _word(("trained", "base")),
+    "evaluate.cold_lift": _word(("none", "validation", "kinds")), "lm.speaks": _word(("trained", "base")),
     "lm.lora_targets": Rule(_is_pattern, "a regular expression"), "prompts.kind": _word(("ids", "ids_titles")),
     "prompts.length": _from(8), "prompts.user_token": _word(USER_TOKENS),
     "prompts.chat": _word(("auto", "always", "never")),

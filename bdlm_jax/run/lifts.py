@@ -8,6 +8,7 @@ import numpy as np
 from bdlm_jax.evaluation import scorers
 from bdlm_jax.evaluation.evaluate import CatalogueScorer
 from bdlm_jax.evaluation.lift import Lift, make_lift
+from bdlm_jax.evaluation.metrics import case_metric
 from bdlm_jax.run import stages
 from bdlm_jax.run.build import Run
 from bdlm_jax.run.controls import UNLIFTED
@@ -29,15 +30,13 @@ class Lifted:
 
     @functools.cached_property
     def amount(self) -> float:
-        """The lift that `config.select` chooses; what each reached is kept in NAME_lift.json."""
+        """The lift that `config.select` chooses by `evaluate.cold_lift`; NAME_lift.json keeps what each reached."""
         run = self.run.first or self.run
-        pair, reached = self._at_validation(), {}
-        for amount in LIFTS:
-            lift = make_lift(*pair, ~run.warm_I, amount=amount)
-            reached[amount] = stages.validate(run, _scorer(pair, lift))[run.config.select]
-        amount = max(LIFTS, key=reached.get)
-        kept = {"lift": amount, "validation": {str(a): value for a, value in reached.items()}}
-        write_json(self.run.root / f"{self.name}_lift.json", kept)
+        pair, by = self._at_validation(), run.config.evaluate.cold_lift
+        reached = {amount: _worth(run, _scorer(pair, make_lift(*pair, ~run.warm_I, amount=amount))) for amount in LIFTS}
+        amount = max(LIFTS, key=lambda amount: reached[amount][by])
+        kept = {word: {str(a): worth[word] for a, worth in reached.items()} for word in reached[amount]}
+        write_json(self.run.root / f"{self.name}_lift.json", {"lift": amount, "by": by, **kept})
         return amount
 
     @functools.cached_property
@@ -53,7 +52,17 @@ class Lifted:
 
 def is_lifted(run: Run) -> bool:
     """Whether `evaluate.cold_lift` asks for it, and there is an item to lift."""
-    return run.config.evaluate.cold_lift == "validation" and not run.warm_I.all()
+    return run.config.evaluate.cold_lift != "none" and not run.warm_I.all()
+
+
+def _worth(run: Run, scorer: CatalogueScorer) -> dict[str, float]:
+    """What `config.select` says of a scorer on validation, by the words of `evaluate.cold_lift`, and of each kind."""
+    metric, _, protocol = run.config.select.partition("/")
+    counts = stages.count_cases(run, scorer, "validation", protocol)
+    value_N = case_metric(metric, counts.better, counts.equal, counts.others)
+    warm_N = run.warm_I[counts.target]
+    kinds = {kind: float(value_N[of_N].mean()) for kind, of_N in (("warm", warm_N), ("cold", ~warm_N)) if of_N.any()}
+    return {"validation": float(value_N.mean()), "kinds": float(np.mean(list(kinds.values()))), **kinds}
 
 
 def _scorer(pair: Pair, lift: Lift) -> CatalogueScorer:

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from bdlm_jax.lm.config import LMConfig
+from bdlm_jax.mutual import losses
 from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss, sampled_loss, text_loss
 
 N, N_ITEMS, M = 7, 5, 3
@@ -106,6 +107,17 @@ def test_infonce_by_hand_and_rows_of_weight_zero_are_no_negatives():
     second = -math.log(math.exp(half / t) / (math.exp(0 / t) + math.exp(half / t)))
     rows = ALIGN["infonce"](student, teacher, weight_N=weight, temperature=t)
     np.testing.assert_allclose(rows[:2], [first, second], rtol=1e-5)
+
+
+def test_infonce_of_a_large_batch_has_every_so_many_rows_as_negatives(monkeypatch):
+    monkeypatch.setattr(losses, "MOST_NEGATIVES", 3)  # of 7 rows: 0, 3 and 6
+    student, teacher = draw(0, 7, M), draw(1, 7, M)
+    cosines = np.asarray(student) @ np.asarray(teacher).T
+    cosines /= np.linalg.norm(student, axis=1)[:, None] * np.linalg.norm(teacher, axis=1)
+    rows = ALIGN["infonce"](student, teacher, weight_N=jnp.ones(7), temperature=0.5)
+    for n, row in enumerate(cosines / 0.5):
+        of = sorted({0, 3, 6, n})
+        np.testing.assert_allclose(rows[n], np.log(np.exp(row[of]).sum()) - row[n], rtol=1e-5)
 
 
 def test_kl_by_hand():
