@@ -7,11 +7,11 @@ python -m bdlm_jax.main --config experiments/ml1m_own_lm.py --workdir runs/own_l
 python -m bdlm_jax.main --config experiments/ml1m_own_lm.py:base --workdir runs/own_base --config.data.path=FOLDER \
     --config.lm.path=models/film-1m --config.seed=2
 
-The data's settings are those of experiments/ml1m.py, the language model's those of experiments/own_lm.py; the LM has 2
-epochs here, where experiments/ml1m.py has 16. A part of one core, the three at once: 44 to 57 minutes, of which LoRA
-used 15 of the core's time; the model itself 16 minutes. Test, seed 2, NDCG@10/full of the LM arm and the domain arm
-(LightGCN .040, the scratch decoder after its 16 epochs .178 for both), and how far the perplexity on its own samples
-rose: bridge .100 .103, +0.0 %; lora .142 .143, +4.0 %; full .144 .145, +7.3 % (docs/experiments.md).
+The data's settings are those of experiments/ml1m.py, the language model's those of experiments/own_lm.py:merged; the
+LM has 2 epochs here, where experiments/ml1m.py has 16. A part of one core, the three at once: 44 to 57 minutes, of
+which LoRA used 15 of the core's time; the model itself 16 minutes. Test, seed 2, NDCG@10/full of the LM arm and
+the domain arm (LightGCN .040, the scratch decoder after its 16 epochs .178 for both), and how far the perplexity on its
+own samples rose: bridge .100 .103, +0.0 %; lora .142 .143, +4.0 %; full .144 .145, +7.3 % (docs/experiments.md).
 
 `:base` takes all settings but the model from experiments/ml1m.py, its 16 epochs and its rates too, and trains adapters
 of rank 64 that recommend and do not write (`lm.speaks`): there is no language that they could lose. Test, seed 2: LM
@@ -26,7 +26,7 @@ from experiments import defaults, ml1m, own_lm
 
 def get_config(arg="short"):
     """Returns the config: "short" has two epochs, "base" 16 of adapters that recommend and do not write."""
-    c, own = ml1m.get_config(), own_lm.get_config()
+    c, own = ml1m.get_config(), own_lm.get_config("merged")
     c.models = ("lightgcn", "bdlm")
     c.lm.path = own.lm.path
     if defaults.choose({"short": False, "base": True}, arg):

@@ -21,6 +21,8 @@ ARGUMENTS = {
     "quickstart": ["whole", "no_pretrain"],
     "ml1m_llm": ["vicuna_7b", "qwen_0_5b"],
     "ml1m_own_lm": ["short", "base"],
+    "own_data": ["short", "long"],
+    "own_lm": ["short", "long", "merged"],
     **{name: ["short", "table"] for name in ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "ml1m_pool")},
 }
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]

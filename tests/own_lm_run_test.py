@@ -24,8 +24,8 @@ ADAPTERS = "recommends/adapter_config.json", "recommends/adapter_model.safetenso
 
 
 def make_config(model, trains):
-    """experiments/tiny.py around a model, with what experiments/own_lm.py sets; "base" is LoRA that does not speak."""
-    config, own = tiny.get_config(), experiment.get_config()
+    """experiments/tiny.py around a model, set as experiments/own_lm.py:merged; "base" is LoRA that does not speak."""
+    config, own = tiny.get_config(), experiment.get_config("merged")
     for section in ("lm", "pretrain"):
         small = {name: config[section][name] for name in ("warmup_steps", "batch_rows") if name in config[section]}
         config[section].update(own[section])

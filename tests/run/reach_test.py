@@ -29,7 +29,7 @@ REACHED = {
     "ml1m_own_lm": ITEMS,
     "ml1m_pool": ITEMS,
     "own_data": ITEMS,
-    "own_lm": BOTH,
+    "own_lm": ITEMS,
     "quickstart": BOTH,
     "tiny": BOTH,
 }
