@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bdlm_jax
 from bdlm_jax import recommend, story
 from bdlm_jax.report.finished_run import read_run
 from bdlm_jax.run import build, stages, workdir
@@ -26,8 +27,8 @@ from bdlm_jax.types import InputError
 from experiments import tiny
 
 STAGE = "mf"  # stands for all: they are written and read by the same loop
-# What nobody reads back: pages and pictures that a run writes anew, XLA's cache, the lock, TensorBoard's events.
-UNREAD = ("results.md", "report.html", "plots", "compiled", "lock", "tensorboard")
+# What nobody reads back: what a browser shows, which a run writes anew, XLA's cache, the lock, TensorBoard's events.
+UNREAD = ("report.html", "plots", "compiled", "lock", "tensorboard")
 # Of safetensors and npz the whole content is checked, of JSON and text too: one of each kind would do, all are tried.
 PARTS = ("serving", "data", "tokenizer", "per_user", STAGE)
 
@@ -65,6 +66,9 @@ def doors(name, folder):
             (folder / STAGE / done).unlink()
     yield lambda: read_run(folder)._replace(folder=None)
     yield lambda: go_on(folder)
+    run = bdlm_jax.load(folder)
+    yield lambda: run.results.to_csv()
+    yield lambda: str(run.report)
 
 
 def go_on(folder):

@@ -102,6 +102,22 @@ def test_what_is_read_and_dropped_is_told(tmp_path, caplog):
     }
 
 
+@pytest.mark.parametrize(
+    ("titles", "told"),
+    [
+        (ITEMS.splitlines()[:4], ["3 of 20 items have a text", "most items have no text, and bdlm reads nothing of"]),
+        ([line.split(",")[0] + ",nan" for line in ITEMS.splitlines()[1:]], ["the text of 20 items is 'nan'"]),
+        (ITEMS.splitlines(), []),
+    ],
+)
+def test_titles_that_look_amiss_are_warned_of(tmp_path, caplog, titles, told):
+    head = [] if titles[0].startswith("item_id") else ["item_id,title"]
+    with caplog.at_level(logging.INFO, "bdlm_jax"):
+        prepared(tmp_path, TWO | {"items.csv": "\n".join([*head, *titles]) + "\n"})
+    assert all(words in caplog.text for words in told)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == bool(told)
+
+
 def test_dates_are_read_as_times(tmp_path):
     dates = TWO | {
         "interactions.csv": interactions(time="2024-01-{:02d}T10:00:00+02:00".format, n=5).replace("-00T", "-31T")
@@ -174,6 +190,11 @@ def test_a_refused_run_leaves_its_workdir_to_the_corrected_one(tmp_path):
     with pytest.raises(
         InputError, match=r"config\.json was written with another config\.lm\.width: 32, and now it is 16"
     ):
+        workdir.begin(folder, config)
+    (folder / "data").mkdir(exist_ok=True)
+    workdir.finish(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"width": 32', '"width": 33'))
+    with pytest.raises(InputError, match=r"config\.json is damaged, for its checksum differs; delete it if"):
         workdir.begin(folder, config)
 
 

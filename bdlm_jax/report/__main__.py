@@ -14,12 +14,12 @@ from pathlib import Path
 
 from bdlm_jax.report import page, plots
 from bdlm_jax.report.claims import n_judged, page_claims
-from bdlm_jax.report.finished_run import group_runs, read_run
+from bdlm_jax.report.finished_run import PAGE, group_runs, read_run
 from bdlm_jax.report.keep import keep
 from bdlm_jax.report.summary import summary_lines
 from bdlm_jax.report.tables import group_lines, plain_table, provenance_lines
 from bdlm_jax.runtime.door import REFUSED, refuse
-from bdlm_jax.runtime.files import write_text
+from bdlm_jax.runtime.files import CHECKSUMS, write_checksums, write_text
 from bdlm_jax.types import InputError
 
 
@@ -31,7 +31,9 @@ def write_report(folder: str | os.PathLike, results: dict | None = None) -> str:
     run = read_run(folder, results)
     pictures, claims = plots.draw([run], run.folder / "plots"), page_claims({"": [run]})
     lines = [f"# Results: {run.title}, seed {run.seed}", "", *_section([run], pictures, claims[""], n_judged(claims))]
-    _write(run.folder / "results.md", lines)
+    _write(run.folder / PAGE, lines)
+    if (run.folder / CHECKSUMS).exists():
+        write_checksums(run.folder, [PAGE], keep=True)
     page.write_page(run.folder / "report.html", lines[0].lstrip("# "), {"": [run]}, claims)
     return plain_table([run])
 

@@ -48,6 +48,7 @@ STAGE_WORDS = {
     "distill": "Then the domain arm from its teacher, by epochs",
 }
 BDLM = ("bdlm_domain_unrefreshed", "bdlm_domain", "bdlm_lm")
+PAGE = "results.md"  # made of what is read here, and so of no matter to it
 _AGAIN = "the same command of bdlm_jax.main makes it anew"
 _STAGES = ("*", "*/*", "*/*/*")  # "**" would not follow links into a store of stages
 
@@ -99,8 +100,9 @@ def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is not there: {folder} holds no finished run; start it again.")
     done = [path.parent for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))]
-    if damaged := damaged_file(folder):
-        raise InputError(f"{damaged} is damaged or gone, for its checksum differs; {_AGAIN}.")
+    if damaged := damaged_file(folder, but=PAGE):
+        first = f"delete it if the settings are the old ones, and {_AGAIN}" if damaged.name == "config.json" else _AGAIN
+        raise InputError(f"{damaged} is damaged or gone, for its checksum differs; {first}.")
     for at in done:
         if damaged := damaged_file(at, "done.json", "metrics.jsonl"):
             raise InputError(f"{damaged} is damaged, for its checksum differs; delete {at}, and {_AGAIN}.")

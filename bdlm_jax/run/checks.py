@@ -162,7 +162,8 @@ def check_config(config: ml_collections.ConfigDict, *, paths: bool = True) -> No
             raise InputError(f"config.{key} is {value!r}, which holds a null byte; take that out.")
     for key, rule in RULES.items():
         if not _holds(rule, settings[key]):
-            raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}.")
+            finite = ", and finite" if settings[key] in (math.inf, -math.inf) else ""
+            raise InputError(f"config.{key} is {settings[key]!r}; it must be {rule.words}{finite}.")
         counts = isinstance(settings[key], int) or re.search("epochs|times|copies|share$", key)
         most = next(below for words, below in _BELOW.items() if re.search(words, key))
         if counts and settings[key] >= most and not key.endswith("seed"):

@@ -154,6 +154,13 @@ def _item_texts(config, table) -> list[str]:
             f"config.data: no item has a text (data.item_fields is {fields}), which {reads[0]} reads: give titles "
             "whose ids are written as those of the interactions, or set config.data.titles=none."
         )
+    elif titled < len(texts) / 2 and reads and config.data.titles != "none":
+        _LOG.warning(
+            "most items have no text, and %s reads nothing of them: compare how ids are written in both files, and "
+            "data.item_fields (%s)", reads[0], fields,
+        )  # fmt: skip
+    if nan := sum(text.strip().lower() == "nan" for text in texts):
+        _LOG.warning("the text of %d items is %r, as empty cells are often written: leave them empty", nan, "nan")
     return texts
 
 

@@ -17,10 +17,11 @@ import ml_collections
 
 from bdlm_jax import __version__
 from bdlm_jax.runtime import parallel
-from bdlm_jax.runtime.files import CHECKSUMS, read_json, write_checksums, write_json
+from bdlm_jax.runtime.files import CHECKSUMS, damaged_file, read_json, write_checksums, write_json
 from bdlm_jax.types import InputError
 
 _OTHER = "choose another --workdir"
+_DELETE = f"delete it if the settings are the old ones, or {_OTHER}"
 _FREE = ("name", "tuned_on", "runtime.", "data.titles")  # settings that change no number
 _STAGES = ("*", "*/*", "*/*/*")
 _TRAINED = ("per_user/*.npz", *(f"{at}/{what}" for at in _STAGES for what in ("done.json", "checkpoints")))
@@ -82,6 +83,8 @@ def finish(folder: Path) -> None:
 def refuse_other_config(folder: Path, config: ml_collections.ConfigDict) -> None:
     """Refuses to go on with what a run of other settings has trained."""
     path = folder / "config.json"
+    if path.exists() and damaged_file(folder, path.name):
+        raise InputError(f"{path} is damaged, for its checksum differs; {_DELETE}.")
     if path.exists() and is_trained(folder) and (found := _difference(path, config)):
         key, before, after = found
         raise InputError(
@@ -92,7 +95,7 @@ def refuse_other_config(folder: Path, config: ml_collections.ConfigDict) -> None
 
 def _difference(path: Path, config: ml_collections.ConfigDict) -> tuple | None:
     """The first setting that differs from those of a config.json: its key, and both values."""
-    written = read_json(path, remedy="delete it if the settings are the old ones, or " + _OTHER)
+    written = read_json(path, remedy=_DELETE)
     before, after = (dict(_flat(tree)) for tree in (written, json.loads(config.to_json_best_effort())))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(_FREE):

@@ -36,8 +36,7 @@ def recommend(
     """
     if (users is None) == (histories is None):
         raise InputError("give either users or histories, not both and not neither.")
-    if k < 1:
-        raise InputError(f"k is {k}, but at least one item must be asked for.")
+    _check_k(k)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}, it must be at least 0 and below 2**32.")
     if explain and not isinstance(arm, ServedLM):
@@ -68,6 +67,7 @@ def history(catalogue: Catalogue, user: str) -> list[Row]:
 
 def nearest(catalogue: Catalogue, arm: Arm, item: str, *, k: int = 10) -> list[Row]:
     """Returns the k items whose rows point most nearly where an item's does: "score" is the cosine of their angle."""
+    _check_k(k)
     target, rows = find_item(catalogue, item), arm.items
     cosine_I = rows @ rows[target] / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(rows[target]), 1e-12)
     best = scores.top_items(cosine_I, seen=[target], k=k)
@@ -79,6 +79,7 @@ def audience(catalogue: Catalogue, arm: Arm, item: str, *, k: int = 10) -> list[
 
     [{"user", "rank"}]: the item's rank among what the user has not had, the best first.
     """
+    _check_k(k)
     target, found = find_item(catalogue, item), []
     open_to = [user for user in range(len(catalogue.user_ids)) if target not in catalogue.history(user)]
     for start in range(0, len(open_to), AT_ONCE):
@@ -96,6 +97,11 @@ def same_titles(catalogue: Catalogue) -> list[list[str]]:
     for raw, title in zip(catalogue.item_ids, catalogue.titles):
         groups.setdefault(title, []).append(raw)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise InputError(f"k is {k}, but at least one item must be asked for, and a whole number of them.")
 
 
 def as_table(rows: list[Row]) -> str:

@@ -2,13 +2,13 @@
 
 import base64
 import functools
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bdlm_jax.runtime.files import damaged_file, read_json
 from bdlm_jax.serving import answers, artefact
 from bdlm_jax.serving.artefact import Arm, ServedDomain
 from bdlm_jax.serving.catalogue import Catalogue
@@ -67,20 +67,27 @@ class ServedRun:
     @functools.cached_property
     def results(self) -> "pd.DataFrame":
         """What the run measured on its test users: model, slice, metric, value, users."""
-        path = self.folder / "results.json"
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} cannot be read ({error}): run bdlm_jax.main on {self.folder} again.") from error
-        return _table(rows, "model", "slice", "metric", "value", "users")
+        path, columns = self.folder / "results.json", ("model", "slice", "metric", "value", "users")
+        again = f"the same command of bdlm_jax.main on {self.folder} makes it anew"
+        if damaged_file(self.folder, path.name):
+            raise InputError(f"{path} is damaged or gone, for its checksum differs; {again}.")
+        rows = read_json(path, remedy=again).get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= {*columns} for row in rows):
+            raise InputError(f"{path} holds no results; {again}.")
+        return _table(rows, *columns)
 
     @property
     def report(self) -> "Page":
         """results.md, which a notebook shows with its pictures."""
-        path = self.folder / "results.md"
-        if not path.is_file():
-            raise InputError(f"{path} is not there: write it by python -m bdlm_jax.report --workdir {self.folder}.")
-        return Page(path.read_text(encoding="utf-8"), self.folder)
+        path, again = self.folder / "results.md", f"write it by python -m bdlm_jax.report --workdir {self.folder}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path} cannot be read ({why}); {again}.") from error
+        if damaged_file(self.folder, path.name):
+            raise InputError(f"{path} is not as it was written, for its checksum differs; {again}.")
+        return Page(text, self.folder)
 
     def recommend(
         self,

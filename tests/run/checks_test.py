@@ -138,7 +138,7 @@ def test_a_config_without_a_setting_is_refused(key, tmp_path):
         ({"mutual__rounds": 10**9}, "it must be below 1,000,000"),
         ({"lm__batch_rows": 2**31}, "it must be below 2,147,483,648"),
         ({"lm__clip_norm": float("inf")}, "a number of at least 0"),
-        ({"pretrain__epochs": float("inf")}, "config.pretrain.epochs is inf; it must be a number of at least 0"),
+        ({"pretrain__epochs": float("inf")}, "epochs is inf; it must be a number of at least 0, and finite"),
         ({"mutual__lm_epochs": float("inf")}, "config.mutual.lm_epochs is inf"),
         ({"lm__weight_decay": float("inf")}, "config.lm.weight_decay is inf"),
         ({"data__options__n_users": 2**40}, "a whole number of at most 1,000,000"),

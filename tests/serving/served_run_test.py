@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_every_trained_model_answers_for_known_and_new_users(run):
         ({"users": ["u004", "nobody"]}, "user 'nobody' is none of the 150"),
         ({"users": "u004", "arm": "both"}, "arm 'both' is none of this run's"),
         ({"users": "u004", "k": 0}, "k is 0"),
+        ({"users": "u004", "k": 2.5}, "k is 2.5, but .* a whole number"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(run, ask, message):
@@ -64,7 +66,7 @@ def test_the_report_holds_its_pictures(run, tmp_path):
     assert "](plots/" not in shown and "| bdlm_lm |" in shown
     assert repr(page) == page == (run.folder / "results.md").read_text(encoding="utf-8")
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(InputError, match=r"results\.md is not there: write it by python -m bdlm_jax\.report"):
+    with pytest.raises(InputError, match=r"results\.md cannot be read .*No such file.* write it by python -m"):
         _ = bdlm_jax.load(tmp_path).report
 
 
@@ -97,6 +99,39 @@ def test_results_are_those_of_the_run(run, tiny_run):
     assert run.results.to_dict("records") == [
         {name: row[name] for name in ("model", "slice", "metric", "value", "users")} for row in tiny_run[2]["rows"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[]", "holds no JSON object"),
+        (b'{"rows": 3}', "holds no results"),
+        (b'{"rows": [{"model": 1}]}', "holds no results"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_what_holds_no_results_is_one_sentence(tiny_run, tmp_path, content, told):
+    shutil.copytree(Path(tiny_run[1]) / "serving", tmp_path / "serving")
+    for name in ("results.json", "results.md"):
+        (tmp_path / name).write_bytes(content)
+    run = bdlm_jax.load(tmp_path)
+    with pytest.raises(InputError, match=told):
+        run.results  # noqa: B018
+    if told == "cannot be read":
+        with pytest.raises(InputError, match=r"results\.md cannot be read"):
+            run.report  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md"])
+def test_results_that_are_not_as_they_were_written_are_refused(tiny_run, tmp_path, name):
+    for kept in ("results.json", "results.md", "SHA256SUMS"):
+        shutil.copy(Path(tiny_run[1]) / kept, tmp_path)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace("0.1", "0.9"))
+    assert text != (tmp_path / name).read_text()
+    run = bdlm_jax.load(tmp_path)
+    with pytest.raises(InputError, match=r"its checksum differs"):
+        run.results if name == "results.json" else run.report  # noqa: B018
 
 
 def test_training_returns_the_run(tmp_path):
