@@ -40,13 +40,15 @@ def five_lines(runs: Sequence[Finished], claims: Sequence[Claim], *, family: int
     among = f"{others[protocol]} others" if protocol in others else "all items that are new to the user"
     n_controls = sum(map(is_control, means))
     controls = f", and {n_controls} of BDLM's controls" if n_controls else ""
+    refit = first.config["data"].get("refit") == "validation"
+    trained = " Every model was trained once more, with the validation part, as long as that chose." if refit else ""
     return {
         "Compared": f"{len(means)} models by {metric}: {', '.join(m for m in means if not is_control(m))}{controls}.",
         "Won": _won(runs, ranked, means, metric),
         "By how much": _by_how_much(ranked, [claim for claim in claims if claim.metric == metric], first.domain_model),
         "On what": f"{data['name']}: {data['users']:,} users, {data['items']:,} items, {data['interactions']:,} "
         f"interactions, split {first.config['data']['split']}; {n_targets(runs, 'all', metric):,} held-out items, each "
-        f"among {among}.",
+        f"among {among}.{trained}",
         "How sure": _how_sure(runs, claims, family),
     }
 

@@ -86,7 +86,11 @@ def test_the_head_says_in_five_lines_what_the_counts_say(tmp_path):
     assert "bdlm_domain (0.400), before bdlm_lm (0.400)" in head["Won"] and "at random has 0.010" in head["Won"]
     assert "100.0% above lightgcn" in head["By how much"]  # 40 users against 20
     assert "twins: 100 users, 120 items, 1,234 interactions" in head["On what"]
-    assert "100 held-out items, each among 99 others." in head["On what"]
+    assert head["On what"].endswith("100 held-out items, each among 99 others.")
+    refit = make_run(tmp_path / "refit", wins=40, select=HR, **{"data.refit": "validation"})
+    assert head_of(page_of(refit))["On what"].endswith(
+        "others. Every model was trained once more, with the validation part, as long as that chose."
+    )
     assert head["How sure"].startswith("One seed (0), one run: no claim, for another training may differ; over 100 ")
     worse = head_of(page_of(make_run(tmp_path / "worse", wins=10, select=HR)))
     assert worse["Won"].startswith("lightgcn (0.200)") or worse["Won"].startswith("text_lm (0.200)")
