@@ -8,10 +8,12 @@ recommend and do not write (`lm.speaks`): plain text is written by the model as 
 lose and nothing that holds the adapters back. "merged" has your model write through its adapters, on the embedded twins
 world: its language is kept by rows of general text among the others, of pretrain.corpus or, without one, what the model
 itself wrote before; the run says what its perplexity was before BDLM and after it. That costs a good part of what it
-recommends by (experiments/ml1m_own_lm.py). On validation, seed 7, a film model of a million parameters has .140 (LM arm)
-and .147 (domain arm) of NDCG@10/full on MovieLens-100K ("long"; LightGCN .074), .077 and .076 on standard Beauty
-("short"; ItemGCN .074, the decoder from scratch .079): 14 minutes of one core, and 40 of a half. Rates of 0 follow from lm.trains (full, lora, bridge), from lm.speaks and
+recommends by (experiments/ml1m_own_lm.py). Rates of 0 follow from lm.trains (full, lora, bridge), from lm.speaks and
 from the model's width (bdlm_jax/run/rates.py).
+
+On validation, seed 7, a film model of a million parameters has .140 (LM arm) and .147 (domain arm) of NDCG@10/full on
+MovieLens-100K ("long"; LightGCN .074, a decoder from scratch .140), .077 and .076 on standard Beauty ("short"; ItemGCN
+.074, the decoder .079): 14 and 38 minutes of a core that another run shared.
 
 In "short" and "long" the LM's loss reaches the item table alone, as in experiments/own_data.py.
 In "merged" both losses reach both shared tables.
