@@ -134,16 +134,15 @@ def infonce_align(
     Of a batch of more than `MOST_NEGATIVES` rows every second, third, … is a negative, for all rows alike: what it
     costs would grow with the square of the batch.
     """
-    negatives, allowed, offset = _unit(teacher_ND), weight_N > 0, 0
-    own_N = jnp.sum(_unit(student_ND) * negatives, axis=-1)
+    students, negatives, allowed, offset = _unit(student_ND), _unit(teacher_ND), weight_N > 0, 0
+    own_N = jnp.sum(students * negatives, axis=-1) / temperature
     if axis_name is not None:
         negatives = jax.lax.all_gather(negatives, axis_name, tiled=True)
         allowed = jax.lax.all_gather(allowed, axis_name, tiled=True)
         offset = jax.lax.axis_index(axis_name) * student_ND.shape[0]
     row_M = jnp.arange(0, len(negatives), -(-len(negatives) // MOST_NEGATIVES))
-    others_NM = allowed[row_M] & (row_M != jnp.arange(student_ND.shape[0])[:, None] + offset)
-    logits_NM = jnp.where(others_NM, _unit(student_ND) @ negatives[row_M].T / temperature, NEVER)
-    own_N = own_N / temperature
+    others_NM = allowed[row_M] & (row_M != jnp.arange(len(students))[:, None] + offset)
+    logits_NM = jnp.where(others_NM, students @ negatives[row_M].T / temperature, NEVER)
     return jax.nn.logsumexp(jnp.concatenate([own_N[:, None], logits_NM], axis=1), axis=1) - own_N
 
 

@@ -11,6 +11,8 @@ from bdlm_jax.evaluation.statistics import bootstrap_interval
 from bdlm_jax.report import __main__ as report
 from bdlm_jax.report.finished_run import curve_notes, group_runs, phase_names, read_run, stage_seconds
 from bdlm_jax.report.tables import group_lines
+from bdlm_jax.runtime.files import damaged_file, write_checksums
+from bdlm_jax.types import InputError
 from experiments import defaults
 
 
@@ -213,6 +215,20 @@ def test_what_cannot_be_reported_is_one_sentence(tmp_path, capsys, words, messag
     assert report.main(words.format(tmp_path).split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("bdlm_jax: ") and message in err
+
+
+def test_a_damaged_config_is_named_with_what_to_do_and_an_edited_page_is_written_again(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_checksums(run, ["config.json", "results.json"])
+    report.write_report(run)
+    page = (run / "results.md").read_text()
+    (run / "results.md").write_text("mine")
+    assert damaged_file(run, "results.md")
+    report.write_report(run)
+    assert (run / "results.md").read_text() == page and damaged_file(run) is None
+    (run / "config.json").write_text((run / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"config\.json is damaged or gone, .*; delete it if the settings are the old"):
+        report.write_report(run)
 
 
 def test_a_run_of_controls_alone_has_a_page_too(tmp_path):
