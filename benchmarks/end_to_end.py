@@ -26,11 +26,11 @@ def main():
     parser.add_argument("--path", default="", help="the data's folder; empty: the experiment's own")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()  # more: the run's own arguments, such as --config.KEY=VALUE
     if given.workdir.exists():
         parser.error(f"{given.workdir} exists: give a new --workdir, or remove it first.")
     command = [sys.executable, "-m", "bdlm_jax.main", "--config", given.config, "--workdir", str(given.workdir)]
-    command += [f"--config.data.path={given.path}"] * bool(given.path) + [f"--config.seed={given.seed}"]
+    command += [f"--config.data.path={given.path}"] * bool(given.path) + [f"--config.seed={given.seed}", *more]
     began, environment = time.perf_counter(), os.environ | {"PYTHONPATH": str(ROOT)}
     with Path(f"{given.workdir}.log").open("w", encoding="utf-8") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

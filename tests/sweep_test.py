@@ -134,6 +134,7 @@ def start(folder, *words):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.once
 def test_a_stopped_sweep_goes_on_and_trains_once_what_its_runs_share(tmp_path):
     folder, stages = tmp_path / "grid", tmp_path / "grid" / "stages"
     process = start(folder)

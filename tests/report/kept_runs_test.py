@@ -37,6 +37,7 @@ def small_docs(tmp_path_factory):
     return root
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("folder", [None, *KEPT], ids=lambda folder: folder.name if folder else "small")
 def test_rows_follow_from_the_counts_to_the_bit(folder, small_docs):
     folder = folder or small_docs / "docs/runs/twins/s1"
@@ -44,6 +45,7 @@ def test_rows_follow_from_the_counts_to_the_bit(folder, small_docs):
     assert len(json.loads((folder / "results.json").read_text())["rows"]) == len(read_run(folder).cells) > 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("root", "name"),
     [(None, "docs/results.md"), *[(ROOT, name) for name, runs in PAGES.items() if any(ROOT.glob(f"{runs}/*/*"))]],
