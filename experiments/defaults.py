@@ -154,6 +154,7 @@ def get_config() -> ml_collections.ConfigDict:
     domain.test_graph = "train+validation"  # train: the edges over which the trained arm propagates at test time
 
     c.mf = mf = ml_collections.ConfigDict()  # a section with a model's name takes the place of c.domain for it
+    mf.std = 0.1  # as shared.std
     mf.learning_rate = 5e-3
     mf.regularisation = 1e-4
     mf.epochs = 40

@@ -125,7 +125,7 @@ RULES = {
     **{f"mesh.{axis}": _from(-1) for axis in sharding.AXES},
 }  # fmt: skip
 _MANY = {
-    _ABOVE_0: """lm.lora_alpha shared.std domain.learning_rate mf.learning_rate
+    _ABOVE_0: """lm.lora_alpha shared.std domain.learning_rate mf.learning_rate mf.std
         sasrec.learning_rate sasrec.std itemgcn.learning_rate itemgcn.std lm_alone.ids_times lm_alone.text_epochs
         ease.l2 mutual.temperature mutual.domain_learning_rate mutual.distill_learning_rate""",
     _from(1): """lm.n_layers lm.n_heads lm.n_kv_heads lm.mlp_width lm.batch_rows lm.max_text_targets lm.lora_rank

@@ -37,8 +37,8 @@ class Range(NamedTuple):
     log: bool = False
 
 
-_TABLES = {"shared.std": Range(0.003, 0.3, log=True)}
-_DOMAIN = _TABLES | {
+_DOMAIN = {
+    "shared.std": Range(0.003, 0.3, log=True),
     "domain.learning_rate": Range(1e-3, 0.1, log=True),
     "domain.regularisation": Range(1e-6, 1e-2, log=True),
     "domain.popularity": Range(0.0, 1.0),
@@ -53,7 +53,11 @@ _IDS = _LM | {"lm.learning_rate_shared": Range(5e-4, 1e-2, log=True), "prompts.u
 SPACES: dict[str, dict[str, Range]] = {
     "item_knn": {"item_knn.neighbours": Range(10, 1000, log=True), "item_knn.shrink": Range(0.0, 200.0)},
     "ease": {"ease.l2": Range(1.0, 5000.0, log=True)},
-    "mf": _TABLES | {"mf.learning_rate": Range(1e-3, 0.1, log=True), "mf.regularisation": Range(1e-6, 1e-2, log=True)},
+    "mf": {
+        "mf.learning_rate": Range(1e-3, 0.1, log=True),
+        "mf.regularisation": Range(1e-6, 1e-2, log=True),
+        "mf.std": Range(0.003, 0.3, log=True),
+    },
     "lightgcn": _DOMAIN | {"domain.n_layers": Range(1, 4)},
     "ncf": _DOMAIN,
     "itemgcn": {
