@@ -88,8 +88,10 @@ def test_a_study_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeyp
         search.tune(config, str(tmp_path / "killed"), word="item_knn", n_trials=4)
 
 
-def test_a_trial_behind_the_median_is_pruned_and_so_is_one_that_diverges(tmp_path, monkeypatch):
-    curves = [[0.1, 0.2, 0.3], [0.1, 0.2, 0.4], [0.1, 0.1, 0.9], None, [0.1, 0.3, 0.5]]
+def test_a_trial_of_the_last_quarter_is_pruned_and_so_is_one_that_diverges(tmp_path, monkeypatch):
+    # Four go to their end; the fifth is the last after its third phase; the seventh was the last in its first two.
+    whole = [[0.1, 0.2, 0.3, 0.3], [0.1, 0.2, 0.4, 0.4], [0.1, 0.3, 0.35, 0.4], [0.2, 0.3, 0.5, 0.5]]
+    curves = [*whole, [0.05, 0.1, 0.2, 0.9], None, [0.0, 0.05, 0.4, 0.6]]
     told, trials = [], iter(curves)
 
     def train(run, own, word, decoder):
@@ -103,10 +105,10 @@ def test_a_trial_behind_the_median_is_pruned_and_so_is_one_that_diverges(tmp_pat
         return max(curve)
 
     monkeypatch.setattr(search, "_train", train)
-    tuned = search.tune(tiny.get_config(), str(tmp_path), word="lightgcn", n_trials=5)
-    assert [trial["value"] for trial in tuned["trials"]] == [0.3, 0.4, None, None, 0.5]
-    assert told == [0.1, 0.2, 0.3, 0.1, 0.2, 0.4, 0.1, 0.1, 0.1, 0.3, 0.5], "the third went no further"
-    assert tuned["budget"]["pruned"] == 2 and tuned["value"] == 0.5
+    tuned = search.tune(tiny.get_config(), str(tmp_path), word="lightgcn", n_trials=7)
+    assert [trial["value"] for trial in tuned["trials"]] == [0.3, 0.4, 0.4, 0.5, None, None, 0.6]
+    assert told == [*sum(whole, []), 0.05, 0.1, 0.2, 0.0, 0.05, 0.4, 0.6], "the fifth went no further"
+    assert tuned["budget"]["pruned"] == 2 and tuned["value"] == 0.6
 
 
 def test_what_a_config_has_outside_a_range_stays_as_it_is(tmp_path, monkeypatch):
