@@ -109,17 +109,20 @@ class Accepted(Exception):
 def test_the_commands_of_the_page_are_understood(monkeypatch):
     import performance
 
-    def accepted(parse):
-        def accept(parser, *given):
-            found = parse(parser, *given)
-            if given:  # argparse's own call, of parse_args
-                return found
-            raise Accepted
+    parse, parse_known = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
 
-        return accept
+    def accept(parser, words=None):
+        parse(parser, words)
+        raise Accepted
 
-    for name in ("parse_args", "parse_known_args"):  # the second is of what hands the rest to a run
-        monkeypatch.setattr(argparse.ArgumentParser, name, accepted(getattr(argparse.ArgumentParser, name)))
+    def accept_known(parser, *given):
+        found = parse_known(parser, *given)
+        if given:  # parse_args's own call
+            return found
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", accept)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", accept_known)
     for part in performance.PARTS.values():
         script, *words = part.command.split()
         monkeypatch.setattr(sys, "argv", [script, *words])

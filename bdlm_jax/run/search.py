@@ -95,9 +95,9 @@ def tune(config: ml_collections.ConfigDict, workdir: str, *, word: str, n_trials
     """Tries `n_trials` settings of one model, the config's own first, and returns what tuned.json holds.
 
     A second start goes on where the first stopped. What is tried next follows from config.seed and from what has been
-    tried (TPE); a trial that is among the last quarter after its third phase, or a later one, ends there. A setting whose value
-    in the config lies outside its range keeps it, so what is switched off stays off. Pretraining, and for BDLM the
-    domain model that it starts from, are the config's own, made once. Source: Akiba et al. 2019 (Optuna).
+    tried (TPE); a trial that is among the last quarter after its third phase, or a later one, ends there. A setting
+    whose value in the config lies outside its range keeps it, so what is switched off stays off. Pretraining, and for
+    BDLM the domain model that it starts from, are the config's own, made once. Source: Akiba et al. 2019 (Optuna).
     """
     if word not in SPACES:
         raise InputError(f"--model {word} has no search space; choose one of {', '.join(SPACES)}.")
