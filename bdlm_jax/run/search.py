@@ -51,7 +51,7 @@ _LM = {
 _IDS = _LM | {"lm.learning_rate_shared": Range(5e-4, 1e-2, log=True), "prompts.user_dropout": Range(0.0, 1.0)}
 # The numbers of epochs are no one's to choose: they are the budget, and validation chooses the best among them.
 SPACES: dict[str, dict[str, Range]] = {
-    "item_knn": {"item_knn.neighbours": Range(10, 1000, log=True), "item_knn.shrink": Range(0.0, 200.0)},
+    "item_knn": {"item_knn.neighbours": Range(2, 2000, log=True), "item_knn.shrink": Range(0.0, 200.0)},
     "ease": {"ease.l2": Range(1.0, 5000.0, log=True)},
     "mf": {
         "mf.learning_rate": Range(1e-3, 0.1, log=True),
