@@ -23,6 +23,7 @@ ARGUMENTS = {
     "ml1m_own_lm": ["short", "base"],
     "own_data": ["short", "long"],
     "own_lm": ["short", "long", "merged"],
+    "tuned": ["ml100k", "beauty", "ml1m"],
     **{name: ["short", "table"] for name in ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "ml1m_pool")},
 }
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]

@@ -32,6 +32,7 @@ REACHED = {
     "own_lm": ITEMS,
     "quickstart": BOTH,
     "tiny": BOTH,
+    "tuned": BOTH,
 }
 SIZES = {"prompts": ("length", "max_title_tokens"), "shared": ("width",), "mutual": ("kl_users",),
          "domain": ("batch_size", "n_layers")}  # fmt: skip

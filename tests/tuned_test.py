@@ -1,0 +1,29 @@
+"""experiments/tuned.py has what the studies of docs/tuned chose, and its table what they reached."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import tuned
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted((ROOT / "docs/tuned").glob("*/*.json"))
+
+
+def test_every_study_is_in_the_experiment_and_the_other_way_round():
+    found = {(path.parent.name, path.stem) for path in STUDIES}
+    assert found == {(data, word) for data in tuned.STUDIES for word in tuned.get_config(data).models[1:]} != set()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_experiment_says_what_the_study_found(path):
+    study, data = json.loads(path.read_text()), path.parent.name
+    trials, word = study["trials"], path.stem
+    values = [trial["value"] for trial in trials if trial["value"] is not None]
+    assert study["model"] == word and study["budget"]["seed"] in tuned.get_config(data).tuned_on
+    assert len(trials) == study["budget"]["trials"] and max(values) == study["value"]
+    assert study["settings"] == tuned.STUDIES[data][word]
+    pruned = len(trials) - len(values)
+    row = f"| {data} | `{word}` | {trials[0]['value']:.4f} | {study['value']:.4f} | {len(trials)} | {pruned} |"
+    assert row in tuned.__doc__.replace("0.", ".")
