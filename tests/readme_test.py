@@ -12,7 +12,7 @@ import pytest
 from bdlm_jax import compare, export, pretrain, recommend, sweep
 from bdlm_jax.data import download
 from bdlm_jax.report import __main__ as report
-from bdlm_jax.run import shipped
+from bdlm_jax.run import search, shipped
 from bdlm_jax.serving import __main__ as serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +32,13 @@ COMMANDS = [shlex.split(line, comments=True) for line in LINES if re.match("pyth
 
 
 def test_there_are_commands_of_every_kind():
-    assert {words[2] for words in COMMANDS} == {"bdlm_jax.main", *MAINS}
+    assert {words[2] for words in COMMANDS} == {"bdlm_jax.main", "bdlm_jax.tune", *MAINS}
     assert any(line.startswith("pip install -e .") for line in LINES)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_names_what_exists(words, capsys):
-    if words[2] != "bdlm_jax.main":
+    if words[2] in MAINS:
         with pytest.raises(SystemExit):
             MAINS[words[2]](["--help"])
         known = capsys.readouterr().out
@@ -46,6 +46,10 @@ def test_a_command_names_what_exists(words, capsys):
             assert not word.startswith("-") or re.search(rf"(^|[\s\[,]){re.escape(word)}\b", known), word
         return
     given = dict(itertools.pairwise(words))
+    if words[2] == "bdlm_jax.tune":
+        flags = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "bdlm_jax" / "tune.py").read_text(encoding="utf-8"))
+        assert {word for word in given if re.fullmatch(r"--\w+", word)} == {f"--{flag}" for flag in flags}
+        assert given["--model"] in search.SPACES and int(given["--trials"]) > 1
     word = given.get("--config") or shipped.DATASETS[given["--dataset"]].experiment
     file, _, arg = shipped.find_experiment(word).partition(":")
     assert (ROOT / file).is_file()
