@@ -50,8 +50,9 @@ def collect(
 ) -> None:
     """Writes one page over many finished runs; runs that differ in the seed alone become one section.
 
-    Plots go to plots/ beside it; `command` is how it was made; the text files of `head` (what the tables say, in words)
-    stand first, and those of `include` (tables that benchmarks print) last, verbatim.
+    Plots go to plots/ beside it, each with the page's name before its own; `command` is how it was made; the text files
+    of `head` (what the tables say, in words) stand first, and those of `include` (tables that benchmarks print) last,
+    verbatim.
     """
     out, groups = Path(out), group_runs([read_run(folder) for folder in folders])
     claims = page_claims(groups)
@@ -63,7 +64,7 @@ def collect(
     ]
     lines += [f"* [{heading}](#{_anchor(heading)})" for heading in groups] + [""]
     for heading, runs in groups.items():
-        pictures = plots.draw(runs, out.parent / "plots", prefix=_anchor(heading) + "_")
+        pictures = plots.draw(runs, out.parent / "plots", prefix=f"{out.stem}_{_anchor(heading)}_")
         section = _section(runs, pictures, claims[heading], n_judged(claims), level="###")
         lines += [f"## {heading}", "", *section]
     lines += _verbatim(include)

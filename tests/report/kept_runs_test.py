@@ -4,6 +4,7 @@ So it is with docs/runs_own_lm and docs/results_own_lm.md, and with the other pa
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from bdlm_jax.report.keep import recomputed_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"docs/results.md": "docs/runs"}
-PAGES |= {f"docs/results_{name}.md": f"docs/runs_{name}" for name in ("own_lm", "own_data", "quickstart", "cold")}
+PAGES |= {
+    f"docs/results_{name}.md": f"docs/runs_{name}" for name in ("own_lm", "own_data", "quickstart", "cold", "tuned")
+}
 KEPT = sorted(path.parent for runs in PAGES.values() for path in ROOT.glob(f"{runs}/*/*/counts.npz"))
 
 
@@ -58,8 +61,11 @@ def test_the_page_is_what_its_own_command_makes(root, name, small_docs, tmp_path
     assert words[:3] == ["python", "-m", "bdlm_jax.report"]
     assert {folder.relative_to(root).as_posix() for folder in root.glob(f"{PAGES[name]}/*/*")} <= {*words}
     monkeypatch.chdir(root)
-    assert report.main([*words[3:], "--out", str(tmp_path / "again.md")]) == 0  # the last --out is taken
-    assert (tmp_path / "again.md").read_text(encoding="utf-8").splitlines()[1:] == page.splitlines()[1:]
+    again = tmp_path / Path(name).name  # of the same name, which those of its pictures begin with
+    assert report.main([*words[3:], "--out", str(again)]) == 0  # the last --out is taken
+    assert again.read_text(encoding="utf-8").splitlines()[1:] == page.splitlines()[1:]
+    shown = re.findall(r"\]\((plots/[^)]+)\)", page)
+    assert shown and all((at / picture).is_file() for at in (tmp_path, (root / name).parent) for picture in shown)
 
 
 def test_a_kept_run_tells_what_the_run_itself_tells(small_docs):
