@@ -7,6 +7,11 @@ of users before the lessons; in these both arms learn, in turn and on one table,
 those of experiments/own_data.py:long, tried on validation with seed 7 alone (docs/experiments.md): LM .129 before the
 lessons, .140 after them; the ids-only LM, with twice the epochs, .130.
 
+Test, NDCG@10 in full ranking, means of ten seeds: LM arm .128, domain arm .133, ids-only LM .110, LightGCN .072. With
+the LM as the only teacher (`bdlm_lm_teaches`) .121 and .125: the sum's part is 6 % in both arms, in all ten seeds and
+in nine, though with 943 users no claim (docs/results.md). LightGCN, the ids-only LM, BDLM and that control took 10
+minutes of one core, another run on the other; SASRec takes 7 more.
+
 <uid> is never shown, and rows are read as they stand: the LM's loss reaches the item table alone.
 """
 
@@ -37,5 +42,5 @@ def get_config(arg="short"):
 
 
 def get_hyper():
-    """Returns the seeds of docs/results.md."""
-    return defaults.sweep("seed", range(1, 4))
+    """Returns the seeds of docs/results.md: ten, without that of `tuned_on`."""
+    return defaults.sweep("seed", [seed for seed in range(1, 12) if seed != 7])
