@@ -13,7 +13,7 @@ import numpy as np
 
 from bdlm_jax.types import Array
 
-BLOCK, ROW = 1024, 64  # items that are multiplied together, and of which the best stands for all
+BLOCK, GROUPS = 1024, 64  # items that are multiplied together, and in how many groups; the best stands for its group
 
 
 def make_sieve(item_ID: np.ndarray) -> Callable[[Array, int], list[np.ndarray]]:
@@ -33,7 +33,8 @@ def make_sieve(item_ID: np.ndarray) -> Callable[[Array, int], list[np.ndarray]]:
         longest = max(longest, np.linalg.norm(scaled_WD, axis=1).max())
         length = max(length, np.linalg.norm(rows_WD, axis=1).max())
     most = min(2**15, 2**23 // width)  # of a user's whole numbers: no sum of products exceeds 2³¹
-    n_rows, host = -(-n_items // ROW), jax.devices("cpu")[0]
+    within = n_items - (n_blocks - 1) * BLOCK  # of the last block; what fills it up is no item
+    n_groups, host = (n_blocks - 1) * GROUPS + min(GROUPS, within), jax.devices("cpu")[0]
     placed = jax.device_put(whole_JDW, host)
 
     def search(state_BD, n):
@@ -43,30 +44,34 @@ def make_sieve(item_ID: np.ndarray) -> Callable[[Array, int], list[np.ndarray]]:
         scaled_D = state_D * unit_D
         unit = max(np.abs(scaled_D).max() / most, np.finfo(np.float64).tiny)
         user_D = np.rint(scaled_D / unit)
-        dot_I = np.asarray(_products()(placed, jax.device_put(user_D.astype(np.int32), host))).reshape(-1)
+        dot_JW, best_JG = map(np.asarray, _products()(placed, jax.device_put(user_D.astype(np.int32), host)))
         bound = np.linalg.norm(user_D) * rest + np.linalg.norm(scaled_D / unit - user_D) * longest
         bound += 1e-5 * np.linalg.norm(state_D) * length / unit  # and what float32 rounds in the scores themselves
-        if n > n_rows:
+        if n > n_groups:
             return np.arange(n_items)
-        best_R = dot_I.reshape(-1, ROW)[:n_rows].max(axis=1)
-        best_R[-1] = dot_I[(n_rows - 1) * ROW : n_items].max()  # what fills the last row is no item
-        least = np.partition(best_R, -n)[-n] - 2 * bound
-        near = np.flatnonzero(best_R >= least)
-        items = (near[:, None] * ROW + np.arange(ROW))[dot_I.reshape(-1, ROW)[near] >= least]
-        return items[items < n_items]
+        last_W = np.where(np.arange(BLOCK) < within, dot_JW[-1], np.iinfo(np.int32).min)
+        best_JG = np.concatenate([best_JG[:-1], last_W.reshape(-1, GROUPS).max(axis=0)[None]])
+        least = np.partition(best_JG, -n, axis=None)[-n] - 2 * bound
+        blocks, groups = np.nonzero(best_JG >= least)
+        items = (blocks[:, None] * BLOCK + groups[:, None] + np.arange(0, BLOCK, GROUPS)).reshape(-1)
+        return np.sort(items[(items < n_items) & (dot_JW.reshape(-1)[items] >= least)])
 
     return search
 
 
 @functools.cache
-def _products() -> Callable[[Array, Array], Array]:
-    """(blocks of whole rows (J, D, W), a user's (D,)) -> (J, W), compiled to one pass over the bytes."""
+def _products() -> Callable[[Array, Array], tuple[Array, Array]]:
+    """(blocks of whole rows (J, D, W), a user's (D,)) -> (J, W), and the best of each group (J, G): one pass.
+
+    A group's items stand GROUPS apart, so that the best of many groups are found at once.
+    """
     import jax
     import jax.numpy as jnp
 
     @jax.jit
     def products(whole_JDW, user_D):
         # A sum written out: as one product XLA for CPUs takes it number by number, fifteen times as long.
-        return functools.reduce(jnp.add, (whole_JDW[:, d].astype(jnp.int32) * q for d, q in enumerate(user_D)))
+        dot_JW = functools.reduce(jnp.add, (whole_JDW[:, d].astype(jnp.int32) * q for d, q in enumerate(user_D)))
+        return dot_JW, dot_JW.reshape(len(dot_JW), -1, GROUPS).max(axis=1)
 
     return products
