@@ -98,12 +98,13 @@ The aim was 60 seconds.
         "Answers: one user, many users, a click, a catalogue of a million items",
         "serving.py --users 6040 --items 3706 --batches 256 --clients --seconds 4 --large 1000000",
         """
-The aim for a million items was 10 ms, and is reached here, on one core of a machine that did nothing else. The exact
-answer goes through the sieve (bdlm_jax/serving/sieve.py), which reads 64 MB in place of 256 MB of float32: that took
-20.1 ms, on a machine that other work shared, where the sieve took 14.1. Its last millisecond went when the best of each
-group came to be found within the products' own pass. The products of whole numbers take XLA 8.5 to 11 ms of it, though
-numpy finds the maximum of their 64 MB in 4.2. Of 12,101 items of Beauty, 12 pass it (three trained models, medians of
-300 users each, with groups of 64; they are of 16 now).
+The aim for a million items was 10 ms, and is reached about half of the time: this run has 10.6, another of the same
+command minutes before 9.4, both on one core of a machine that did nothing else. The exact answer goes through the sieve
+(bdlm_jax/serving/sieve.py), which reads 64 MB in place of 256 MB of float32: that took 20.1 ms on a machine that other
+work shared, where the sieve took 14.1. The best of each group is found within the products' own pass: alternately in
+one process, the search then took 9.6 to 10.1 ms, and 9.9 to 10.6 before (medians of 60 users, six times each). The
+products of whole numbers take XLA 8.5 to 11 ms of it, though numpy finds the maximum of their 64 MB in 4.2. Of 12,101
+items of Beauty, 12 pass it (three trained models, medians of 300 users each, with groups of 64; they are of 16 now).
 
 What else was tried for the products (once, by a script that is not kept; CPU ms, a million rows of 64): float32 by
 numpy 15.4, by XLA 29; int8 by XLA's own product 166, bfloat16 137; the sum written out, in int32 9.1 by columns and
