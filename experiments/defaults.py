@@ -220,7 +220,11 @@ def get_config() -> ml_collections.ConfigDict:
     mutual.lm = ml_collections.ConfigDict({"item": 1.0, "text": 0.2, "align_user": 0.1, "align_item": 2.0, "kl": 0.1})
     mutual.domain = ml_collections.ConfigDict({"bpr": 1.0, "align_user": 0.0, "align_item": 1.0, "kl": 5.0})
     # Lessons, after the rounds: the LM and the domain arm learn in turn from the teacher; kl weighs in the LM's loss.
-    mutual.taught = ml_collections.ConfigDict({"rounds": 0, "lm_epochs": 5.0, "domain_epochs": 5, "kl": 1.0})
+    # lm: goes_on | afresh: it goes on from the rounds, taught at the ends of histories, or begins again, taught at
+    # every place of them by the LM as it was and its head (`text_head`; with the teacher "lm", without).
+    mutual.taught = ml_collections.ConfigDict(
+        {"rounds": 0, "lm_epochs": 5.0, "domain_epochs": 5, "kl": 1.0, "lm": "goes_on"}
+    )
     mutual.distill_epochs = 100  # domain epochs against the chosen LM, judged on validation; repeated for test
     mutual.distill_learning_rate = 5e-3
 

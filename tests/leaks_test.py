@@ -12,7 +12,7 @@ import small_bdlm
 
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION, Split
 from bdlm_jax.domain import negatives
-from bdlm_jax.mutual import domain_epoch, lm_step, sharing
+from bdlm_jax.mutual import domain_epoch, lessons, lm_step, sharing
 from bdlm_jax.run import build, guards, prepare, reading, stages
 from bdlm_jax.run.rows import prompts
 from bdlm_jax.types import LeakError
@@ -145,6 +145,11 @@ def lm_view(params, meeting, arm):
     return {"state_user": rows_XM[: -len(rows_IM)], "rows_item": rows_IM, "z_user": z_user, "z_item": z_item}
 
 
+def teacher_view(params, meeting, arm):
+    """Beside that, a teacher at every place, whose decoder and rows are the LM's own."""
+    return domain_view(params, meeting, arm) | {"teacher": lessons.make_teacher(params, None, arm=arm, meeting=meeting)}
+
+
 LM_STEP = small_bdlm.make_lm_step, small_bdlm.whole_batch(), small_bdlm.lm_constants()
 EPOCH = (
     small_bdlm.make_domain_epoch, domain_epoch.make_slots(batch_size=16, kl_users=8), small_bdlm.domain_constants(),
@@ -153,7 +158,11 @@ EPOCH = (
 
 @pytest.mark.parametrize(
     ("module", "losses", "view_of", "taught", "other"),
-    [(lm_step, "lm_losses", domain_view, LM_STEP, "domain"), (domain_epoch, "domain_losses", lm_view, EPOCH, "lm")],
+    [
+        (lm_step, "lm_losses", domain_view, LM_STEP, "domain"),
+        (lm_step, "lm_losses", teacher_view, LM_STEP, "domain"),
+        (domain_epoch, "domain_losses", lm_view, EPOCH, "lm"),
+    ],
 )
 def test_no_gradient_crosses_by_way_of_the_view(monkeypatch, module, losses, view_of, taught, other):
     """A step that makes the view of the params that it differentiates takes the step of one that is given the view."""

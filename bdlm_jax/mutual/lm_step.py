@@ -15,8 +15,16 @@ import jax.numpy as jnp
 from bdlm_jax.domain import negatives
 from bdlm_jax.domain.arm import inner_products
 from bdlm_jax.lm import causal_lm, lora
-from bdlm_jax.mutual import sharing
-from bdlm_jax.mutual.losses import NEVER, align_loss, catalogue_loss, kl_loss, sampled_loss, text_loss
+from bdlm_jax.mutual import lessons, sharing
+from bdlm_jax.mutual.losses import (
+    NEVER,
+    align_loss,
+    catalogue_kl,
+    catalogue_loss,
+    kl_loss,
+    sampled_loss,
+    text_loss,
+)
 from bdlm_jax.mutual.optimizer import update_state
 from bdlm_jax.mutual.options import LMWeights, Meeting
 from bdlm_jax.types import Array, TrainState
@@ -74,14 +82,16 @@ def lm_losses(
         known_N, item_N = item_N >= 0, jnp.maximum(item_N, 0)
         known_N = (known_N & constants["warm_I"][item_N]).astype(z_ND.dtype)
         terms["align_item"] = align(z_ND, view["item"][item_N], known_N, table=view["item"])
-    if weights.align_user or weights.kl:
+    if "teacher" in view:
+        terms["kl"] = _lesson(view["teacher"], batch, constants, hidden_BLM, rows_XM, rows_IM, meeting=meeting)
+    if weights.align_user or (weights.kl and "teacher" not in view):
         state_NM = states_at(hidden_BLM, batch["user_index"])
         user_N = batch["user"].reshape(-1)
         known_N, user_N = (user_N >= 0).astype(state_NM.dtype), jnp.maximum(user_N, 0)
         if weights.align_user:
             z_ND = sharing.bridge_out(lm["bridge"], state_NM)
             terms["align_user"] = align(z_ND, view["user"][user_N], known_N, table=view["user"])
-        if weights.kl:
+        if weights.kl and "teacher" not in view:
             if "state_user" in view:  # of a teacher: what the domain arm hears too
                 teacher_NI = inner_products(view["state_user"][user_N], view["rows_item"])
             else:
@@ -91,6 +101,20 @@ def lm_losses(
             student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
     return terms
+
+
+def _lesson(teacher, batch, constants, hidden_BLM, rows_XM, rows_IM, *, meeting: Meeting):
+    """The score-level term at every place: a teacher of `lessons`, over the items that the row does not hold."""
+    n_items = len(rows_IM)
+    item_BL = batch["tokens"] - (meeting.lm.vocab_size + len(rows_XM) - n_items)
+    item_BL = jnp.where(item_BL >= 0, item_BL, -1)
+    teacher_BTN, teacher_IN = jax.lax.stop_gradient(lessons.teach(teacher, batch, item_BL, meeting=meeting))
+    hold = jax.vmap(lambda item_L: jnp.zeros(n_items + 1, bool).at[item_L].set(True)[:-1])
+    never_BI = hold(item_BL) | ~constants["warm_I"]  # -1 is the last place, which is cut off
+    return catalogue_kl(
+        causal_lm.gather_positions(hidden_BLM, batch["item_index"]), rows_IM, teacher_BTN, teacher_IN,
+        (batch["item_target"] >= 0).astype(jnp.float32), never_BI, temperature=meeting.temperature,
+    )  # fmt: skip
 
 
 def make_lm_step(

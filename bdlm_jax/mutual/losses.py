@@ -31,18 +31,22 @@ def catalogue_loss(
     out of the softmax; target -1 is none. `skip` is for rows of which many have none: they cost nothing then.
     """
 
-    def nll(state_SM, target_S):
+    def total(rows_IM, row, given, constants):
+        (state_SM, own_SM), (target_S,), (bias_I,) = row, given, constants
         logits_SI = state_SM @ rows_IM.T + bias_I
         # Not gathered from the logits: the gradient of that is a scatter into all of them.
-        own_S = jnp.sum(state_SM * rows_IM[target_S], axis=-1) + bias_I[target_S]
+        own_S = jnp.sum(state_SM * own_SM, axis=-1) + bias_I[target_S]
         highest_S1 = jax.lax.stop_gradient(logits_SI.max(axis=-1, keepdims=True))
-        return jnp.log(jnp.sum(jnp.exp(logits_SI - highest_S1), axis=-1)) + highest_S1[:, 0] - own_S
+        nll_S = jnp.log(jnp.sum(jnp.exp(logits_SI - highest_S1), axis=-1)) + highest_S1[:, 0] - own_S
+        return jnp.sum(jnp.where(target_S >= 0, nll_S, 0.0))
 
-    n = len(state_NM)
-    n_chunks = -(-n // max(1, min(n, chunk_entries // len(rows_IM))))
     if skip:
         state_NM, target_N = targets_first(state_NM, target_N)
-    return _sum_in_chunks(nll, state_NM, target_N, size=-(-n // n_chunks), skip=skip)
+    n = len(state_NM)
+    size = -(-n // -(-n // max(1, min(n, chunk_entries // len(rows_IM)))))
+    own_NM = rows_IM[jnp.maximum(target_N, 0)]
+    row, given = (_chunks(state_NM, size), _chunks(own_NM, size)), (_chunks(target_N, size, -1),)
+    return _sum_in_one_pass(total, rows_IM, row, given, (bias_I,), skip=skip), _count(target_N)
 
 
 def sampled_loss(state_NM: Array, rows_IM: Array, target_N: Array, drawn_S: Array, *, among: int) -> Term:
@@ -51,15 +55,20 @@ def sampled_loss(state_NM: Array, rows_IM: Array, target_N: Array, drawn_S: Arra
     Each drawn logit gets log(among / S), so that the sum estimates the whole catalogue's; a target that is drawn
     counts once. Source: Jean et al. 2015, section 3.2, for uniform draws.
     """
-    rows_SM, times = rows_IM[drawn_S], among / len(drawn_S)
+    times = among / len(drawn_S)
 
-    def nll(state_PM, target_P):
-        own_P = jnp.sum(state_PM * rows_IM[target_P], axis=-1)
+    def total(rows_SM, row, given, constants):
+        (state_PM, own_PM), (target_P,), (drawn_S,) = row, given, constants
+        own_P = jnp.sum(state_PM * own_PM, axis=-1)
         logits_PS = jnp.where(target_P[:, None] == drawn_S, NEVER, state_PM @ rows_SM.T + jnp.log(times))
-        return jax.nn.logsumexp(jnp.concatenate([own_P[:, None], logits_PS], axis=1), axis=1) - own_P
+        nll_P = jax.nn.logsumexp(jnp.concatenate([own_P[:, None], logits_PS], axis=1), axis=1) - own_P
+        return jnp.sum(jnp.where(target_P >= 0, nll_P, 0.0))
 
     size = max(1, min(len(state_NM), 3_000_000 // len(drawn_S)))
-    return _sum_in_chunks(nll, *targets_first(state_NM, target_N), size=size, skip=True)
+    state_NM, target_N = targets_first(state_NM, target_N)
+    own_NM = rows_IM[jnp.maximum(target_N, 0)]
+    row, given = (_chunks(state_NM, size), _chunks(own_NM, size)), (_chunks(target_N, size, -1),)
+    return _sum_in_one_pass(total, rows_IM[drawn_S], row, given, (drawn_S,), skip=True), _count(target_N)
 
 
 def targets_first(state_NM: Array, target_N: Array) -> tuple[Array, Array]:
@@ -100,12 +109,10 @@ def _sum_in_chunks(nll, state_NM: Array, target_N: Array, *, size: int | None, s
     def total(state_SM, target_S):
         return jnp.sum(jnp.where(target_S >= 0, nll(state_SM, jnp.maximum(target_S, 0)), 0.0))
 
-    count = jnp.sum(target_N >= 0).astype(jnp.float32)
+    count = _count(target_N)
     if size is None:
         return total(state_NM, target_N), count
-    pad = -len(target_N) % size
-    states = jnp.pad(state_NM, ((0, pad), (0, 0))).reshape(-1, size, state_NM.shape[1])
-    targets = jnp.pad(target_N, (0, pad), constant_values=-1).reshape(-1, size)
+    states, targets = _chunks(state_NM, size), _chunks(target_N, size, -1)
 
     def part_sum(state_SM, target_S):
         if not skip:
@@ -114,6 +121,59 @@ def _sum_in_chunks(nll, state_NM: Array, target_N: Array, *, size: int | None, s
 
     add = jax.checkpoint(lambda so_far, part: (so_far + part_sum(*part), None))
     return jax.lax.scan(add, jnp.zeros(()), (states, targets))[0], count
+
+
+def _sum_in_one_pass(total, table_SM: Array, rows, given, constants, *, skip: bool = False) -> Array:
+    """Adds up total(table, row, given, constants) over chunks, with its gradient by the table and by the rows.
+
+    `rows` and `given`, its targets first, are tuples of arrays (chunks, ...). The gradients are taken while a chunk's
+    logits are at hand, so that none are computed again in the backward pass, of which a product with one number is
+    left. With `skip` a chunk without a target is left out. Source: the fused linear cross-entropy of Liger Kernel takes
+    its gradient in the forward pass too.
+    """
+
+    def add_up(part, table_SM, rows, given, constants):
+        first = jax.tree.map(lambda x: x[0], (rows, given))
+        made = jax.eval_shape(part, table_SM, *first, constants)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+
+        def add(so_far, chunk):
+            arguments = table_SM, *chunk, constants
+            if skip:
+                summed, kept = jax.lax.cond(jnp.any(chunk[1][0] >= 0), part, lambda *_: nothing, *arguments)
+            else:
+                summed, kept = part(*arguments)
+            return jax.tree.map(jnp.add, so_far, summed), kept
+
+        return jax.lax.scan(add, nothing[0], (rows, given))
+
+    @jax.custom_vjp
+    def value(*arguments):
+        return add_up(lambda *chunk: (total(*chunk), ()), *arguments)[0]
+
+    def with_gradient(*arguments):
+        def part(*chunk):
+            summed, (by_table, by_rows) = jax.value_and_grad(total, argnums=(0, 1))(*chunk)
+            return (summed, by_table), by_rows
+
+        (summed, by_table), by_rows = add_up(part, *arguments)
+        return summed, (by_table, by_rows)
+
+    def scale(kept, cotangent):
+        return *jax.tree.map(lambda gradient: (cotangent * gradient).astype(gradient.dtype), kept), None, None
+
+    value.defvjp(with_gradient, scale)
+    return value(table_SM, rows, given, constants)
+
+
+def _chunks(array, size: int, fill=0):
+    """Cuts (N, ...) into (chunks, size, ...), the last one filled up."""
+    wide = jnp.pad(array, ((0, -len(array) % size), *[(0, 0)] * (array.ndim - 1)), constant_values=fill)
+    return wide.reshape(-1, size, *array.shape[1:])
+
+
+def _count(target_N: Array) -> Array:
+    return jnp.sum(target_N >= 0).astype(jnp.float32)
 
 
 def mse_align(student_ND: Array, teacher_ND: Array, **_) -> Array:
@@ -174,6 +234,31 @@ def kl_loss(student_NC: Array, teacher_NC: Array, weight_N: Array, *, temperatur
     teacher = jax.nn.log_softmax(teacher_NC / temperature)
     rows_N = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
     return temperature**2 * jnp.sum(weight_N * rows_N), jnp.sum(weight_N)
+
+
+def catalogue_kl(
+    state_BTM: Array,
+    rows_IM: Array,
+    teacher_BTN: Array,
+    teacher_IN: Array,
+    known_BT: Array,
+    never_BI: Array,
+    *,
+    temperature: float,
+) -> Term:
+    """Sums `kl_loss` of a teacher's and a student's inner products over the T places of each row of a batch.
+
+    An item of which `never` says so is no candidate in that row: there are the items that the row holds, whose next one
+    the teacher has learnt by heart, and those without interactions. A row's logits are held at a time.
+    """
+
+    def total(rows_IM, row, given, constants):
+        (state_TM,), (known_T, teacher_TN, never_I), (teacher_IN,) = row, given, constants
+        pair = (jnp.where(never_I, NEVER, x) for x in (state_TM @ rows_IM.T, teacher_TN @ teacher_IN.T))
+        return kl_loss(*pair, known_T, temperature=temperature)[0]
+
+    given = known_BT, teacher_BTN, never_BI
+    return _sum_in_one_pass(total, rows_IM, (state_BTM,), given, (teacher_IN,)), jnp.sum(known_BT)
 
 
 def _unit(x: Array) -> Array:

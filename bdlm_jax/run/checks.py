@@ -115,6 +115,7 @@ RULES = {
     "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words", "graph")), "mutual.teacher": _word(("lm", "domain", "pool")),
+    "mutual.taught.lm": _word(("goes_on", "afresh")),
     "shared.initial": _word(("domain", "propagated", "random")),
     "domain.model": _word(MODELS), "domain.layer_weights": _word(LAYER_WEIGHTS), "domain.backend": _word(BACKENDS),
     "domain.test_graph": _word(("train", "train+validation")), "mutual.reads": _word(READS),

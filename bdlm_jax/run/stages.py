@@ -12,7 +12,7 @@ from bdlm_jax.domain.arm import DomainArm
 from bdlm_jax.evaluation import evaluate, scorers
 from bdlm_jax.evaluation.evaluate import CandidateScorer, Counts
 from bdlm_jax.lm.packing import Packed
-from bdlm_jax.mutual import sharing
+from bdlm_jax.mutual import lessons, sharing
 from bdlm_jax.mutual.optimizer import make_schedule
 from bdlm_jax.mutual.options import DomainWeights, LMWeights, Meeting
 from bdlm_jax.run import build, general, rates, rows
@@ -135,6 +135,10 @@ def teach_both(run: Run, decoder: Decoder, start: Params, domain_params: Params,
     with what the other arm has made of it. A teacher made anew of an LM whose table the domain arm has just moved is
     a worse one (docs/experiments.md). Source: knowledge distillation from an ensemble that learns with its
     members (ONE, Lan et al. 2018; KDCL, Guo et al. 2020).
+
+    With `mutual.taught.lm` "afresh" the LM begins again as it first began, and hears the teacher at every place of a
+    history, beside all that it learnt from before: there the LM as it was and its head (`lessons`), not the domain
+    model's own rows of users. Source: born-again networks (Furlanello et al. 2018), with a head beside the teacher.
     """
     c, m = run.config.mutual.taught, run.config.mutual
     text = general.general_text(run, decoder)
@@ -145,18 +149,21 @@ def teach_both(run: Run, decoder: Decoder, start: Params, domain_params: Params,
         phases.append(phase._replace(name=f"lesson {number}, LM"))
         phases.append(Phase("domain", c.domain_epochs, f"lesson {number}, domain"))
     tables = build.measure_tables(run, arm, build.init_tables(run, "bdlm", arm, trained=domain_params), reads=m.reads)
-    weights = LMWeights(item=m.lm.item, text=m.lm.text, kl=c.kl)
     teach = functools.cache(lambda: reader.view(run, start))
+    begin, weights, view = lambda: start, LMWeights(item=m.lm.item, text=m.lm.text, kl=c.kl), lambda _: teach()
+    if c.lm == "afresh":
+        begin = functools.partial(build.init_params, run, "bdlm", tables, decoder)
+        weights, view = LMWeights(**(m.lm.to_dict() | {"kl": c.kl})), _at_every_place(run, reader, start)
     arms = {
-        "lm": _bdlm_lm_arm(run, reader, packed, weights, lm_phases, decoder, tables),
-        "domain": _taught_arm(run, arm, reader.meeting, rate=m.distill_learning_rate),
+        "lm": _bdlm_lm_arm(run, reader, packed, weights, lm_phases, decoder, tables)._replace(view=view),
+        "domain": _taught_arm(run, arm, reader.meeting, rate=m.distill_learning_rate)._replace(view=lambda _: teach()),
     }
     return run.fit(
         "taught",
         parents=(start, domain_params, reader.texts, *([reader.beside] if reader.beside else [])),
         phases=[phase for phase in phases if phase.units],
-        arms={name: made._replace(view=lambda _: teach()) for name, made in arms.items()},
-        params=lambda: start,
+        arms=arms,
+        params=begin,
         validate=_judge_both(run, reader, text),
         select=run.config.select,
         judged=("domain", "lm"),
@@ -263,6 +270,18 @@ def _bdlm_lm_arm(run: Run, reader: Reader, packed: Packed, weights: LMWeights, p
     if m.domain.align_item and trained_by != "none" and not run.warm_I.all():
         made = made._replace(finish=write_back)
     return made
+
+
+def _at_every_place(run: Run, reader: Reader, start: Params) -> Callable[[Params], Params]:
+    """What an LM that begins afresh hears: the domain arm, and the teacher that `mutual.teacher` names."""
+    who, options = run.config.mutual.teacher, {"arm": reader.arm, "meeting": reader.meeting}
+
+    @functools.cache
+    def teacher():
+        texts = None if who == "lm" else reader.texts
+        return lessons.make_teacher(start, texts, reads_lm=who != "domain", **options)
+
+    return lambda params: scorers.domain_view(reader.arm, params) | {"teacher": teacher()}
 
 
 def _judge_both(run: Run, reader: Reader, text: General) -> Callable[[str, Params], dict[str, float]]:

@@ -10,7 +10,17 @@ from jax.test_util import check_grads
 
 from bdlm_jax.lm.config import LMConfig
 from bdlm_jax.mutual import losses
-from bdlm_jax.mutual.losses import ALIGN, align_loss, bpr_loss, catalogue_loss, kl_loss, sampled_loss, text_loss
+from bdlm_jax.mutual.losses import (
+    ALIGN,
+    NEVER,
+    align_loss,
+    bpr_loss,
+    catalogue_kl,
+    catalogue_loss,
+    kl_loss,
+    sampled_loss,
+    text_loss,
+)
 
 N, N_ITEMS, M = 7, 5, 3
 
@@ -126,6 +136,29 @@ def test_kl_by_hand():
     nats = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     np.testing.assert_allclose(total, t**2 * 2 * nats, rtol=1e-5)
     assert count == 2.0
+
+
+def test_kl_at_every_place_and_its_gradient_equal_the_full_softmax_over_the_candidates_of_the_row():
+    batch, places, temperature = 3, 4, 1.7
+    state, teacher = draw(1, batch, places, M), draw(2, batch, places, 2)
+    rows, teacher_rows = draw(3, N_ITEMS, M), draw(4, N_ITEMS, 2)
+    known = jnp.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]], jnp.float32)
+    never = jnp.array([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]], bool)
+
+    def ours(state, rows):
+        options = {"temperature": temperature}
+        return 3 * catalogue_kl(state, rows, teacher, teacher_rows, known, never, **options)[0]
+
+    def plain(state, rows):
+        hide = jnp.where(never[:, None], NEVER, 0.0)
+        pair = (jax.nn.log_softmax((x + hide) / temperature) for x in (state @ rows.T, teacher @ teacher_rows.T))
+        student, teaches = pair
+        return 3 * temperature**2 * jnp.sum(known[..., None] * jnp.exp(teaches) * (teaches - student))
+
+    assert catalogue_kl(state, rows, teacher, teacher_rows, known, never, temperature=1.0)[1] == known.sum()
+    np.testing.assert_allclose(ours(state, rows), plain(state, rows), rtol=1e-5)
+    for found, wanted in zip(*(jax.grad(loss, argnums=(0, 1))(state, rows) for loss in (ours, plain))):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

@@ -28,6 +28,11 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     if model == "itemgcn":
         config.mutual.teacher = "pool"
         config.mutual.taught.update({"rounds": 1, "lm_epochs": 1.0, "domain_epochs": 1})
+    if model == "mf":
+        config.mutual.text_head = "graph"
+        config.mutual.teacher = "pool"
+        config.mutual.taught.update({"rounds": 1, "lm_epochs": 1.0, "domain_epochs": 0, "lm": "afresh"})
+    has_lessons = model in ("itemgcn", "mf")
     config.mutual.lm.text = config.mutual.lm.align_user = 0.0  # compiles sooner
     results = train_and_evaluate(config, str(tmp_path))
     assert {row["model"] for row in results["rows"]} == {model, "bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed"}
@@ -35,8 +40,8 @@ def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
 
     # Who taught the domain arm at the end was weighed on validation.
     told = {path.name for path in tmp_path.glob("*teacher.json")}
-    assert told == ({"bdlm_teacher.json", "teacher.json"} if model == "itemgcn" else set())
-    assert (tmp_path / "taught" / "done.json").is_file() == (model == "itemgcn")
+    assert told == ({"bdlm_teacher.json", "teacher.json"} if has_lessons else set())
+    assert (tmp_path / "taught" / "done.json").is_file() == has_lessons
 
     # What is served ranks as what was evaluated.
     served, catalogue = artefact.load_domain_arm(tmp_path), artefact.load_catalogue(tmp_path)

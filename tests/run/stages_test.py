@@ -8,6 +8,7 @@ from bdlm_jax.data.candidates import make_candidates
 from bdlm_jax.data.splits import TEST, TRAIN, VALIDATION
 from bdlm_jax.domain.models import MODELS
 from bdlm_jax.evaluation import scorers
+from bdlm_jax.lm.text_head import TextHead
 from bdlm_jax.mutual import sharing
 from bdlm_jax.run import build, reading, stages
 from bdlm_jax.types import LeakError
@@ -65,6 +66,25 @@ def test_in_lessons_both_arms_learn_in_turn_from_the_teacher_in_the_tree_that_th
     config.mutual.taught.domain_epochs = 0
     made = stages.teach_both(run, build.make_decoder(run, None), start, domain_params, reader)
     assert [phase.arm for phase in made["phases"]] == ["lm", "lm"]
+
+
+@pytest.mark.parametrize(("teacher", "hears"), [("pool", {"decoder", "content_IC"}), ("lm", {"decoder"})])
+def test_taught_afresh_the_lm_begins_as_it_first_began_and_hears_the_teacher_at_every_place(run, teacher, hears):
+    config = run.config
+    config.mutual.taught.update({"rounds": 2, "lm_epochs": 1.0, "domain_epochs": 0, "lm": "afresh"})
+    config.mutual.teacher = teacher
+    domain_params, rounds = train_bdlm(run)
+    first = rounds["params"]()
+    start = jax.tree.map(lambda leaf: leaf + 1.0, first)
+    reader = reading.bdlm_reader(run, "validation", texts=TextHead(run.content_IC, 1.0, 0.5))
+    made = stages.teach_both(run, build.make_decoder(run, None), start, domain_params, reader)
+    assert [phase.arm for phase in made["phases"]] == ["lm", "lm"]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, made["params"](), first)))
+    view = made["arms"]["lm"].view(first)
+    assert set(view) >= {"user", "item"} and set(view["teacher"]) >= hears
+    assert ("content_IC" in view["teacher"]) == ("content_IC" in hears)
+    table = start["lm"]["embedding"]
+    assert np.array_equal(view["teacher"]["decoder"]["embedding"], table)  # of the LM as it was, not as it begins
 
 
 @pytest.mark.parametrize("initial", ["domain", "random"])

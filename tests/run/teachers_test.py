@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from bdlm_jax.evaluation import scorers
-from bdlm_jax.run import build, stages, teachers
+from bdlm_jax.lm.text_head import TextHead
+from bdlm_jax.mutual import lessons
+from bdlm_jax.run import build, reading, stages, teachers
 from bdlm_jax.runtime.files import load_safetensors
 from bdlm_jax.runtime.fit import Fitted
 
@@ -110,3 +112,22 @@ def test_a_refit_hears_the_teachers_that_were_chosen_before_it(trained, monkeypa
         assert told[0][1] == told[1][1] == taught_by["bdlm"].weight
         assert np.array_equal(told[0][2], told[1][2])
     assert set(taught_by) == {"after", "bdlm"} | ({"taught"} if lessons else set())
+
+
+def test_at_the_end_of_a_history_that_fits_a_row_the_lessons_teacher_is_the_lm_that_is_served(trained):
+    run, lm, alone = trained
+    texts = TextHead(teachers.domain_content(run, alone), 1.5, 0.5)
+    reader = reading.bdlm_reader(run, "validation", texts=texts)
+    options = {"arm": reader.arm, "meeting": reader.meeting}
+    batch = reader.users.rows(np.arange(len(reader.users)))
+    first = run.texts.vocabulary.item_tokens.start
+    item_BL = np.where(batch["tokens"] >= first, batch["tokens"] - first, -1)
+    said = lessons.teach(
+        lessons.make_teacher(lm, texts, **options),
+        batch | {"item_index": batch["user_index"]}, item_BL, meeting=reader.meeting,
+    )  # fmt: skip
+    scores_BTI = np.einsum("btn,in->bti", *said)
+    served = reader.scorer(run, lm)
+    users = batch["user"][batch["user"] >= 0]
+    assert sorted(users) == list(range(run.data.n_users))
+    np.testing.assert_allclose(scores_BTI[batch["user"] >= 0], served.score(users), rtol=1e-3, atol=1e-3)
