@@ -99,3 +99,18 @@ def test_an_lm_that_says_what_its_teacher_says_has_nothing_to_learn(made):
 
     value, gradient = jax.value_and_grad(loss)(params)
     assert abs(value) < 1e-5 and max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-5
+
+
+def test_at_an_item_the_head_reads_what_its_own_history_has_had_so_far(made):
+    arm, meeting, _, other = made
+    batch, first = small_bdlm.whole_batch(), N_TEXT + N_USERS
+    assert batch["segments"].max() > 2
+    item_BL = np.where(batch["tokens"] >= first, batch["tokens"] - first, -1)
+    teacher = lessons.make_teacher(other, TEXTS, arm=arm, meeting=meeting, reads_lm=False)
+    every = np.broadcast_to(np.arange(item_BL.shape[1]), item_BL.shape)
+    said, content_IC = lessons.teach(teacher, batch | {"item_index": every}, item_BL, meeting=meeting)
+    np.testing.assert_array_equal(content_IC, TEXTS.content_IC)
+    for row, place in zip(*np.nonzero(item_BL >= 0)):
+        same = batch["segments"][row, : place + 1] == batch["segments"][row, place]
+        had = item_BL[row, : place + 1][same & (item_BL[row, : place + 1] >= 0)]
+        np.testing.assert_allclose(said[row, place], TEXTS.read(had), rtol=1e-5, atol=1e-6)
