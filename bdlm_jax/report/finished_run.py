@@ -99,6 +99,12 @@ def read_run(folder: str | os.PathLike, results: dict | None = None) -> Finished
     for name in ("config.json", "environment.json", *(() if results else ("results.json",))):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is not there: {folder} holds no finished run; start it again.")
+    within = (path for depth in _STAGES for path in sorted(folder.glob(depth)))
+    if lost := next((path for path in within if path.is_symlink() and not path.exists()), None):
+        raise InputError(
+            f"{lost} leads to {os.readlink(lost)}, which is not there: the run, or the store of its stages, was moved; "
+            f"move it back, or {_AGAIN}."
+        )
     done = [path.parent for stage in _STAGES for path in sorted(folder.glob(f"{stage}/done.json"))]
     if damaged := damaged_file(folder, but=PAGE):
         first = f"delete it if the settings are the old ones, and {_AGAIN}" if damaged.name == "config.json" else _AGAIN

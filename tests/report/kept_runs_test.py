@@ -92,6 +92,7 @@ def test_a_kept_run_is_small_and_not_overwritten_by_another(small_docs, tmp_path
     [
         (lambda run: (run / "data" / "slices.npz").unlink(), "slices.npz is not there"),
         (lambda run: (run / "per_user" / "text_lm.npz").unlink(), "is not what per_user/ gives"),
+        (lambda run: (run / "sasrec").symlink_to("../stages/sasrec-1f"), "run/sasrec leads to ../stages/sasrec-1f"),
     ],
 )
 def test_what_cannot_be_made_again_is_not_kept(tmp_path, capsys, spoil, said):
