@@ -157,6 +157,7 @@ def get_config() -> ml_collections.ConfigDict:
     mf.std = 0.1  # as shared.std
     mf.learning_rate = 5e-3
     mf.regularisation = 1e-4
+    mf.popularity = 0.0  # as domain.popularity
     mf.epochs = 40
 
     c.sasrec = sasrec = ml_collections.ConfigDict()

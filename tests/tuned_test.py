@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bdlm_jax.domain.models import MODELS, SETTINGS, takes
+from bdlm_jax.run.prepare import training_setting
 from experiments import tuned
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,3 +30,14 @@ def test_the_experiment_says_what_the_study_found(path):
     pruned = len(trials) - len(values)
     row = f"| {data} | `{word}` | {trials[0]['value']:.4f} | {study['value']:.4f} | {len(trials)} | {pruned} |"
     assert row.replace(" 0.", " .") in tuned.__doc__
+
+
+@pytest.mark.parametrize("data", tuned.STUDIES)
+def test_no_study_changes_what_another_model_trains_with(data):
+    whole, own = tuned.get_config(data), tuned.EXPERIMENTS[data].get_config()
+    for model in tuned.STUDIES[data].keys() & MODELS.keys():
+        alone = own.copy_and_resolve_references()
+        alone.update_from_flattened_dict(tuned.STUDIES[data][model])
+        for name in [*own.domain, "std"]:
+            if name not in SETTINGS or name in takes(model):
+                assert training_setting(whole, model, name) == training_setting(alone, model, name), (model, name)

@@ -113,6 +113,7 @@ RULES = {
     "prompts.chat": _word(("auto", "always", "never")),
     "prompts.gloss": Rule(lambda v: not v or v.count("{}") == 1, "empty, or a text in which {} stands for the title"),
     "prompts.user_dropout": _from(0, most=1), "domain.popularity": _from(0, most=10),
+    "mf.popularity": _from(0, most=10),
     "shared.trained_by": _word(("both", "lm", "domain", "none")),
     "mutual.text_head": _word(("none", "words", "graph")), "mutual.teacher": _word(("lm", "domain", "pool")),
     "mutual.taught.lm": _word(("goes_on", "afresh")),
