@@ -82,7 +82,7 @@ def lm_losses(
         known_N, item_N = item_N >= 0, jnp.maximum(item_N, 0)
         known_N = (known_N & constants["warm_I"][item_N]).astype(z_ND.dtype)
         terms["align_item"] = align(z_ND, view["item"][item_N], known_N, table=view["item"])
-    if "teacher" in view:
+    if weights.kl and "teacher" in view:
         terms["kl"] = _lesson(view["teacher"], batch, constants, hidden_BLM, rows_XM, rows_IM, meeting=meeting)
     if weights.align_user or (weights.kl and "teacher" not in view):
         state_NM = states_at(hidden_BLM, batch["user_index"])

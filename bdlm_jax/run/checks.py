@@ -252,6 +252,11 @@ def _check_models(config) -> None:
                 raise InputError(f"config.models holds {name}, but no LM epoch; raise mutual.lm_epochs or rounds.")
     if m.taught.rounds and not (m.taught.lm_epochs or m.taught.domain_epochs):
         raise InputError("config.mutual.taught.rounds is set, but a lesson has no epoch; raise taught.lm_epochs.")
+    if m.taught.rounds and m.taught.lm == "afresh" and m.teacher != "lm" and m.text_head == "none":
+        raise InputError(
+            f'config.mutual.teacher is "{m.teacher}", but at every place of a history (mutual.taught.lm is "afresh") '
+            'it has nothing to say beside the LM; set mutual.text_head to "graph" or "words".'
+        )
     if any(re.match("bdlm|cached|pool$", name) for name in models) and not m.lm.item:
         raise InputError("config.mutual.lm.item is 0, so BDLM's LM would never learn to recommend; raise it.")
 

@@ -88,6 +88,10 @@ def test_a_config_without_a_setting_is_refused(key, tmp_path):
         ({"mutual__lm_epochs": 0.0, "mutual__rounds": 0, "models": ("ids_lm",)}, "config.models holds ids_lm, but no"),
         ({"mutual__lm__item": 0.0}, "would never learn to recommend"),
         (
+            {"mutual__taught__rounds": 1, "mutual__taught__lm": "afresh", "mutual__teacher": "pool"},
+            "it has nothing to say beside the LM; set mutual.text_head",
+        ),
+        (
             {"mutual__taught__rounds": 1, "mutual__taught__lm_epochs": 0.0, "mutual__taught__domain_epochs": 0},
             "config.mutual.taught.rounds is set, but a lesson has no epoch",
         ),
