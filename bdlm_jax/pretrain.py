@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from bdlm_jax.run.pretraining import Settings, pretrain
+from bdlm_jax.runtime import malloc
 from bdlm_jax.runtime.door import REFUSED, memory_explained, refuse
 
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default {field.default}")
     given = vars(parser.parse_args(arguments))
     corpus, out = given.pop("corpus"), given.pop("out")
+    malloc.one_arena()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("bdlm_jax").setLevel(logging.INFO)
     try:

@@ -21,6 +21,7 @@ def run(*words, cwd=ROOT):
     ("words", "told"),
     [
         (["--config.lm.widht=3"], "--config.lm.widht is no setting; did you mean width?"),
+        (["--config.models=('ncf',)", "--config.ncf.epochs=3"], "--config.ncf.epochs is no setting"),
         (["--config.lm.width=wide"], "--config.lm.width=wide"),
         (["--wrokdir=x"], "workdir"),
         (["--config.tokenizer.path=nowhere"], "config.tokenizer.path: nowhere is not there"),

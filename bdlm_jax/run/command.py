@@ -37,8 +37,10 @@ def _main(act: Callable[[ConfigDict], None], argv: list[str]) -> None:
     # At once: the imports below take seconds, and large data minutes.
     _LOG.info("bdlm_jax %s: %s, seed %s", __version__, argv[0], flags.FLAGS.config.get("seed"))
     from bdlm_jax.run import checks
+    from bdlm_jax.runtime import malloc
     from bdlm_jax.runtime.door import REFUSED, memory_explained, refuse
 
+    malloc.one_arena()
     remedy = "lower lm.batch_rows, raise lm.accumulate or set lm.remat; --dry_run counts what a config needs"
     try:
         with memory_explained(remedy):
@@ -116,7 +118,7 @@ def explain(error: Exception, argv: list[str], file: str) -> str:
             return f"{file}: {text.splitlines()[-1]}"
         of_a_flag = isinstance(error, flags.Error) or "--" in text
         return " ".join((text if of_a_flag else f"{file}: {type(error).__name__}: {text}").split())
-    flag = next((w.split("=")[0] for w in argv if re.match(rf"--?config\..*\b{key[1]}\b", w)), f"{file}: {key[1]}")
+    flag = next((w.split("=")[0] for w in argv if re.match(rf"--?config\.[^=]*\b{key[1]}\b", w)), f"{file}: {key[1]}")
     near = re.search(r'mean "(\w+)"', text)
     return f"{flag} is no setting; " + (f"did you mean {near[1]}?" if near else "see experiments/defaults.py.")
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bdlm_jax.runtime import checkpoint, distributed
+from bdlm_jax.runtime import checkpoint, distributed, malloc
 from bdlm_jax.runtime.files import (
     damaged_file,
     load_safetensors,
@@ -111,6 +111,7 @@ def fit(
         raise InputError(f"the stage {stage} has nothing to train, not a single step: raise its epochs in the config.")
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_done(folder):
+        malloc.keep_freed()
         since = time.time()
         tree = _restore_or_begin(folder, arms, params, key, judged)
         cursor, best = tree["cursor"], tree["best"]
