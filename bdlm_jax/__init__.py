@@ -36,7 +36,9 @@ def train(config: "ConfigDict", workdir: str | os.PathLike = "runs/latest") -> "
     Args:
         config: of an experiment file's `get_config()`.
     """
+    from bdlm_jax.runtime import malloc
     from bdlm_jax.story import train_together
 
+    malloc.one_arena()
     train_together(config, os.fspath(workdir))
     return load(workdir)
