@@ -17,7 +17,7 @@ _SET_BY_THE_USER = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # variables: mal
 def one_arena() -> None:
     """Has the threads to come take memory where the main thread does; call it before JAX starts its own.
 
-    `keep_freed` reaches the main thread's arena alone: another has no room for more than 64 MB.
+    Otherwise `keep_freed` brings next to nothing: an arena of another thread's takes no block of 64 MB.
     """
     _set(_ARENA_MAX, 1)
 

@@ -18,10 +18,10 @@ import numpy as np
 @jax.jit
 def step(x):
     rows = jax.numpy.sin(x @ x.T)  # 64 MB
-    return (jax.numpy.cos(rows) @ rows).sum()
+    return (rows @ x).sum()
 
 x = np.ones((4096, 16), np.float32)
-for _ in range(3):
+for _ in range(20):  # until every block has found its place
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
@@ -46,7 +46,7 @@ def test_a_step_finds_the_pages_of_the_one_before():
     assert worked == "True"
     if int(without) < 3 * 64 * 2**20 / os.sysconf("SC_PAGESIZE") / 2:
         pytest.skip("the kernel gives large pages")
-    assert int(kept) < int(without) / 20
+    assert int(kept) < int(without) / 20, "an arena of a thread takes nothing of 64 MB: was JAX started before?"
 
 
 @glibc
