@@ -53,4 +53,4 @@ def test_a_step_finds_the_pages_of_the_one_before():
 def test_variables_of_the_user_stand():
     worked, pages = run("kept", MALLOC_TOP_PAD_="0")
     assert worked == "False"
-    assert int(pages) > 0
+    assert int(pages) > 20  # kept, there are two at most
