@@ -24,6 +24,15 @@ from bdlm_jax.mutual.losses import text_loss
 from bdlm_jax.run import plan, work
 
 COUNTS = {"ml-1m": (6040, 3706, 988_129), "gowalla": (29_858, 40_981, 810_128)}  # users, items, training pairs
+LORA = {"lm.trains": "lora", "lm.param_dtype": "bfloat16", "lm.lora_rank": 16, "lm.lora_alpha": 32.0}
+LEAN = {"lm.param_dtype": "bfloat16", "lm.optimizer": "adafactor", "lm.master_weights": False}
+LLM_CASES = {  # in the order of their memory, for the device tells of the highest so far
+    "7B, LoRA, layers computed again": ("vicuna_7b", {"lm.batch_rows": 16} | LORA, 4),
+    "0.5B, every weight": ("qwen_0_5b", {"lm.batch_rows": 32, "lm.remat": False}, 6),
+    "7B, every weight, Adafactor in bfloat16": ("vicuna_7b", {"lm.batch_rows": 16} | LEAN, 2),
+    "7B, LoRA, products kept": ("vicuna_7b", {"lm.batch_rows": 16, "lm.remat_keeps": "dots"} | LORA, 6),
+    "7B, LoRA": ("vicuna_7b", {"lm.batch_rows": 16, "lm.remat": False} | LORA, 6),
+}  # fmt: skip
 MFU_WANTED = {"135m": "≥ 50 %", "0.5b": "≥ 50 %", "1b": "≥ 50 %"}
 
 
@@ -132,7 +141,7 @@ def steps_of(rows, given, sides: dict[str, dict]) -> None:
 
     peak, said = peak_flops()
     rows.add("MFU is", said)
-    sizes = {"tiny": 2} if given.tiny else {"135m": 16, "0.5b": 16, "1b": 8}  # rows of a batch
+    sizes = {"tiny": 2} if given.tiny else {"135m": 16, "0.5b": 16, "1b": 16}  # rows of a batch
     length, n_steps = (32, 1) if given.tiny else (1024, 8)
     for word, options in sides.items():
         ours = "remat" in options
@@ -186,17 +195,7 @@ def llm(rows, given) -> None:
     """BDLM's own LM step on public models' shapes, beside what the dry run foretells of its memory and FLOPs."""
     from experiments import ml1m_llm, tiny
 
-    lora = {"lm.trains": "lora", "lm.param_dtype": "bfloat16", "lm.lora_rank": 16, "lm.lora_alpha": 32.0}
-    lean = {"lm.param_dtype": "bfloat16", "lm.optimizer": "adafactor", "lm.master_weights": False}
-    cases = {
-        # In the order of their memory, for the device tells of the highest so far.
-        "7B, LoRA, layers computed again": ("vicuna_7b", {"lm.batch_rows": 16} | lora, 4),
-        "0.5B, every weight": ("qwen_0_5b", {"lm.batch_rows": 32, "lm.remat": False}, 6),
-        "7B, every weight, Adafactor in bfloat16": ("vicuna_7b", {"lm.batch_rows": 16} | lean, 2),
-        "7B, LoRA": ("vicuna_7b", {"lm.batch_rows": 16, "lm.remat": False} | lora, 6),
-    }
-    if given.tiny:
-        cases = {"tiny, LoRA": (None, lora | {"lm.lora_rank": 2}, 1)}
+    cases = {"tiny, LoRA": (None, LORA | {"lm.lora_rank": 2}, 1)} if given.tiny else LLM_CASES
     peak, said = peak_flops()
     rows.add("MFU is", said)
     for word, (name, changes, n_steps) in cases.items():

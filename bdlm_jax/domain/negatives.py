@@ -13,6 +13,9 @@ from bdlm_jax.types import Array, InputError
 
 POPULARITY_TOTAL = 2**30
 ORDER_ROUNDS = 8
+# A search's levels in one fusion: on CPUs XLA writes a level twice for each level that reads it (JAX 0.11 and 0.12), so
+# that all of them, fused into the epoch that reads the last, took more than ten minutes to compile.
+FUSED_LEVELS = 3
 MARKED = 2**16  # seen items that `mark_seen` looks at together, at most
 
 
@@ -167,8 +170,10 @@ def _draw_below(key, span):
 def _count_at_most(value, start, stop, limit, depth):
     """Counts the entries e of [start, stop) whose non-decreasing value(e) is at most `limit`."""
     low, high = start, stop
-    for _ in range(depth):
+    for level in range(depth):
         middle = (low + high) // 2
         below = (low < high) & (value(middle) <= limit)
         low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+        if level % FUSED_LEVELS == FUSED_LEVELS - 1 or level == depth - 1:
+            low, high = jax.lax.optimization_barrier((low, high))
     return low - start

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from bdlm_jax.domain import negatives
 from bdlm_jax.domain.negatives import make_popularity, make_seen, mark_seen, random_order, sample_negatives
 from bdlm_jax.types import InputError
 
@@ -44,6 +45,20 @@ def test_hard_searches_reach_every_unseen_item_and_no_other(n_items, row, degree
     popularity = None if degree is None else make_popularity(seen, degree, alpha=1.0)
     draws = sample_negatives(jax.random.key(0), seen, jnp.zeros(5000, jnp.int32), popularity)
     assert np.unique(draws).tolist() == np.setdiff1d(np.arange(n_items), row).tolist()
+
+
+def test_few_levels_of_a_search_reach_the_compiler_as_one():
+    """XLA of JAX 0.11 and 0.12 doubles a fusion with each level: MovieLens-1M's epoch had not compiled in ten minutes."""
+    seen = make_seen(np.zeros(5000, int), np.arange(5000), 2, 6000)
+    assert seen.depth == 13
+    traced = jax.make_jaxpr(lambda key: sample_negatives(key, seen, jnp.zeros(8, jnp.int32)))(jax.random.key(0))
+    levels, fused = 0, []
+    for equation in traced.eqns:
+        levels += equation.primitive.name == "gather"
+        if equation.primitive.name == "optimization_barrier":
+            fused, levels = [*fused, levels], 0
+    # The first part also reads where the row begins and ends.
+    assert len(fused) == 5 and max(fused[1:]) <= negatives.FUSED_LEVELS and not levels, (fused, levels)
 
 
 @pytest.mark.parametrize(
