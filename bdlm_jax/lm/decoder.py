@@ -10,6 +10,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bdlm_jax.lm.attention import attend, attend_block, attend_with_prefix, rope_angles, rotate
 from bdlm_jax.lm.config import LMConfig
@@ -20,6 +21,7 @@ from bdlm_jax.types import Array
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 _DROPOUT_LEVELS = 1 << 16  # dropout compares 16 random bits with a threshold: half the random words of a float
 _UNROLLED_LAYERS = 12
+_PRODUCT = "product"  # the name of what `lm.remat_keeps=dots` keeps
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu, "gelu": partial(nn.gelu, approximate=False)}
 Masks = tuple[Array | None, Array | None]  # of the global layers, and of the local ones where these differ
 
@@ -178,8 +180,7 @@ def _remat(config):
 
 def _keep_products(primitive, *avals, **params):
     """Keeps products with weights, and what cuDNN's attention returns, which costs as much and is as small."""
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
-    return products or primitive.name.startswith("dot_product_attention_fwd")
+    return params.get("name") == _PRODUCT or primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _choose(config, is_local, general, local):
@@ -240,6 +241,7 @@ class _Dense(nn.Dense):
             adapters = self.get_variable(LORA, "kernel")
             a, b = (adapters[name].astype(out.dtype) for name in "ab")
             out = out + (rows.astype(out.dtype) @ a) @ b
+        out = checkpoint_name(out, _PRODUCT)  # with its adapters': kept apart, the two would be twice as much
         return out.reshape(*x.shape[:-1], -1)
 
 

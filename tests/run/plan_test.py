@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from bdlm_jax.lm.causal_lm import LMConfig, init_lm, lm_hidden
+from bdlm_jax.lm.lora import init_lora
 from bdlm_jax.run import plan as dry_run
 from bdlm_jax.run.plan_graph import propagation_needs
 from bdlm_jax.types import InputError
@@ -59,20 +60,33 @@ def test_eight_h200_full_fine_tuning(eight_h200):
 
 @pytest.mark.parametrize("remat", [False, "dots", True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_layer_keeps_is_what_its_vjp_returns(remat, dtype, monkeypatch):
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_layer_keeps_is_what_its_vjp_returns(remat, dtype, lora, monkeypatch):
     monkeypatch.setattr("bdlm_jax.lm.decoder._UNROLLED_LAYERS", 0)
     sizes = {"width": 128, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "mlp_width": 352}
     lm = LMConfig(32, **sizes, dtype=dtype, remat=remat)
-    params = jax.eval_shape(lambda: init_lm(jax.random.key(0), lm))
+    params, trained = jax.eval_shape(lambda: init_lm(jax.random.key(0), lm)), None
+    if lora:  # the decoder is of the compute type then, and does not train
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+        options = {"rank": 2, "targets": r".*_proj/kernel", "alpha": 2.0}
+        trained = jax.eval_shape(lambda p: init_lora(jax.random.key(0), p, **options), params)
     tokens = jnp.zeros((4, 64), jnp.int32)
     row = tokens, jnp.broadcast_to(jnp.arange(64), (4, 64)), jnp.ones_like(tokens), None
-    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: lm_hidden(p, lm, *row), p)[1], params)
+
+    def kept_of(params, trained):
+        def hidden(trained):
+            return lm_hidden(params | {"lora": trained} if lora else trained, lm, *row)
+
+        return jax.vjp(hidden, trained if lora else params)[1]
+
+    kept = jax.eval_shape(kept_of, params, trained)
+    scaled = [x for x in jax.tree.leaves(trained) if x.shape[-1:] == (2,)]  # A is kept with its scale and without
     bytes_of = {  # stacked over layers, as weights are
         name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.shape[:1] == (6,))
-        for name, tree in (("kept", kept), ("weights", params["layers"]))
+        for name, tree in (("kept", kept), ("weights", [params["layers"], trained, scaled]))
     }
-    weights = bytes_of["weights"] / (2 if dtype == "bfloat16" and remat is False else 1)
-    counted, layer = dry_run.layer_bytes(lm, 4, 64, trains=True)
+    weights = bytes_of["weights"] / (2 if dtype == "bfloat16" and remat is False and not lora else 1)
+    counted, layer = dry_run.layer_bytes(lm, 4, 64, trains=not lora)
     assert 6 * counted == pytest.approx(bytes_of["kept"] - weights, rel=0.06)
     assert counted == layer or counted < layer / 3
 
