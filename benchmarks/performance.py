@@ -27,7 +27,7 @@ The machine was shared: other work ran on its two cores all the while. So what r
 the processor, which others do not lengthen (a cache that they fill does, a little); peers are measured in turns with
 ours, and the median counts. Seconds of the clock stand only where it says so. A ratio above 1 means that ours is
 faster. Nothing here is of an accelerator: `benchmarks/accelerator.py` measures one, and what it found on an H200, as
-far as it came in a quarter of an hour, is in [performance/h200](performance/h200/results.md).
+far as it came in twice a quarter of an hour, is in [performance/h200](performance/h200/results.md).
 """
 
 

@@ -39,9 +39,9 @@ made; its arguments hold the state, the batch and what does not change. Its temp
 which computes bfloat16 in float32, keeps no flash attention and sums gradients whole before it cuts them: read them as
 an upper bound for activations and gradients together, and as a check that nothing grows with the number of devices.
 Collectives of XLA are the sizes of their results, loops counted in full; by hand they are what a device sends.
-No table here was measured on the machine that it names. Of an H200's memory, three steps were
-([performance/h200](performance/h200/results.md)): this count, for the code that ran there, was 3 % below one and 5 and
-8 % above the others.
+No table here was measured on the machine that it names. Of an H200's memory, five steps were
+([performance/h200](performance/h200/results.md)): this count, for the code that ran there, was .6 and 3 % from two, 5
+and 8 % above two others, and 34 % below LoRA with products kept, which has been mended and not been measured since.
 
 On a mesh a training step of LightGCN holds on each device its rows of the tables and of what optimisers keep of them,
 the edges that end there, and a part of the interactions of which batches are drawn. What is still whole: all rows while
