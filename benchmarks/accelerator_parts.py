@@ -4,9 +4,14 @@ A part is `part(rows, given)`; it adds a row for every figure as it comes, and l
 """
 
 import contextlib
+import itertools
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -236,7 +241,12 @@ def llm(rows, given) -> None:
 
 
 def planned_steps(made, n_steps: int) -> list[float]:
-    """Seconds of single steps of a plan, on one device, with weights and a batch that are drawn."""
+    """Seconds of single steps of a plan, but for the first two, which compile."""
+    return list(itertools.islice(step_seconds(made), 2, 2 + n_steps))
+
+
+def step_seconds(made):
+    """Yields the seconds of one step after another of a plan, on one device; weights and the batch are drawn."""
     arm = plan.make_arm(made.run)
     state = arm.compiled.place_state(drawn_state(made), copy=False)
     generator, length = np.random.default_rng(0), made.batch["tokens"].shape[1]
@@ -252,13 +262,42 @@ def planned_steps(made, n_steps: int) -> list[float]:
     }
     view = {name: jnp.full(leaf.shape, 0.01, leaf.dtype) for name, leaf in made.constants[0].items()}
     placed = [arm.compiled.place_constants(tree) for tree in (view, arm.constants)]
-    held = [state]
-
-    def step(number):
-        held[0], metrics = arm.compiled.run(held[0], batch, *placed)
+    while True:
+        began = time.perf_counter()
+        state, metrics = arm.compiled.run(state, batch, *placed)
         jax.block_until_ready(metrics)
+        yield time.perf_counter() - began
 
-    return times(step, n_steps)
+
+def first_step(rows, given):
+    """Seconds until ml1m.py's LM has its first step, with XLA's own choices and with fewer: a process for each."""
+    code = f"import accelerator_parts; print(accelerator_parts.seconds_to_first_step({given.tiny}))"
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    for flags in ("", "--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")[: 1 if given.tiny else 3]:
+        label = f"first step of the LM, {f'XLA_FLAGS={flags}' if flags else 'as it is'}"
+        if rows.left < 15 and not given.tiny:
+            rows.add(label, "not begun: no time was left")
+            continue
+        paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(), "PYTHONPATH": paths}
+        try:
+            done = subprocess.run([sys.executable, "-c", code], env=env, timeout=max(rows.left - 5, 60), **here)
+        except subprocess.TimeoutExpired:
+            rows.add(label, "stopped: no time was left")
+            continue
+        if done.returncode:
+            rows.add(label, f"does not run: {(done.stderr.strip().splitlines() or ['nothing said'])[-1][:120]}")
+        else:
+            rows.add(label, float(done.stdout.split()[-1]), "s")
+
+
+def seconds_to_first_step(is_tiny: bool) -> float:
+    """Compiles and runs one step of the LM of experiments/ml1m.py, in float32; its state is drawn before."""
+    from experiments import ml1m, tiny
+
+    config = tiny.get_config() if is_tiny else ml1m.get_config()
+    config.update_from_flattened_dict({"parallel": "jit", "dry_run.devices": 1})
+    return next(step_seconds(plan.make_plan(config)))
 
 
 def drawn_state(made):
@@ -422,5 +461,5 @@ def timed(function) -> float:
 
 PARTS = {
     "agreement": agreement, "lm_step": lm_step, "lm_step_torch": lm_step_torch, "llm": llm, "lightgcn": lightgcn,
-    "quickstart": quickstart, "gowalla": gowalla, "ml1m": ml1m,
+    "first_step": first_step, "quickstart": quickstart, "gowalla": gowalla, "ml1m": ml1m,
 }  # fmt: skip
