@@ -88,7 +88,7 @@ def test_what_a_layer_keeps_is_what_its_vjp_returns(remat, dtype, lora, monkeypa
     weights = bytes_of["weights"] / (2 if dtype == "bfloat16" and remat is False and not lora else 1)
     counted, layer = dry_run.layer_bytes(lm, 4, 64, trains=not lora)
     assert 6 * counted == pytest.approx(bytes_of["kept"] - weights, rel=0.06)
-    assert counted == layer or counted < layer / 3
+    assert counted == layer or counted < layer / (2 if lora else 3)  # frozen norms keep half
 
 
 def test_flops_and_bytes_of_a_step(eight_h200):
