@@ -15,6 +15,7 @@ with the own settings and with the best, and how many trials were pruned:
 | ml100k | `lightgcn` | .0744 | .0768 | 20 | 10 |
 | beauty | `item_knn` | .0453 | .0486 | 20 | 0 |
 | beauty | `mf` | .0157 | .0297 | 20 | 5 |
+| beauty | `lightgcn` | .0355 | .0405 | 20 | 5 |
 | ml1m | `item_knn` | .0382 | .0406 | 20 | 0 |
 | ml1m | `ease` | .0510 | .0510 | 20 | 0 |
 
@@ -43,6 +44,13 @@ STUDIES = {
     "beauty": {
         "item_knn": {"item_knn.neighbours": 1927, "item_knn.shrink": 42.8},
         "mf": {"mf.learning_rate": 0.00113, "mf.regularisation": 1e-06, "mf.std": 0.00386},
+        "lightgcn": {
+            "domain.learning_rate": 0.00871,
+            "domain.n_layers": 4,
+            "domain.popularity": 0.722,
+            "domain.regularisation": 0.00377,
+            "shared.std": 0.0117,
+        },
     },
     "ml1m": {
         "item_knn": {"item_knn.neighbours": 8, "item_knn.shrink": 71.8},
