@@ -8,10 +8,10 @@ arms alike before either has learnt from the other. In their place both learn, i
 the LM as it is and the domain model as it was alone.
 
 Chosen on validation with seed 7 (docs/experiments.md). Test, NDCG@10 in full ranking, means of seeds 0 to 2: LM arm
-.063, domain arm .064, ItemGCN alone .059, SASRec .055, ids-only LM .050, LightGCN .027. With the LM as the only teacher
-(`bdlm_lm_teaches`) both arms are at .062: the sum's part is 2 %, significant in both. ItemGCN and all of BDLM with
-their tests took 20 and 23 minutes of one core, beside another run on the other (seeds 1 and 2; the baselines came
-from a store).
+.063, domain arm .064, ItemGCN alone .059, SASRec .055, ids-only LM .050, LightGCN .027 (.030 with a study's settings:
+experiments/tuned.py). With the LM as the only teacher (`bdlm_lm_teaches`) both arms are at .062: the sum's part is 2 %,
+significant in both. ItemGCN and all of BDLM with their tests took 20 and 23 minutes of one core, beside another run on
+the other (seeds 1 and 2; the baselines came from a store).
 
 Users are read from items by both arms: the LM's loss reaches the item table alone, as the domain arm's does.
 """
