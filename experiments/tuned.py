@@ -14,6 +14,7 @@ with the own settings and with the best, and how many trials were pruned:
 | ml100k | `mf` | .0646 | .0702 | 20 | 13 |
 | ml100k | `lightgcn` | .0744 | .0768 | 20 | 10 |
 | beauty | `item_knn` | .0453 | .0486 | 20 | 0 |
+| beauty | `ease` | .0485 | .0506 | 20 | 0 |
 | beauty | `mf` | .0157 | .0297 | 20 | 5 |
 | beauty | `lightgcn` | .0355 | .0405 | 20 | 5 |
 | ml1m | `item_knn` | .0382 | .0406 | 20 | 0 |
@@ -44,6 +45,7 @@ STUDIES = {
     },
     "beauty": {
         "item_knn": {"item_knn.neighbours": 1927, "item_knn.shrink": 42.8},
+        "ease": {"ease.l2": 65.0},
         "mf": {"mf.learning_rate": 0.00113, "mf.regularisation": 1e-06, "mf.std": 0.00386},
         "lightgcn": {
             "domain.learning_rate": 0.00871,
