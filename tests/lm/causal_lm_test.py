@@ -120,11 +120,12 @@ def test_the_heads_gradient_is_a_product_in_the_compute_type(params):
 
 
 def test_products_kept_are_attentions_too():
-    product, kernel = jax.lax.dot_general_p, core.Primitive("dot_product_attention_fwd_wrapper")
-    weights = {"dimension_numbers": (((1,), (0,)), ((), ()))}
-    assert decoder._keep_products(product, **weights) and decoder._keep_products(kernel)
+    """By the name that each product with weights bears, adapters' in it; plan_test has all that a layer keeps."""
+    product, kernel = map(core.Primitive, ("name", "dot_product_attention_fwd_wrapper"))
+    assert decoder._keep_products(product, name="product") and decoder._keep_products(kernel)
+    assert not decoder._keep_products(product, name="another")
     assert not decoder._keep_products(jax.lax.exp_p)
-    assert not decoder._keep_products(product, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
+    assert not decoder._keep_products(jax.lax.dot_general_p, dimension_numbers=(((2,), (1,)), ((0,), (0,))))
 
 
 def test_remat_keeps_less_of_a_short_stack_too(monkeypatch):
