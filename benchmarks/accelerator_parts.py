@@ -281,7 +281,7 @@ def first_step(rows, given):
         paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(), "PYTHONPATH": paths}
         try:
-            done = subprocess.run([sys.executable, "-c", code], env=env, timeout=max(rows.left - 5, 60), **here)
+            done = subprocess.run([sys.executable, "-c", code], env=env, timeout=max(rows.left - 2, 10), **here)
         except subprocess.TimeoutExpired:
             rows.add(label, "stopped: no time was left")
             continue

@@ -13,8 +13,8 @@ from bdlm_jax.types import Array, InputError
 
 POPULARITY_TOTAL = 2**30
 ORDER_ROUNDS = 8
-# A search's levels in one fusion: on CPUs XLA writes a level twice for each level that reads it (JAX 0.11 and 0.12), so
-# that all of them, fused into the epoch that reads the last, took more than ten minutes to compile.
+# A search's levels that XLA may fuse. On CPUs (JAX 0.11, 0.12) compiling takes longer by a factor for each level, as if
+# each were written again for what reads it: an epoch of MovieLens-1M, of 12 or so, had not compiled in ten minutes.
 FUSED_LEVELS = 3
 MARKED = 2**16  # seen items that `mark_seen` looks at together, at most
 
