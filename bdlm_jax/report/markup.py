@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-_NUMERIC = re.compile(r"(?:< )?[±+−-]?\.?\d[\d.,]*(?:%| s| min)?(?: ± .+| … .+| \(n = .+)?|one seed")
+_NUMERIC = re.compile(r"(?:< )?(?:[±+−-] ?)?\.?\d[\d.,]*(?:%| s| min)?(?: ± .+| … .+| \(n = .+)?|one seed")
+_LONG_NAME = re.compile(r"(?=\w{13})\w+_\w+")  # of a model, which may break behind its underscores
 _SENTENCE = 32  # a cell with more letters is one
 _INLINE = ((r"\*\*(.+?)\*\*", "strong"), (r"(?<!\*)\*([^*]+)\*", "em"), (r"`(.+?)`", "code"))
 
@@ -46,8 +47,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind
     def lines(*, below: bool) -> str:
         made = []
         for name, *cells in (row for row in rows if (row[0][:1] == "*") == below):
-            data = "".join(f"<td{kinds[n]}>{inline(cell)}</td>" for n, cell in enumerate(cells, 1))
-            named = _breakable(name) if kind == "wrapped" else inline(name)
+            data = "".join(f"<td{kinds[n]}>{_cell(cell)}</td>" for n, cell in enumerate(cells, 1))
+            named = _breakable(name) if kind == "wrapped" else _cell(name)
             made.append(f'<tr><th scope="row">{named}</th>{data}</tr>')
         return "".join(made)
 
@@ -71,6 +72,10 @@ def _column_kind(cells: Sequence[str]) -> str:
     if filled and all(map(_NUMERIC.fullmatch, filled)):
         return ' class="number"'
     return ' class="words"' if any(len(cell) > _SENTENCE for cell in filled) else ""
+
+
+def _cell(text: str) -> str:
+    return _breakable(text) if _LONG_NAME.fullmatch(text) else inline(text)
 
 
 def _breakable(name: str) -> str:

@@ -169,8 +169,9 @@ class _Loop:
             while cursor["unit"] < phase.units:
                 state, metrics = compiled.run(state, batch, view, constants)
                 seen.append(metrics)
-                if cursor["unit"] == first:
-                    began = time.monotonic()  # behind the first unit, which compiles
+                if cursor["unit"] == first:  # which compiles, and `run` returns before the device is done
+                    jax.block_until_ready(metrics)
+                    began = time.monotonic()
                 cursor["unit"] += 1
                 cursor["units"] += 1
                 last = cursor["unit"] == phase.units

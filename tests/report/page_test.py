@@ -242,8 +242,10 @@ def shown(tmp_path_factory):
         const out = [...page.querySelectorAll("body *")].filter((each) => !each.closest(".scroll, svg, caption") &&
           each.getBoundingClientRect().right > page.documentElement.clientWidth + 1);
         const marks = [...page.querySelectorAll("svg.curves text")].map((each) => each.getBoundingClientRect());
+        const hides = (box) => box.scrollWidth > box.clientWidth + 1;
         return { wide: page.scrollingElement.scrollWidth, room: page.documentElement.clientWidth, start: names(),
           name: press(0), down: press(1), up: press(1), named: page.querySelector(".named").textContent,
+          hidden: [...page.querySelectorAll(".scroll")].filter(hides).map((box) => box.ariaLabel),
           out: out.map((each) => each.outerHTML.slice(0, 80)), buttons: page.querySelectorAll("th button").length,
           touching: marks.flatMap((a, i) => marks.slice(i + 1).filter((b) => a.left < b.right && b.left < a.right &&
             a.top < b.bottom - 2 && b.top < a.bottom - 2)).length };
@@ -268,6 +270,10 @@ def test_a_browser_shows_it_without_scrolling_sideways(shown, width):
     assert shown[width]["wide"] <= shown[width]["room"]
     assert shown[width]["out"] == []
     assert shown[width]["touching"] == 0
+
+
+def test_at_the_width_of_a_desk_no_table_hides_its_last_columns(shown):
+    assert shown[1280]["hidden"] == []
 
 
 def test_in_a_browser_tables_sort_and_the_map_names_items(shown):

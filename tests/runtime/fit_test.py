@@ -99,6 +99,32 @@ def test_how_long_the_stage_will_take_is_told_from_units_that_were_timed(tmp_pat
     assert told == ["", f"{5 * 10 + 2 * 20 + 2 * 14} s left of this stage", f"{2 * 20 + 14} s left of this stage", ""]
 
 
+def test_a_unit_is_timed_from_where_the_device_is_done_with_the_first(tmp_path, caplog, monkeypatch):
+    """A step returns at once; its 30 s pass while somebody waits for what it gives. Two units: the second is timed."""
+    caplog.set_level(logging.INFO, "bdlm_jax")
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: clock.now)
+
+    class Promise:
+        waited = False
+
+        def block_until_ready(self):
+            clock.now, self.waited = clock.now + (0 if self.waited else 30), True
+            return self
+
+        def __array__(self, *_, **__):
+            self.block_until_ready()
+            return np.zeros(())
+
+    arm = make_arm("a", [])
+    run = arm.compiled.run
+    compiled = arm.compiled._replace(run=lambda *given: (run(*given)[0], {"loss": Promise()}))
+    arms = {"a": arm._replace(compiled=compiled, rates=lambda batch, seconds: f"{seconds:.0f} s a unit")}
+    start(tmp_path, [], phases=[Phase("a", 2, "first"), Phase("a", 2, "second")], arms=arms, judged=("a",))
+    told = [record.getMessage().strip() for record in caplog.records if record.name == FIT]
+    assert told[0] == "first: 30 s a unit" and told[1].endswith("about 60 s left of this stage")
+
+
 class Killed(BaseException):
     pass
 
