@@ -18,7 +18,7 @@ Users are read from items by both arms: the LM's loss reaches the item table alo
 
 from experiments import beauty, defaults
 
-CONTROLS = ("bdlm_lm_teaches", "bdlm_domain_teaches", "bdlm_to_domain")
+CONTROLS = ("bdlm_lm_teaches", "bdlm_domain_teaches", "bdlm_warm_taught", "bdlm_to_domain")
 
 
 def get_config(arg="short"):

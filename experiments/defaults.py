@@ -34,6 +34,8 @@ def whole_table(config):
     """Returns every word of the judge's table: baselines, BDLM, and those controls that are not BDLM itself here."""
     models = ("item_pop", "item_knn", "ease", "mf", "lightgcn", "ncf", "sasrec", "itemgcn", "text_lm", "ids_lm", "bdlm")
     settings = {word: control.settings(config) for word, control in CONTROLS.items()}
+    if config.mutual.teacher == "lm" and config.mutual.text_head == "none" and not config.mutual.taught.rounds:
+        del settings["bdlm_warm_taught"]  # which is bdlm_warm then
     others = [word for word, changes in settings.items() if any(_value(config, k) != v for k, v in changes.items())]
     return (*models, *others, "ids_lm_distilled", "cached", "pool", "pool_alone")
 

@@ -17,7 +17,7 @@ minutes of one core, another run on the other; SASRec takes 7 more.
 
 from experiments import defaults, ml100k
 
-CONTROLS = ("bdlm_lm_teaches", "bdlm_domain_teaches")
+CONTROLS = ("bdlm_lm_teaches", "bdlm_domain_teaches", "bdlm_warm_taught")
 
 
 def get_config(arg="short"):

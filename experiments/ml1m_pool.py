@@ -22,7 +22,7 @@ def get_config(arg="short"):
     c.mutual.teacher = "pool"
     c.mutual.text_head = "graph"
     main = ("lightgcn", "sasrec", "ids_lm", "bdlm")
-    more = ("bdlm_lm_teaches", "cached", "pool", "pool_alone")
+    more = ("bdlm_lm_teaches", "bdlm_warm_taught", "cached", "pool", "pool_alone")
     c.models = defaults.choose({"short": main, "table": (*main, *more)}, arg)
     return c
 

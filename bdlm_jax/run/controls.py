@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-DEAF_LM = {f"mutual.lm.{term}": 0.0 for term in ("align_user", "align_item", "kl")} | {"mutual.taught.kl": 0.0}
+NO_LM_TERMS = {f"mutual.lm.{term}": 0.0 for term in ("align_user", "align_item", "kl")}
+DEAF_LM = NO_LM_TERMS | {"mutual.taught.kl": 0.0}
 DEAF_DOMAIN = {f"mutual.domain.{term}": 0.0 for term in ("align_user", "align_item", "kl")}
 UNALIGNED = {f"mutual.{arm}.{term}": 0.0 for arm in ("lm", "domain") for term in ("align_user", "align_item")}
 NO_ROUNDS = {"mutual.domain_epochs_a_round": 0}  # the LM's phases, and with them the choice among them, stay
@@ -31,6 +32,12 @@ def _start(config: ConfigDict) -> dict[str, Any]:
     """The LM starts from what BDLM's reads at first, and the graph takes no further part in it."""
     read = config.mutual.reads == "propagated" and config.shared.initial == "domain"
     return {"mutual.reads": "layer0"} | ({"shared.initial": "propagated"} if read else {})
+
+
+def _warm_taught(config: ConfigDict) -> dict[str, Any]:
+    """A head that reads the texts goes with them; that of the graph stays, as lessons and teacher do."""
+    head = {"mutual.text_head": "graph" if config.mutual.text_head == "graph" else "none"}
+    return NO_TEXT | head | NO_LM_TERMS | UNALIGNED | NO_ROUNDS | _start(config)
 
 
 def _rounds(number: int, config: ConfigDict) -> dict[str, Any]:
@@ -62,6 +69,10 @@ CONTROLS = {
     "bdlm_text": Control(
         "is it only the text? the warm start and the items' text, no mutual term for the LM",
         lambda config: DEAF_LM | UNALIGNED | NO_ROUNDS | NO_LESSONS | _start(config),
+    ),
+    "bdlm_warm_taught": Control(
+        "what are texts, rounds and their terms worth? the warm start, then head, lessons and teacher as BDLM has them",
+        _warm_taught,
     ),
     "bdlm_headless": Control("no likeness of items in the LM's scores", _fixed({"mutual.text_head": "none"})),
     "bdlm_unglossed": Control("what the LM says of unfamiliar words: titles alone", _fixed({"prompts.gloss": ""})),
