@@ -25,7 +25,6 @@ REACHED = {
     "ml100k": BOTH,
     "ml100k_pool": ITEMS,
     "ml1m": ITEMS,  # <uid> is never shown, and rows are read as they stand
-    "ml1m_ids": ITEMS,
     "ml1m_llm": ITEMS,
     "ml1m_own_lm": ITEMS,
     "ml1m_pool": ITEMS,
