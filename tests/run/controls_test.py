@@ -8,7 +8,7 @@ from bdlm_jax.run.checks import check_config
 from bdlm_jax.run.contenders import OTHERS
 from bdlm_jax.run.controls import ANSWERS, CONTROLS
 
-EXPERIMENTS = ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "quickstart", "tiny")
+EXPERIMENTS = ("beauty", "beauty_itemgcn", "ml100k", "ml100k_pool", "ml1m", "ml1m_pool", "quickstart", "tiny")
 
 
 def flat(config):
@@ -45,6 +45,17 @@ def test_the_ladder_takes_out_one_ingredient_after_the_other():
     warm, text = (CONTROLS[word].settings(config) for word in ("bdlm_warm", "bdlm_text"))
     assert text.items() < warm.items()
     assert not any(key.startswith("mutual.lm") and "text" in key for key in text)
+
+
+def test_the_warm_start_is_taught_as_bdlm_is():
+    config = importlib.import_module("experiments.ml1m_pool").get_config()
+    settings = CONTROLS["bdlm_warm_taught"].settings(config)
+    assert settings["mutual.text_head"] == config.mutual.text_head == "graph"
+    assert not {"mutual.teacher", "mutual.taught.kl", "mutual.domain.kl"} & settings.keys()
+    config.mutual.text_head = "words"  # which reads the texts
+    assert CONTROLS["bdlm_warm_taught"].settings(config)["mutual.text_head"] == "none"
+    plain = importlib.import_module("experiments.ml1m").get_config("table")
+    assert "bdlm_warm" in plain.models and "bdlm_warm_taught" not in plain.models
 
 
 def test_every_control_says_what_it_answers():
