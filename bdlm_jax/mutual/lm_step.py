@@ -59,19 +59,20 @@ def lm_losses(
     """
     view = jax.lax.stop_gradient(view)  # wherever it comes from, no gradient crosses to the other arm
     lm = lora.merge_tables(params["lm"])
-    rows_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=arm)
+    rows_XM, head = sharing.id_rows_and_head(params, meeting=meeting, arm=arm)
     hidden_BLM = causal_lm.lm_hidden(
         lm, meeting.lm, batch["tokens"], batch["positions"], batch["segments"], rows_XM, dropout_key_B=keys_B
     )
     align = functools.partial(align_loss, kind=meeting.align, axis_name=axis_name)
     terms = {}
     if weights.item:
-        state_NM, target_N = states_at(hidden_BLM, batch["item_index"]), batch["item_target"].reshape(-1)
+        state_ND, target_N = head.read(states_at(hidden_BLM, batch["item_index"])), batch["item_target"].reshape(-1)
         if drawn_S is None:
             bias_I = jnp.where(constants["warm_I"], 0.0, NEVER)
-            terms["item"] = catalogue_loss(state_NM, rows_IM, bias_I, target_N)
+            terms["item"] = catalogue_loss(state_ND, head.rows_IN, bias_I, target_N)
         else:
-            terms["item"] = sampled_loss(state_NM, rows_IM, target_N, drawn_S, among=len(constants["warm_item_W"]))
+            among = len(constants["warm_item_W"])
+            terms["item"] = sampled_loss(state_ND, head.rows_IN, target_N, drawn_S, among=among)
     if weights.text:
         state_NM = states_at(hidden_BLM, batch["text_index"])
         target_N, options = batch["text_target"].reshape(-1), {"chunk": TEXT_CHUNK, "skip": skip_text}
@@ -83,7 +84,7 @@ def lm_losses(
         known_N = (known_N & constants["warm_I"][item_N]).astype(z_ND.dtype)
         terms["align_item"] = align(z_ND, view["item"][item_N], known_N, table=view["item"])
     if weights.kl and "teacher" in view:
-        terms["kl"] = _lesson(view["teacher"], batch, constants, hidden_BLM, rows_XM, rows_IM, meeting=meeting)
+        terms["kl"] = _lesson(view["teacher"], batch, constants, hidden_BLM, rows_XM, head, meeting=meeting)
     if weights.align_user or (weights.kl and "teacher" not in view):
         state_NM = states_at(hidden_BLM, batch["user_index"])
         user_N = batch["user"].reshape(-1)
@@ -98,21 +99,22 @@ def lm_losses(
                 teacher_NI = arm.score(view.get("domain", {}), view["user"][user_N], view["item"])
             allowed_NI = constants["warm_I"] & ~negatives.mark_seen(constants["known"], user_N)
             teacher_NI = jnp.where(allowed_NI, teacher_NI, NEVER)
-            student_NI = jnp.where(allowed_NI, inner_products(state_NM, rows_IM), NEVER)
+            student_NI = jnp.where(allowed_NI, inner_products(head.read(state_NM), head.rows_IN), NEVER)
             terms["kl"] = kl_loss(student_NI, teacher_NI, known_N, temperature=meeting.temperature)
     return terms
 
 
-def _lesson(teacher, batch, constants, hidden_BLM, rows_XM, rows_IM, *, meeting: Meeting):
+def _lesson(teacher, batch, constants, hidden_BLM, rows_XM, head: sharing.ItemHead, *, meeting: Meeting):
     """The score-level term at every place: a teacher of `lessons`, over the items that the row does not hold."""
-    n_items = len(rows_IM)
+    n_items = len(head.rows_IN)
     item_BL = batch["tokens"] - (meeting.lm.vocab_size + len(rows_XM) - n_items)
     item_BL = jnp.where(item_BL >= 0, item_BL, -1)
     teacher_BTN, teacher_IN = jax.lax.stop_gradient(lessons.teach(teacher, batch, item_BL, meeting=meeting))
     hold = jax.vmap(lambda item_L: jnp.zeros(n_items + 1, bool).at[item_L].set(True)[:-1])
     never_BI = hold(item_BL) | ~constants["warm_I"]  # -1 is the last place, which is cut off
+    state_BTM = causal_lm.gather_positions(hidden_BLM, batch["item_index"])
     return catalogue_kl(
-        causal_lm.gather_positions(hidden_BLM, batch["item_index"]), rows_IM, teacher_BTN, teacher_IN,
+        head.read(state_BTM), head.rows_IN, teacher_BTN, teacher_IN,
         (batch["item_target"] >= 0).astype(jnp.float32), never_BI, temperature=meeting.temperature,
     )  # fmt: skip
 

@@ -5,6 +5,8 @@ the LM reads it through the bridge as the rows of its `<uid>`/`<iid>` tokens. Th
 states back to the sharing width. Source: the module is the paper's; bridge and reading mode are ours.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -47,15 +49,44 @@ def read_tables(shared: Params, domain: Params, *, encode, reads: str) -> tuple[
     return shared["user"], shared["item"]
 
 
+class ItemHead(NamedTuple):
+    """What a state of the LM is compared with: its item logits are read(h)·rowsᵀ, as h·id_rows()[1]ᵀ is.
+
+    Where the tables are narrower than the LM the bridge is laid on the states, not on the rows: with 64 dimensions of
+    4,096 a logit costs a 64th, and no row of 4,096 is made of every item (ours).
+    """
+
+    rows_IN: Array
+    narrow_MN: Array | None
+
+    def read(self, state: Array) -> Array:
+        """Maps states (..., M) to the width (..., N) of the rows."""
+        return state if self.narrow_MN is None else state @ self.narrow_MN
+
+
 def id_rows(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, Array]:
     """Returns the rows (X, M) of `<uid>` and `<iid>` that the LM reads, users first, and its output rows (I, M)."""
+    rows_XM, head = id_rows_and_head(params, meeting=meeting, arm=arm)
+    n_items, scale = len(head.rows_IN), _head_scale(meeting)
+    return rows_XM, rows_XM[-n_items:] * scale if scale != 1.0 else rows_XM[-n_items:]
+
+
+def id_rows_and_head(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, ItemHead]:
+    """Returns the rows (X, M) that the LM reads, users first, and what its states are compared with."""
     tables = read_tables(params["shared"], params["domain"], encode=arm.encode, reads=meeting.reads)
     if not meeting.shows_users:
         tables = jnp.zeros_like(tables[0]), tables[1]
-    rows_XM = jnp.concatenate([table @ params["lm"]["bridge"]["into"] for table in tables])
-    rows_IM = rows_XM[len(tables[0]) :]
-    # A tied head multiplies states with text rows as they are stored: item logits are on the same scale.
-    return rows_XM, rows_IM * meeting.lm.width**-0.5 if meeting.lm.scale_embedding else rows_IM
+    into_DM = params["lm"]["bridge"]["into"]
+    rows_XM = jnp.concatenate([table @ into_DM for table in tables])
+    scale = _head_scale(meeting)
+    if into_DM.shape[0] < into_DM.shape[1]:
+        return rows_XM, ItemHead(tables[1], into_DM.T * scale)
+    return rows_XM, ItemHead(rows_XM[len(tables[0]) :] * scale, None)
+
+
+def _head_scale(meeting: Meeting) -> float:
+    """A tied head multiplies states with text rows as they are stored: item logits are on the same scale."""
+    return meeting.lm.width**-0.5 if meeting.lm.scale_embedding else 1.0
 
 
 def bridge_out(bridge: Params, state: Array) -> Array:

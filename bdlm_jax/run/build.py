@@ -307,7 +307,8 @@ def make_lm_arm(
 
     def rates_of(batch, seconds):
         how = {"weights": weights, "trains": trains, "n_logits": softmax_items or run.data.n_items}
-        flops = work.step_flops(run.lm, batch, **how, adapters=_adapters(run) if trains == "lora" else 0)["model"]
+        how |= {"item_width": run.config.shared.width, "adapters": _adapters(run) if trains == "lora" else 0}
+        flops = work.step_flops(run.lm, batch, **how)["model"]
         return work.step_rates(flops, batch["tokens"].size, seconds, n_devices=_devices(run))
 
     return Arm(_compile(run, step), optimizer, batch, view=_nothing, constants=constants, rates=rates_of)

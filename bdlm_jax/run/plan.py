@@ -176,7 +176,8 @@ def flops_per_step(plan: Plan) -> dict[str, float]:
     c = plan.run.config
     n_logits = drawn_items(c.lm.softmax_items, c.dry_run.n_items) or c.dry_run.n_items
     how = {"weights": LMWeights(**c.mutual.lm.to_dict()), "trains": c.lm.trains, "n_logits": n_logits}
-    return step_flops(plan.run.lm, plan.batch, **how, adapters=sum(map(math.prod, beside)))
+    how |= {"item_width": c.shared.width, "adapters": sum(map(math.prod, beside))}
+    return step_flops(plan.run.lm, plan.batch, **how)
 
 
 def bytes_moved(plan: Plan) -> dict[str, float]:

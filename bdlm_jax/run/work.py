@@ -35,7 +35,7 @@ def this_device() -> Device | None:
 
 
 def step_flops(
-    lm: LMConfig, batch: dict, *, weights: LMWeights, trains: str, n_logits: int, adapters: int
+    lm: LMConfig, batch: dict, *, weights: LMWeights, trains: str, n_logits: int, item_width: int, adapters: int
 ) -> dict[str, float]:
     """Counts the multiplications and additions of matrix products in one step, over all devices.
 
@@ -45,6 +45,7 @@ def step_flops(
 
     Args:
       n_logits: items with which the state before each item is compared.
+      item_width: the tables' width; where it is below the LM's, items are compared in it.
       adapters: the number of weights in those of the layers.
     """
     rows, length = batch["tokens"].shape
@@ -55,7 +56,7 @@ def step_flops(
     thin = 2 * rows * length * adapters
     items = rows * batch["item_target"].shape[1] * n_logits if weights.item else 0
     texts = rows * batch["text_target"].shape[1] * lm.vocab_size if weights.text else 0
-    heads = 2 * lm.width * (items + texts)
+    heads = 2 * (min(item_width, lm.width) * items + lm.width * texts)
     backward = products * (2 if trains == "full" else 1) + 2 * thin + 2 * square
     model = products + thin + square + backward + 3 * heads
     again = heads + (products + thin + square if lm.remat is True else 0)

@@ -83,10 +83,13 @@ def test_what_it_says_of_the_items_of_a_row_is_not_heard(made):
     arm, meeting, _, other = made
     teacher = lessons.make_teacher(other, None, arm=arm, meeting=meeting)
     batch = small_bdlm.packing.pack([small_bdlm.history_prompt(4)], 16).rows([0])
-    louder = teacher | {"rows_IM": teacher["rows_IM"].at[jnp.array(HISTORIES[4])].multiply(9.0)}
-    assert kl(made, louder, batch) == kl(made, teacher, batch)
-    louder = teacher | {"rows_IM": teacher["rows_IM"].at[0].multiply(9.0)}
-    assert kl(made, louder, batch) != kl(made, teacher, batch)
+    head = teacher["head"]
+
+    def louder(items):
+        return teacher | {"head": head._replace(rows_IN=head.rows_IN.at[items].multiply(9.0))}
+
+    assert kl(made, louder(jnp.array(HISTORIES[4])), batch) == kl(made, teacher, batch)
+    assert kl(made, louder(0), batch) != kl(made, teacher, batch)
 
 
 def test_an_lm_that_says_what_its_teacher_says_has_nothing_to_learn(made):

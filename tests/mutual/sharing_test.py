@@ -117,6 +117,22 @@ def test_id_rows_are_both_tables_through_the_bridge_users_first(scales):
     np.testing.assert_allclose(rows_IM, rows_XM[N_USERS:] * (M**-0.5 if scales else 1.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize(("width", "compared_in"), [(M // 2, M // 2), (M, M), (2 * M, M)])
+def test_item_logits_are_computed_in_the_narrower_of_the_two_widths(width, compared_in, scales):
+    meeting = small_bdlm.make_meeting(reads="layer0")
+    meeting = dataclasses.replace(meeting, lm=dataclasses.replace(meeting.lm, scale_embedding=scales))
+    shared = sharing.init_shared(jax.random.key(0), n_users=N_USERS, n_items=N_ITEMS, width=width)
+    bridge = sharing.init_bridge(jax.random.key(1), width=width, lm_width=M, gain=2.0)
+    params = {"shared": shared, "domain": {}, "lm": {"bridge": bridge}}
+    rows_XM, head = sharing.id_rows_and_head(params, meeting=meeting, arm=ARM)
+    same_XM, rows_IM = sharing.id_rows(params, meeting=meeting, arm=ARM)
+    np.testing.assert_array_equal(rows_XM, same_XM)
+    assert head.rows_IN.shape == (N_ITEMS, compared_in)
+    state_BTM = jax.random.normal(jax.random.key(2), (3, 2, M))
+    np.testing.assert_allclose(head.read(state_BTM) @ head.rows_IN.T, state_BTM @ rows_IM.T, rtol=1e-4, atol=1e-5)
+
+
 def test_users_whom_no_prompt_shows_are_not_computed():
     meeting = small_bdlm.make_meeting(reads="propagated")
     params = small_bdlm.make_params(ARM, meeting)

@@ -15,6 +15,7 @@ from experiments import tiny
 OPTIONS = {"ncf": {"hidden": (8, 4)}, "sasrec": {"n_blocks": 1, "length": 8}, "itemgcn": {"length": 8}}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"lightgcn"}))
 def test_bdlm_trains_and_recommends_around_it(tmp_path, model):
     config = tiny.get_config()
