@@ -24,7 +24,7 @@ ARGUMENTS = {
     "own_data": ["short", "long"],
     "own_lm": ["short", "long", "merged"],
     "tuned": ["ml100k", "beauty", "ml1m"],
-    **{name: ["short", "table"] for name in ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "ml1m_pool")},
+    **{name: ["short", "table"] for name in ("beauty", "beauty_itemgcn", "ml100k", "ml1m", "ml1m_pool", "ml1m_wide")},
 }
 CONFIGS = [(name, arg) for name in FILES for arg in ARGUMENTS.get(name, [None])]
 

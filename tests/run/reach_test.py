@@ -28,6 +28,7 @@ REACHED = {
     "ml1m_llm": ITEMS,
     "ml1m_own_lm": ITEMS,
     "ml1m_pool": ITEMS,
+    "ml1m_wide": ITEMS,
     "own_data": ITEMS,
     "own_lm": ITEMS,
     "quickstart": BOTH,
