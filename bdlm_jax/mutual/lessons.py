@@ -24,7 +24,8 @@ def make_teacher(
     teacher = {}
     if reads_lm:
         rows_XM, head = sharing.id_rows_and_head(params, meeting=meeting, arm=arm)
-        teacher |= {"decoder": lora.merge_tables(params["lm"]), "rows_XM": rows_XM, "head": head}
+        narrow = {} if head.narrow_MN is None else {"narrow_MN": head.narrow_MN}
+        teacher |= {"decoder": lora.merge_tables(params["lm"]), "rows_XM": rows_XM, "rows_IN": head.rows_IN, **narrow}
     if texts is not None:
         teacher |= {"content_IC": jnp.asarray(texts.content_IC), "weights": jnp.array([texts.last, texts.mean])}
     return teacher
@@ -41,8 +42,9 @@ def teach(teacher: Params, batch, item_BL: Array, *, meeting: Meeting) -> tuple[
     if "decoder" in teacher:
         row = batch["tokens"], batch["positions"], batch["segments"]
         hidden_BLM = causal_lm.lm_hidden(teacher["decoder"], meeting.lm, *row, teacher["rows_XM"])
-        states.append(teacher["head"].read(causal_lm.gather_positions(hidden_BLM, batch["item_index"])))
-        tables.append(teacher["head"].rows_IN)
+        head = sharing.ItemHead(teacher["rows_IN"], teacher.get("narrow_MN"))
+        states.append(head.read(causal_lm.gather_positions(hidden_BLM, batch["item_index"])))
+        tables.append(head.rows_IN)
     if "content_IC" in teacher:
         said_BLC = _read_head(teacher["content_IC"], teacher["weights"], item_BL, batch["segments"])
         states.append(causal_lm.gather_positions(said_BLC, batch["item_index"]))
