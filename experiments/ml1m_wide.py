@@ -4,8 +4,8 @@ python -m bdlm_jax.main --config experiments/ml1m_wide.py --workdir runs/ml1m_wi
 
 Head and teacher are those of experiments/ml1m_pool.py: likeness of items in LightGCN weighs in the LM's scores, and the
 domain arm learns at the end from the sum of both. The shared table and the LM are 128 wide in place of 64, and so are
-LightGCN and SASRec. Texts, rounds and alignment, which had cost there (docs/results.md) and cost at this width too, are
-left out: the LM cannot say what an item is.
+LightGCN and SASRec. Texts, rounds and alignment, which had cost there (docs/results.md) and on validation cost an LM of
+this width too (on a table of 64), are left out: the LM cannot say what an item is.
 
 Chosen on validation with seed 7 (docs/experiments.md): the LM has .189, with the head .194, the domain arm .200, SASRec
 .182 (.176, .182, .183 of experiments/ml1m_pool.py, and .167). Not tested yet.

@@ -67,8 +67,7 @@ class ItemHead(NamedTuple):
 def id_rows(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, Array]:
     """Returns the rows (X, M) of `<uid>` and `<iid>` that the LM reads, users first, and its output rows (I, M)."""
     rows_XM, head = id_rows_and_head(params, meeting=meeting, arm=arm)
-    n_items, scale = len(head.rows_IN), _head_scale(meeting)
-    return rows_XM, rows_XM[-n_items:] * scale if scale != 1.0 else rows_XM[-n_items:]
+    return rows_XM, rows_XM[-len(head.rows_IN) :] * _head_scale(meeting)
 
 
 def id_rows_and_head(params: Params, *, meeting: Meeting, arm: DomainArm) -> tuple[Array, ItemHead]:
