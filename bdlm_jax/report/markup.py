@@ -8,7 +8,12 @@ from html import escape
 _NUMERIC = re.compile(r"(?:< )?(?:[±+−-] ?)?\.?\d[\d.,]*(?:%| s| min)?(?: ± .+| … .+| \(n = .+)?|one seed")
 _LONG_NAME = re.compile(r"(?=\w{13})\w+_\w+")  # of a model, which may break behind its underscores
 _SENTENCE = 32  # a cell with more letters is one
-_INLINE = ((r"\*\*(.+?)\*\*", "strong"), (r"(?<!\*)\*([^*]+)\*", "em"), (r"`(.+?)`", "code"))
+_INLINE = (
+    (r"\*\*(.+?)\*\*", r"<strong>\1</strong>"),
+    (r"(?<!\*)\*([^*]+)\*", r"<em>\1</em>"),
+    (r"`(.+?)`", r"<code>\1</code>"),
+    (r"\[([^\[\]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>'),  # to a place on the page, nowhere else
+)
 
 
 def sections(lines: Sequence[str], level: str, prefix: str, pictures: Mapping[str, str]) -> str:
@@ -85,8 +90,8 @@ def _breakable(name: str) -> str:
 
 def inline(text: str) -> str:
     text = escape(text)
-    for mark, tag in _INLINE:
-        text = re.sub(mark, rf"<{tag}>\1</{tag}>", text)
+    for mark, made in _INLINE:
+        text = re.sub(mark, made, text)
     return text
 
 

@@ -24,6 +24,7 @@ from bdlm_jax.report.finished_run import (
     distill_epochs,
     phase_names,
 )
+from bdlm_jax.report.glance import glance_lines
 from bdlm_jax.report.item_map import item_map
 from bdlm_jax.report.summary import five_lines, main_metric
 from bdlm_jax.report.tables import group_lines, number, provenance_lines
@@ -42,7 +43,8 @@ def write_page(
 
     `head` is Markdown that stands first.
     """
-    main, foot, many = [markup.blocks(head, title)], ['<h2 id="provenance">Provenance</h2>'], len(groups) > 1
+    lines = [*head, "", *glance_lines(groups, claims, markup.slug)]
+    main, foot, many = [markup.blocks(lines, title)], ['<h2 id="provenance">Provenance</h2>'], len(groups) > 1
     named = {name: f"![{name}]" for name in ("models", "slices", "learning_curves")}
     for heading, runs in groups.items():
         level, prefix = ("h3", markup.slug(heading) + "-") if many else ("h2", "")

@@ -82,7 +82,7 @@ def group_lines(
 
 
 def claim_table(claims: Sequence[Claim]) -> list[str]:
-    return _grid(
+    return grid(
         ["model", "against", "metric", "its mean", "the other's", *_MARGIN_HEAD],
         [[c.model, c.against, c.metric, number(c.ours), number(c.theirs), *_margin_cells(c)] for c in claims],
     )
@@ -179,7 +179,7 @@ def model_table(
             rows.append([f"*oracle that sees {sees.replace('_', ' ')}*", *levels])
     rows.append(["*chance*", *("" if chance is None else number(chance) for chance in chances)])
     rows.append(["*targets*", *(str(n_targets(runs[:1], part, metric)) for metric in metrics)])
-    return _grid(["model", *metrics], rows)
+    return grid(["model", *metrics], rows)
 
 
 def plain_table(runs: Sequence[Finished]) -> str:
@@ -214,7 +214,7 @@ def _controls(claims: Sequence[Claim]) -> list[str]:
         cells = [number(c.theirs), c.model, number(c.ours), *_margin_cells(c)]
         rows.append([c.against, "" if word == asked else ANSWERS.get(word, ""), *cells])
         asked = word
-    return _grid(["control", "answers", claims[0].metric, "BDLM's row", "its mean", *_MARGIN_HEAD], rows)
+    return grid(["control", "answers", claims[0].metric, "BDLM's row", "its mean", *_MARGIN_HEAD], rows)
 
 
 def _weights(runs: Sequence[Finished]) -> list[str]:
@@ -264,10 +264,11 @@ def _times(runs: Sequence[Finished]) -> list[str]:
     rows = [[stage, *(duration(seconds[stage]) for seconds in by_run)] for stage in stages]
     rows.append(["*all stages*", *(duration(sum(seconds.values())) for seconds in by_run)])
     note = "Training, with its validations and compilation; pauses are left out."
-    return [*_grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
+    return [*grid(["stage", *(f"seed {run.seed}" for run in runs)], rows), "", note]
 
 
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     first, *others = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return [first, "|" + "---|" * len(head), *others]
 

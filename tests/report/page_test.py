@@ -168,6 +168,8 @@ def test_groups_become_sections_with_a_head_each(tmp_path):
     page = Page(out.read_text(encoding="utf-8"))
     assert page.texts("p")[0] == "What it says, in plain words & few."
     assert page.texts("h2") == ["twins", "twins with mutual.align = cosine", "Provenance"]
+    links = [a["href"] for tag, a, text in page.elements if tag == "a" and text.startswith("twins")]
+    assert links == ["#twins", "#twins-with-mutual-align-cosine"] * 2  # beside the title, and in the first table
     sure = page.texts("dd")[4::5]
     assert sure[0].startswith("2 seeds (0, 1); ") and sure[1].startswith("One seed (0), one run: no claim")
     curves = [text for tag, a, text in page.elements if tag == "path" and a["class"] == "curve lm"]
