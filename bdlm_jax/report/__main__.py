@@ -15,7 +15,7 @@ from pathlib import Path
 from bdlm_jax.report import page, plots
 from bdlm_jax.report.claims import n_judged, page_claims
 from bdlm_jax.report.finished_run import PAGE, group_runs, read_run
-from bdlm_jax.report.glance import glance_lines
+from bdlm_jax.report.glance import glance_lines, standings
 from bdlm_jax.report.keep import keep
 from bdlm_jax.report.summary import summary_lines
 from bdlm_jax.report.tables import group_lines, plain_table, provenance_lines
@@ -63,7 +63,9 @@ def collect(
         "Every number is read from run directories; ± is the standard deviation over seeds.",
         "",
     ]
-    lines += glance_lines(groups, claims, _anchor)
+    found = standings(groups, claims)
+    picture = plots.draw_glance(found, out.parent / "plots" / f"{out.stem}_glance.png") if len(groups) > 1 else ""
+    lines += glance_lines(groups, found, _anchor, picture)
     for heading, runs in groups.items():
         pictures = plots.draw(runs, out.parent / "plots", prefix=f"{out.stem}_{_anchor(heading)}_")
         section = _section(runs, pictures, claims[heading], n_judged(claims), level="###")

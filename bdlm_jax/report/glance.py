@@ -1,6 +1,7 @@
-"""The first table of a page with several experiments: each arm of BDLM beside its strongest baseline and control."""
+"""What a page with several experiments begins with: each arm of BDLM beside its strongest baseline and control."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from bdlm_jax.report.claims import ARMS, Claim
 from bdlm_jax.report.finished_run import Finished, is_control, mean_and_spread
@@ -14,38 +15,65 @@ NOTE = (
 )
 
 
-def glance_lines(
-    groups: Mapping[str, Sequence[Finished]], claims: Mapping[str, Sequence[Claim]], anchor: Callable[[str], str]
-) -> list[str]:
-    """A row for each group of runs, by the metric that its settings were chosen by; none for less than two groups.
+class Standing(NamedTuple):
+    """One arm in one group of runs, by the metric that its settings were chosen by; None where nothing was judged."""
 
-    `claims` are those of each heading, corrected together; `anchor` names a heading's place on the page. Where no group
-    has an arm of BDLM, a list of the headings.
-    """
-    if len(groups) < 2:
-        return []
-    if not any(claim.model in ARMS for made in claims.values() for claim in made):
-        return [*(f"* [{heading}](#{anchor(heading)})" for heading in groups), ""]
-    rows = []
+    heading: str
+    arm: str
+    metric: str
+    baseline: Claim | None
+    control: Claim | None
+
+
+def standings(
+    groups: Mapping[str, Sequence[Finished]], claims: Mapping[str, Sequence[Claim]]
+) -> dict[str, list[Standing]]:
+    """Both arms by heading, the LM arm first; `claims` are those of each heading, corrected together."""
+    found = {}
     for heading, runs in groups.items():
         metric = main_metric(runs, claims[heading])
-        refit = ", refit" if runs[0].config["data"].get("refit") == "validation" else ""
-        cells = [f"[{heading}](#{anchor(heading)}){refit}", str(len(runs)), metric]
+        found[heading] = []
         for arm in reversed(ARMS):
-            mean, _ = mean_and_spread(runs, (arm, "all", metric))
             held = [c for c in claims[heading] if (c.model, c.metric) == (arm, metric) and c.judged]
             controls = [c for c in held if is_control(c.against) and c.against != "pool"]
             baselines = [c for c in held if not is_control(c.against)]
-            cells += [number(mean) if mean >= 0 else "", _nearest(baselines), _nearest(controls)]
+            found[heading].append(Standing(heading, arm, metric, _nearest(baselines), _nearest(controls)))
+    return found
+
+
+def glance_lines(
+    groups: Mapping[str, Sequence[Finished]],
+    found: Mapping[str, Sequence[Standing]],
+    anchor: Callable[[str], str],
+    picture: str = "",
+) -> list[str]:
+    """A row for each group of runs; none for less than two groups, and a list where none has an arm of BDLM.
+
+    `anchor` names a heading's place on the page, `picture` is a line that stands before the table.
+    """
+    if len(groups) < 2:
+        return []
+    if not any(standing.baseline or standing.control for both in found.values() for standing in both):
+        return [*(f"* [{heading}](#{anchor(heading)})" for heading in groups), ""]
+    rows = []
+    for heading, runs in groups.items():
+        refit = ", refit" if runs[0].config["data"].get("refit") == "validation" else ""
+        cells = [f"[{heading}](#{anchor(heading)}){refit}", str(len(runs)), found[heading][0].metric]
+        for standing in found[heading]:
+            mean, _ = mean_and_spread(runs, (standing.arm, "all", standing.metric))
+            cells += [number(mean) if mean >= 0 else "", _said(standing.baseline), _said(standing.control)]
         rows.append(cells)
     against = ["against its strongest baseline", "against its strongest control"]
     head = ["experiment", "seeds", "metric", "LM arm", *against, "domain arm", *against]
-    return [*grid(head, rows), "", NOTE, ""]
+    return [picture, "", *grid(head, rows), "", NOTE, ""]
 
 
-def _nearest(claims: Sequence[Claim]) -> str:
-    if not claims:
+def _nearest(claims: Sequence[Claim]) -> Claim | None:
+    return min(claims, key=lambda claim: claim.margin.value, default=None)
+
+
+def _said(claim: Claim | None) -> str:
+    if claim is None:
         return ""
-    claim = min(claims, key=lambda claim: claim.margin.value)
     missing = claim.verdict.removeprefix("higher").removeprefix("lower").removeprefix(", ")
     return f"{claim.margin.value:+.1%} {claim.against}" + (f" ({missing})" if missing else "")

@@ -24,7 +24,7 @@ from bdlm_jax.report.finished_run import (
     distill_epochs,
     phase_names,
 )
-from bdlm_jax.report.glance import glance_lines
+from bdlm_jax.report.glance import glance_lines, standings
 from bdlm_jax.report.item_map import item_map
 from bdlm_jax.report.summary import five_lines, main_metric
 from bdlm_jax.report.tables import group_lines, number, provenance_lines
@@ -43,8 +43,14 @@ def write_page(
 
     `head` is Markdown that stands first.
     """
-    lines = [*head, "", *glance_lines(groups, claims, markup.slug)]
-    main, foot, many = [markup.blocks(lines, title)], ['<h2 id="provenance">Provenance</h2>'], len(groups) > 1
+    found = standings(groups, claims)
+    nearest = [
+        (s.heading, claim) for both in found.values() for s in both for claim in (s.baseline, s.control) if claim
+    ]
+    first = _forest({f"{heading}: {_who(claim)}": claim for heading, claim in nearest}, "Each arm's smallest margins")
+    lines = [*head, "", *glance_lines(groups, found, markup.slug, "![glance]")]
+    main, foot = [markup.blocks(lines, title, {"glance": first})], ['<h2 id="provenance">Provenance</h2>']
+    many = len(groups) > 1
     named = {name: f"![{name}]" for name in ("models", "slices", "learning_curves")}
     for heading, runs in groups.items():
         level, prefix = ("h3", markup.slug(heading) + "-") if many else ("h2", "")
@@ -52,7 +58,10 @@ def write_page(
         begin = next(n for n, line in enumerate(lines) if line.startswith("#"))
         metric = main_metric(runs, claims[heading])
         pictures = {
-            "models": _forest(claims[heading], metric),
+            "models": _forest(
+                {_who(c): c for c in claims[heading] if c.judged and c.metric == metric},
+                f"Margins by {metric}, all targets",
+            ),
             "learning_curves": _curves(runs),
             "map": _map(runs),
         }
@@ -77,18 +86,22 @@ def write_page(
     )
 
 
-def _forest(claims: Sequence[Claim], metric: str) -> str:
+def _who(claim: Claim) -> str:
+    return f"{claim.model} against {claim.against}"
+
+
+def _forest(claims: Mapping[str, Claim], title: str) -> str:
+    """Margins as a picture, each by what it is called."""
     bars = []
-    for claim in claims:
-        if claim.metric == metric and claim.judged:
-            m, p = claim.margin, f"{claim.adjusted:.3f}" if claim.adjusted >= 0.001 else "< .001"
-            said = (f"{m.value:+.1%} ({m.low:+.1%} to {m.high:+.1%})", p, claim.verdict)
-            arm = "lm" if claim.model.endswith("lm") else "domain"
-            bars.append(Bar(f"{claim.model} against {claim.against}", arm, m.value, m.low, m.high, said))
+    for label, claim in claims.items():
+        m, p = claim.margin, f"{claim.adjusted:.3f}" if claim.adjusted >= 0.001 else "< .001"
+        said = (f"{m.value:+.1%} ({m.low:+.1%} to {m.high:+.1%})", p, claim.verdict)
+        arm = "lm" if claim.model.endswith("lm") else "domain"
+        bars.append(Bar(label, arm, m.value, m.low, m.high, said))
     if not bars:
         return ""
     arms = drawings.legend([("line domain", "domain arm"), ("line lm", "LM arm")])
-    return f"{arms}{drawings.draw_forest(bars, f'Margins by {metric}, all targets, with 95 % intervals')}"
+    return f"{arms}{drawings.draw_forest(bars, f'{title}, with 95 % intervals')}"
 
 
 def _curves(runs: Sequence[Finished]) -> str:

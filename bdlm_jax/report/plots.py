@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 
+from bdlm_jax.report.claims import Claim
 from bdlm_jax.report.finished_run import (
     FEWEST_TARGETS,
     STAGE_WORDS,
@@ -21,6 +24,7 @@ from bdlm_jax.report.finished_run import (
     phase_names,
     sorted_models,
 )
+from bdlm_jax.report.glance import Standing
 from bdlm_jax.report.tables import number
 from bdlm_jax.runtime.files import replacing
 
@@ -60,6 +64,54 @@ def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[st
                 figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
             lines[name] = f"![{caption}]({folder.name}/{prefix}{name}.png)"
     return lines
+
+
+def draw_glance(found: Mapping[str, Sequence[Standing]], path: Path) -> str:
+    """Draws both arms' margins over their strongest baseline and control, and returns the line that shows them.
+
+    Empty where no arm was judged; `found` is of `glance.standings`.
+    """
+    kinds = {"baseline": "over the strongest baseline", "control": "over the strongest control"}
+    found = {heading: both for heading, both in found.items() if any(one.baseline or one.control for one in both)}
+    if not found:
+        return ""
+    size = (3.6 * len(kinds) + 3.2, 0.5 * len(found) + 1.7)
+    figure, all_axes = _panels("What BDLM is worth, by experiment", len(kinds), size=size)
+    for axes, (kind, words) in zip(all_axes, kinds.items()):
+        for row, both in enumerate(found.values()):
+            for standing in both:
+                if (claim := getattr(standing, kind)) is not None:
+                    _draw_margin(axes, row, standing.arm.removeprefix("bdlm_"), claim)
+        axes.axvline(0, color=_GREY, linewidth=1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+        axes.margins(x=0.12)
+        axes.set_title(words, fontsize=9.5)
+    all_axes[0].set_yticks(range(len(found)), found, fontsize=8)
+    all_axes[0].set_ylim(len(found) - 0.5, -0.5)
+    styles = {"markersize": 5, "linewidth": 1.4}
+    made = [
+        Line2D([], [], color=colour, marker=style[0], label=label, **styles) for label, colour, style in ARM.values()
+    ]
+    figure.legend(
+        handles=made, fontsize=8, frameon=False, loc="outside lower left", ncols=2, title_fontsize=8, alignment="left",
+        title="Margins with their 95 % intervals over users; hollow: no claim, or one seed.",
+    )  # fmt: skip
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
+    return f"![both arms beside their strongest baseline and control]({path.parent.name}/{path.name})"
+
+
+def _draw_margin(axes, row: int, arm: str, claim: Claim) -> None:
+    _, colour, style = ARM[arm]
+    margin, sure = claim.margin, claim.verdict in ("higher", "lower")
+    y = row + (0.17 if arm == "domain" else -0.17)
+    axes.plot([margin.low, margin.high], [y, y], color=colour, linewidth=1.4)
+    axes.plot(margin.value, y, style[0], color=colour, mfc=colour if sure else "white", markersize=5)
+    axes.annotate(
+        claim.against, (margin.high, y), (4, 0), textcoords="offset points", fontsize=6.5, color=_GREY, va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+    )  # fmt: skip
 
 
 def _draw_bars(runs: Sequence[Finished], panels: Mapping[str, tuple[str, str]], *, title: str) -> Figure | None:

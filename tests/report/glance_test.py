@@ -4,7 +4,8 @@ from made_run import MODELS, make_run
 
 from bdlm_jax.report.claims import page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
-from bdlm_jax.report.glance import glance_lines
+from bdlm_jax.report.glance import glance_lines, standings
+from bdlm_jax.report.plots import draw_glance
 
 ROWS = MODELS | {
     "sasrec": (25, 0), "bdlm_warm_lm": (58, 0), "bdlm_text_lm": (30, 0), "bdlm_warm_domain": (90, 0), "pool": (95, 0),
@@ -13,7 +14,7 @@ ROWS = MODELS | {
 
 def glance(runs):
     groups = group_runs([read_run(run) for run in runs])
-    lines = glance_lines(groups, page_claims(groups), lambda heading: heading.replace(" ", "-"))
+    lines = glance_lines(groups, standings(groups, page_claims(groups)), lambda heading: heading.replace(" ", "-"))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| [")]
 
 
@@ -43,4 +44,6 @@ def test_an_experiment_without_bdlm_is_named_alone(tmp_path):
 def test_baselines_alone_are_a_list(tmp_path):
     runs = [make_run(tmp_path / f"{n}", models={"lightgcn": (20, 0)}, **{"mutual.rounds": n}) for n in (1, 2)]
     groups = group_runs([read_run(run) for run in runs])
-    assert glance_lines(groups, page_claims(groups), str.upper)[0] == "* [twins](#TWINS)"
+    found = standings(groups, page_claims(groups))
+    assert glance_lines(groups, found, str.upper)[0] == "* [twins](#TWINS)"
+    assert draw_glance(found, tmp_path / "glance.png") == "" and not (tmp_path / "glance.png").exists()

@@ -170,6 +170,9 @@ def test_groups_become_sections_with_a_head_each(tmp_path):
     assert page.texts("h2") == ["twins", "twins with mutual.align = cosine", "Provenance"]
     links = [a["href"] for tag, a, text in page.elements if tag == "a" and text.startswith("twins")]
     assert links == ["#twins", "#twins-with-mutual-align-cosine"] * 2  # beside the title, and in the first table
+    assert [text for text in page.texts("th") if text.startswith("twins: bdlm_lm against")] == [
+        "twins: bdlm_lm against lightgcn"
+    ]
     sure = page.texts("dd")[4::5]
     assert sure[0].startswith("2 seeds (0, 1); ") and sure[1].startswith("One seed (0), one run: no claim")
     curves = [text for tag, a, text in page.elements if tag == "path" and a["class"] == "curve lm"]
