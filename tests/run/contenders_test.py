@@ -15,6 +15,8 @@ from bdlm_jax.serving import artefact
 from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
+pytestmark = pytest.mark.once
+
 WORDS = ("lightgcn", "ease", "ids_lm", "ids_lm_distilled", "bdlm", "bdlm_warm", "cached", "pool", "pool_alone")
 ROWS = {
     "lightgcn", "ease", "ids_lm", "ids_lm_distilled", "bdlm_lm", "bdlm_domain", "bdlm_domain_unrefreshed",

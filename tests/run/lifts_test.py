@@ -12,6 +12,8 @@ from bdlm_jax.serving import artefact, exports, scores
 from bdlm_jax.story import train_and_evaluate
 from experiments import tiny
 
+pytestmark = pytest.mark.once
+
 ROWS = ("lightgcn", "ids_lm", "bdlm_lm", "bdlm_domain")
 WORDS = ("none", "validation", "kinds")
 

@@ -13,6 +13,8 @@ from bdlm_jax.run import build, stages
 from bdlm_jax.types import TrainState
 from experiments import tiny
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 BOTH, ITEMS = {"user", "item"}, {"item"}
