@@ -9,8 +9,9 @@ this width too (on a table of 64), are left out: the LM cannot say what an item 
 
 Chosen on validation with seed 7 (docs/experiments.md): the LM has .189, with the head .194, the domain arm .200, SASRec
 .182 (.176, .182, .183 of experiments/ml1m_pool.py, and .167). Test, NDCG@10/full, means of seeds 4, 5 and 6: LM arm
-.194 (.187 without the head), domain arm .196 (.194 from the LM alone), LightGCN .043; SASRec .176 (seed 4). LightGCN
-and BDLM took 43 minutes of one core, another run on the other; SASRec takes 32 more.
+.194 (.187 without the head), domain arm .196 (.194 from the LM alone), LightGCN .043; in seed 4
+the ids-only LM .181 and SASRec .176. LightGCN and BDLM took 43 minutes of one core, another run on the other; SASRec
+and the ids-only LM take 32 more each.
 
 As in experiments/ml1m.py, the LM's loss reaches the item table alone.
 """
