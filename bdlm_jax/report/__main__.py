@@ -64,7 +64,7 @@ def collect(
         "",
     ]
     found = standings(groups, claims)
-    picture = plots.draw_glance(found, out.parent / "plots" / f"{out.stem}_glance.png") if len(groups) > 1 else ""
+    picture = plots.draw_glance(found, out.parent / "plots" / f"{out.stem}_glance.png")
     lines += glance_lines(groups, found, _anchor, picture)
     for heading, runs in groups.items():
         pictures = plots.draw(runs, out.parent / "plots", prefix=f"{out.stem}_{_anchor(heading)}_")

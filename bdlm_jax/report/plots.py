@@ -69,11 +69,11 @@ def draw(runs: Sequence[Finished], folder: Path, *, prefix: str = "") -> dict[st
 def draw_glance(found: Mapping[str, Sequence[Standing]], path: Path) -> str:
     """Draws both arms' margins over their strongest baseline and control, and returns the line that shows them.
 
-    Empty where no arm was judged; `found` is of `glance.standings`.
+    Nothing for less than two experiments, or where no arm was judged; `found` is of `glance.standings`.
     """
-    kinds = {"baseline": "over the strongest baseline", "control": "over the strongest control"}
+    kinds, many = {"baseline": "over the strongest baseline", "control": "over the strongest control"}, len(found) > 1
     found = {heading: both for heading, both in found.items() if any(one.baseline or one.control for one in both)}
-    if not found:
+    if not (found and many):
         return ""
     size = (3.6 * len(kinds) + 3.2, 0.5 * len(found) + 1.7)
     figure, all_axes = _panels("What BDLM is worth, by experiment", len(kinds), size=size)

@@ -2,10 +2,10 @@
 
 from made_run import MODELS, make_run
 
+from bdlm_jax.report import plots
 from bdlm_jax.report.claims import page_claims
 from bdlm_jax.report.finished_run import group_runs, read_run
 from bdlm_jax.report.glance import glance_lines, standings
-from bdlm_jax.report.plots import draw_glance
 
 ROWS = MODELS | {
     "sasrec": (25, 0), "bdlm_warm_lm": (58, 0), "bdlm_text_lm": (30, 0), "bdlm_warm_domain": (90, 0), "pool": (95, 0),
@@ -32,6 +32,24 @@ def test_each_arm_stands_beside_the_strongest_of_both_kinds_and_what_hinders_a_c
     assert second[3:] == ["0.720", "+2.1% lightgcn (no claim, one seed)", ""] * 2
 
 
+def test_the_picture_has_each_margin_at_its_place_and_hollow_what_is_no_claim(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / f"{seed}", seed=seed, wins=60, models=ROWS) for seed in (0, 1)]
+    groups = group_runs([read_run(run) for run in (*runs, make_run(tmp_path / "a", wins=24, **{"mutual.rounds": 2}))])
+    drawn, save = [], plots.Figure.savefig
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    line = plots.draw_glance(standings(groups, page_claims(groups)), tmp_path / "plots" / "g.png")
+    assert line.endswith("(plots/g.png)") and (tmp_path / "plots" / "g.png").is_file()
+    marks = [
+        [
+            (round(mark.get_xdata()[0], 3), mark.get_mfc() == "white")
+            for mark in axes.lines
+            if mark.get_marker() != "None"
+        ]
+        for axes in drawn[0].axes
+    ]
+    assert marks == [[(0.179, False), (0.179, False), (0.021, True), (0.021, True)], [(0.009, True), (-0.115, False)]]
+
+
 def test_one_experiment_needs_no_such_table(tmp_path):
     assert glance([make_run(tmp_path / "run")]) == []
 
@@ -46,4 +64,4 @@ def test_baselines_alone_are_a_list(tmp_path):
     groups = group_runs([read_run(run) for run in runs])
     found = standings(groups, page_claims(groups))
     assert glance_lines(groups, found, str.upper)[0] == "* [twins](#TWINS)"
-    assert draw_glance(found, tmp_path / "glance.png") == "" and not (tmp_path / "glance.png").exists()
+    assert plots.draw_glance(found, tmp_path / "glance.png") == "" and not (tmp_path / "glance.png").exists()
